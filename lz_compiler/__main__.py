@@ -1,0 +1,5 @@
+"""`python -m lz_compiler` is `lz`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""The public functions of `import lz_compiler as lz`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from . import backends
+from .backend import RECORDS, GraphRecord, open_store
+from .explain import Report, explain_plan, explain_records
+from .options import Options
+from .target import detect, environment
+from .types import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compile(model: F, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> F:
+    """`torch.compile(model, backend="layerzero", ...)` with LayerZero's options as keyword arguments."""
+    Options.resolve(options, mode)  # a wrong option is reported here, not at the first call
+    return torch.compile(  # type: ignore[return-value, call-overload]
+        model, backend="layerzero", mode=mode, options=options or None, dynamic=dynamic, fullgraph=fullgraph
+    ) if mode is None or not options else _with_mode(model, mode, dynamic, fullgraph, options)  # fmt: skip
+
+
+def _with_mode(model: Any, mode: str, dynamic: bool | None, fullgraph: bool, options: dict[str, Any]) -> Any:
+    """torch.compile takes a mode or options, not both; the backend takes both."""
+    from .backend import layerzero
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        return layerzero(gm, inputs, mode=mode, options=options)
+
+    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+
+
+def explain(compiled: Any = None) -> Report:
+    """What was decided for a compiled module or function, for a Plan, or (no argument) in this whole process.
+
+    A compiled module is known by its parameters, a function by the source lines that its graphs were traced from.
+    """
+    if isinstance(compiled, Plan):
+        return explain_plan(compiled)
+    return explain_records([r for r in RECORDS if compiled is None or _belongs(r, compiled)])
+
+
+def _belongs(record: GraphRecord, compiled: Any) -> bool:
+    module = getattr(compiled, "_orig_mod", compiled)
+    if isinstance(module, torch.nn.Module):
+        mine = {id(t) for t in (*module.parameters(), *module.buffers())}
+        theirs = {id(t) for ref in record.parameters if (t := ref()) is not None}
+        if mine or theirs:
+            return bool(mine & theirs)
+        function = type(module).forward
+    else:
+        function = inspect.unwrap(getattr(compiled, "_torchdynamo_orig_callable", compiled))
+    source, first = inspect.getsourcelines(function)
+    path = inspect.getsourcefile(function)
+    return any(file == path and first <= line < first + len(source) for file, line in record.lines)
+
+
+def doctor(cache_dir: str | None = None) -> Report:
+    """Device, measured peaks, kernel libraries and what is missing, caches."""
+    store = open_store(cache_dir or Options.resolve().cache_dir)
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    targets, lines = {}, []
+    for device in devices:
+        target = detect(device, store)
+        flops = {k: v for k, v in target.flops.items() if k != "transcendental"}
+        targets[device] = {
+            **environment(device), "bandwidth": target.bandwidth, "flops": dict(target.flops), "launch_ns": target.launch_ns,
+        }  # fmt: skip
+        rates = ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in flops.items())
+        lines += [f"  {device}: {target.name}, {target.threads} threads"]
+        lines += [f"    measured peaks: {target.bandwidth / 1e9:.1f} GB/s, {rates}, {target.launch_ns} ns a call"]
+    libraries = {}
+    lines.append("  kernel libraries:")
+    for name, library in backends.all_backends().items():
+        missing = library.missing()
+        libraries[name] = {"version": library.version(), "missing": missing, "kernels": sorted(library.kernels)}
+        lines.append(f"    {name} {library.version()}: {missing or ', '.join(sorted(library.kernels))}")
+    rows = store.ls()
+    lines.append(f"  cache: {store.path or 'in memory only'}")
+    data = {"torch": torch.__version__, "targets": targets, "libraries": libraries, "cache": str(store.path), "stored": len(rows)}
+    return Report(f"LayerZero on torch {torch.__version__}", data, tuple(lines))

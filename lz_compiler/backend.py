@@ -1,0 +1,245 @@
+"""The whole way of a graph, in one place:
+
+    capture -> recognise -> enumerate -> price -> solve -> apply -> lower        (and the race between finalists)
+
+`layerzero` is what `torch.compile(model, backend="layerzero")` calls for each graph that Dynamo captured. AOTAutograd,
+partitioning, fusion and code generation are TorchInductor's; LayerZero plans inside it, on the functional ATen graph, before
+Inductor's own post-grad passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import __version__, ops, race, torch_private
+from .capture import GraphView, fingerprint, tensors_in
+from .options import Options
+from .passes.apply import apply_plan
+from .passes.keep_attention import keep_attention_pass
+from .passes.verify import interface, verify
+from .plan_io import plan_from_dict, plan_to_dict
+from .planning import make_plan
+from .target import detect, environment
+from .timings import TimingStore
+from .types import Plan, Target
+
+log = logging.getLogger(__name__)
+
+PLANNED, LOSSLESS, INDUCTOR, EAGER = "layerzero", "layerzero-lossless", "inductor", "eager"
+
+
+@dataclass(slots=True)
+class GraphRecord:
+    """What happened to one captured graph: what `lz.explain` shows."""
+
+    key: str
+    compile_id: str
+    options: Options
+    lines: tuple[tuple[str, int], ...]
+    parameters: tuple[weakref.ref[Tensor], ...]
+    plans: list[Plan] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)  # seconds a call, measured end to end
+    winner: str = PLANNED
+    decided: bool = False
+    error: float | None = None  # measured relative error of a plan with an error budget
+    notes: list[str] = field(default_factory=list)
+
+
+RECORDS: list[GraphRecord] = []
+
+
+@functools.cache
+def _setup() -> None:
+    torch_private.check_version()
+    ops.register_lowerings()
+
+
+@functools.cache
+def open_store(cache_dir: str | None) -> TimingStore:
+    """One store per process and folder."""
+    return TimingStore.open(cache_dir)
+
+
+def layerzero(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:  # fmt: skip
+    """Plan and compile one graph. `mode` and `options` as in torch.compile; see Options for the options."""
+    _setup()
+    chosen = Options.resolve(options, mode)
+    device = _device(example_inputs, gm)
+    store = open_store(chosen.cache_dir)
+    session = _Session(gm, list(example_inputs), chosen, store, device)
+    RECORDS.append(session.record)
+    torch_private.counters()["graphs"] += 1
+    return session.compile()
+
+
+def _device(example_inputs: Sequence[Any], gm: fx.GraphModule) -> str:
+    found = {t.device.type for t in (*tensors_in(example_inputs), *gm.parameters(), *gm.buffers())}
+    return "cuda" if "cuda" in found else "cpu"
+
+
+class _Session:
+    """The compilation of one graph."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: list[Any], options: Options, store: TimingStore, device: str) -> None:
+        self.gm, self.inputs, self.options, self.store, self.device = gm, inputs, options, store, device
+        self.real = torch_private.placeholder_tensors(gm)
+        env = [f"{k}={v}" for k, v in sorted(environment(device).items())]
+        grad = f"grad={torch.is_grad_enabled()}"
+        self.key = fingerprint(gm, (options.key(), __version__, grad, *env))
+        owned = [t for t, is_owned in self.real if is_owned and t is not None] or list(gm.parameters())
+        self.record = GraphRecord(
+            self.key, torch_private.compile_id(), options, torch_private.node_source_lines(gm), tuple(map(weakref.ref, owned))
+        )
+
+    def compile(self) -> Callable[..., Any]:
+        verdict = self.store.get_record("verdict", self.key)
+        if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
+            return self._from_verdict(verdict)
+        planned = self._planned(self.options, self.record.plans)
+        if not any(_changes(plan) for plan in self.record.plans):
+            self.record.notes.append("no kernel beats what TorchInductor does with this graph: compiled by it alone")
+            self._finish({}, INDUCTOR)
+            return planned
+        if not self.options.race:
+            return planned
+        finalists = {PLANNED: planned}
+        lossy = any(plan.epsilon > 0 for plan in self.record.plans)
+        if lossy:
+            from dataclasses import replace
+
+            finalists[LOSSLESS] = self._planned(replace(self.options, error_budget=0.0), [])
+        finalists[INDUCTOR] = self._inductor()
+        finalists[EAGER] = self.gm.forward
+        check = None
+        if lossy:
+            check = race.over_budget(self.gm.forward, {PLANNED: planned}, self.options.error_budget, self._report_error)
+        return race.Race(finalists, self._finish, PLANNED, check)
+
+    def _from_verdict(self, verdict: Mapping[str, Any]) -> Callable[..., Any]:
+        """The race was run before: compile its winner only."""
+        winner = verdict["winner"]
+        self.record.times, self.record.winner, self.record.decided = dict(verdict["times"]), winner, True
+        self.record.error = verdict.get("error")
+        stored = [plan_from_dict(p) for p in verdict["plans"]]
+        self.record.plans = stored
+        if winner == EAGER:
+            return self.gm.forward
+        if winner == INDUCTOR:
+            return self._inductor()
+        fresh: list[Plan] = []
+        options = self.options
+        if winner == LOSSLESS:
+            from dataclasses import replace
+
+            options = replace(options, error_budget=0.0)
+        compiled = self._planned(options, fresh, cached=verdict.get("digest"))
+        if fresh:  # empty when Inductor's cache had the graph
+            self.record.plans = fresh
+        return compiled
+
+    def _report_error(self, name: str, error: float) -> None:
+        self.record.error = error
+        if error > self.options.error_budget:
+            self.record.notes.append(
+                f"the plan's measured error {error:.2e} is over the budget {self.options.error_budget:g}: lossless plan used"
+            )
+
+    def _finish(self, times: dict[str, float], winner: str) -> None:
+        record = self.record
+        record.times, record.winner, record.decided = times, winner, True
+        log.info("verdict for graph %s: %s (%s)", record.compile_id, winner, {n: f"{t * 1e3:.2f} ms" for n, t in times.items()})
+        torch_private.counters()[f"winner:{winner}"] += 1
+        plans = [plan_to_dict(p) for p in record.plans]
+        value = {"winner": winner, "times": times, "plans": plans, "error": record.error, "digest": _digest(record.plans)}
+        self.store.put_record("verdict", self.key, value)
+
+    def _inductor(self) -> Callable[..., Any]:
+        gm = torch_private.copy_graph_module(self.gm)
+        return torch_private.compile_with_inductor(gm, self.inputs, torch_private.mode_patches(self.options.mode))
+
+    def _planned(self, options: Options, plans: list[Plan], cached: str | None = None) -> Callable[..., Any]:
+        """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
+        gm = keep_attention_pass(torch_private.copy_graph_module(self.gm))
+        target = detect(self.device, self.store)
+
+        def run(graph: fx.Graph, is_inference: bool) -> None:
+            plan = plan_and_apply(graph, options, target, self.store, self._frozen(graph, is_inference), is_inference)
+            plans.append(plan)
+
+        # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
+        uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{cached}"
+        patches = torch_private.mode_patches(options.mode)
+        patches["post_grad_custom_pre_pass"] = torch_private.graph_pass(run, lambda: uuid)
+        if options.cudagraphs:
+            patches["triton.cudagraphs"] = True
+        if not torch.is_grad_enabled():
+            patches["layout_optimization"] = False  # layouts are the plan's decision
+        return torch_private.compile_with_inductor(gm, self.inputs, patches)
+
+    def _frozen(self, graph: fx.Graph, is_inference: bool) -> dict[fx.Node, Tensor]:
+        """Placeholders of an inference graph that are parameters or buffers, with their values.
+
+        AOTAutograd keeps the order of inputs unless it drops or merges some; then nothing is taken as frozen.
+        """
+        if not self.options.freeze or not is_inference:
+            return {}
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        if len(placeholders) != len(self.real):
+            self.record.notes.append("freeze: AOTAutograd changed the inputs of this graph, no weight is taken as constant")
+            return {}
+        written = _written(graph)
+        found = {}
+        for node, (value, owned) in zip(placeholders, self.real, strict=True):
+            like = node.meta.get("val")
+            if owned and value is not None and isinstance(like, Tensor) and node not in written:
+                if like.shape != value.shape or like.stride() != value.stride() or like.dtype != value.dtype:
+                    return {}
+                found[node] = value
+        return found
+
+
+def _written(graph: fx.Graph) -> set[Any]:
+    return {n.args[0] for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.copy_.default}
+
+
+def plan_and_apply(
+    graph: fx.Graph, options: Options, target: Target, store: TimingStore, frozen: Mapping[fx.Node, Tensor], is_inference: bool
+) -> Plan:
+    """Plan a functional ATen graph and rewrite it in place."""
+    view = GraphView(graph, frozen)
+    before = interface(graph)
+    names = [n.name for n in graph.nodes if n.op == "placeholder"]
+    backward = any(name.startswith("tangents") for name in names)
+    kind = "inference" if is_inference else "backward" if backward else "forward"
+    plan = make_plan(view, options, target, store, fingerprint=fingerprint(graph.owning_module), kind=kind)
+    applied = apply_plan(view, plan.choices)
+    torch_private.counters()["kernels"] += applied
+    verify(graph, before)
+    torch_private.trace_artifact(f"layerzero_plan_{kind}", lambda: repr(plan))
+    return plan
+
+
+def _changes(plan: Plan) -> bool:
+    """Whether a plan does anything that Inductor alone would not."""
+    return any(not dict(c.candidate.params).get("as_is") and c.candidate.region.op in _REGIONS for c in plan.choices)
+
+
+_REGIONS = ("linear", "merged_linear", "bmm", "conv", "attention")
+
+
+def _digest(plans: Sequence[Plan]) -> str:
+    import xxhash
+
+    kernels = [[(c.candidate.kernel, c.candidate.region.nodes) for c in p.choices] for p in plans]
+    return xxhash.xxh3_64_hexdigest(repr(kernels).encode())

@@ -1,0 +1,38 @@
+"""The kernel libraries that LayerZero knows, and those that third parties register (entry points `lz_compiler.backends`)."""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import entry_points
+
+from ..errors import OptionError, unknown
+from .aten import Aten
+from .attention import Attention
+from .base import Backend, Kernel
+from .inductor import Inductor
+from .onednn import OneDNN
+
+
+@functools.cache
+def all_backends() -> dict[str, Backend]:
+    found: dict[str, Backend] = {b.name: b for b in (Aten(), OneDNN(), Attention(), Inductor())}
+    for entry in entry_points(group="lz_compiler.backends"):
+        found[entry.name] = entry.load()()
+    return found
+
+
+def allowed_backends(allow: tuple[str, ...] | None) -> list[Backend]:
+    """The backends of an allow-list, in order; ATen is always there, since a graph must run at all."""
+    known = all_backends()
+    for name in allow or ():
+        if name not in known:
+            raise OptionError(unknown("backend", name, known))
+    return [b for name, b in known.items() if allow is None or name in allow or name == "aten"]
+
+
+@functools.cache
+def kernel(name: str) -> Kernel:
+    for backend in all_backends().values():
+        if name in backend.kernels:
+            return backend.kernels[name]
+    raise KeyError(name)

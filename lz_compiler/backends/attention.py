@@ -1,0 +1,87 @@
+"""Attention as torch implements it on a CPU: the flash kernel, the unfused one, and TorchInductor's fusion of the formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .. import ops, semantics
+from ..types import Candidate, Rejection
+from .base import Emitter, Kernel, SelectionContext, Values
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def _args(t: Values, p: Values) -> tuple[Any, ...]:
+    return t["q"], t["k"], t["v"], t.get("mask"), p["causal"], p["scale"], p["gqa"]
+
+
+def _mask(emit: Emitter, t: Values, p: Values) -> Any:
+    """The mask as a term to add, in q's dtype: what the flash kernel takes."""
+    mask, dtype = t.get("mask"), semantics.torch_dtype(p["dtype"])
+    if mask is None or p["mask_dtype"] == p["dtype"]:
+        return mask
+    if p["mask_dtype"] != "bool":
+        return emit.call(prims.convert_element_type.default, mask, dtype)
+    constant = {"dtype": dtype, "device": mask.device if isinstance(mask, torch.Tensor) else mask.meta["val"].device}
+    keep, drop = (emit.call(aten.full.default, [], value, **constant) for value in (0.0, -math.inf))
+    return emit.call(aten.where.self, mask, keep, drop)
+
+
+def _flash(emit: Emitter, t: Values, p: Values) -> Any:
+    options = {"attn_mask": _mask(emit, t, p), "scale": p["scale"]}
+    both = emit.call(
+        aten._scaled_dot_product_flash_attention_for_cpu.default, t["q"], t["k"], t["v"], 0.0, p["causal"], **options
+    )
+    return emit.item(both, 0)
+
+
+class Attention:
+    name = "attention"
+    kernels = {
+        kernel.name: kernel
+        for kernel in (
+            Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *_args(t, p))),
+            Kernel("aten.flash_attention_cpu", _flash),
+            Kernel("aten.sdpa_math", lambda emit, t, p: emit.call(ops.sdpa_math, *_args(t, p))),
+        )
+    }
+
+    def version(self) -> str:
+        return torch.__version__
+
+    def missing(self) -> str | None:
+        return None
+
+    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        if ctx.region.op != "attention":
+            return
+        mask = ctx.spec("mask") if "mask" in ctx.roles else None
+        extra = {"mask_dtype": mask.dtype if mask else ""}
+        if ctx.default:
+            yield ctx.candidate(self.kernels["aten.sdpa"], as_is=True, **extra)
+            yield ctx.candidate(self.kernels["aten.sdpa_math"], **extra)
+        yield from self._flash(ctx, mask is not None and ctx.params["causal"])
+
+    def _flash(self, ctx: SelectionContext, both: bool) -> Iterable[Candidate | Rejection]:
+        name, q, v = "aten.flash_attention_cpu", ctx.spec("q"), ctx.spec("v")
+        if q.device != "cpu":
+            yield ctx.reject(name, "device", f"runs on cpu, not {q.device}")
+        elif q.dtype not in ("float32", "bfloat16", "float16", "float64"):
+            yield ctx.reject(name, "dtype", f"no flash kernel for {q.dtype}")
+        elif len(q.shape) != 4 or q.shape[-1] != v.shape[-1]:
+            yield ctx.reject(name, "shape", "needs (batch, heads, length, size) with equal head sizes of q and v")
+        elif any(0 in spec.shape for spec in ctx.specs):
+            yield ctx.reject(name, "empty", "an input has no elements")
+        elif any(spec.stride[-1] != 1 for role, spec in zip(ctx.roles, ctx.specs, strict=True) if role != "mask"):
+            yield ctx.reject(name, "stride", "the head dimension must be contiguous")
+        elif both:
+            yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
+        else:
+            mask = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
+            yield ctx.candidate(self.kernels[name], q.dtype, **mask)
+            if q.dtype == "float32" and ctx.options.error_budget > 0:
+                yield ctx.candidate(self.kernels[name], "bfloat16", **mask)

@@ -1,0 +1,111 @@
+"""What a backend is: a name, a version, and an answer for every region: candidates, or a Rejection with its reason.
+
+To add one: write kernels (a function that computes a region from its inputs through an `Emitter`), and `candidates`.
+The same function is measured, checked against the region's reference, and placed in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..options import Options
+from ..types import Candidate, Format, Region, Rejection, TensorSpec
+
+Values = Mapping[str, Any]
+
+
+class Emitter(Protocol):
+    """Runs operators on tensors, or places them in a graph: kernels are written once against this."""
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run `op`, or add a node that will."""
+
+    def item(self, values: Any, index: int) -> Any:
+        """One output of an operator that returns several."""
+
+    def constant(self, make: Callable[..., Any], *values: Any) -> Any:
+        """`make(*values)` computed once, ahead of time; `values` must be frozen weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """`prepare(emit, values, params) -> values` happens once, at compile time (packing); `run` is the kernel.
+
+    `version` enters the timings' keys: raise it when what `run` does changes.
+    """
+
+    name: str
+    run: Callable[[Emitter, Values, Values], Any]
+    prepare: Callable[[Emitter, Values, Values], Values] | None = None
+    version: int = 1
+    compiled: bool = False  # exists only inside a graph that TorchInductor compiles, and is measured so
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionContext:
+    """What a backend may know about a region. Specs and formats run parallel to `region.inputs`.
+
+    `roles` name the inputs as the region's reference does; `frozen` holds the roles whose values never change.
+    """
+
+    region: Region
+    roles: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    params: Mapping[str, Any]
+    frozen: frozenset[str]
+    options: Options
+    default: bool = False  # the region is one node of the graph as it stands
+
+    def spec(self, role: str) -> TensorSpec:
+        return self.specs[self.roles.index(role)]
+
+    def candidate(
+        self, kernel: Kernel, dtype: str | None = None, layouts: Mapping[str, str] | None = None, out_layout: str | None = None,
+        **extra: Any,
+    ) -> Candidate:  # fmt: skip
+        """A candidate of this region: inputs as eager lays them out unless `layouts` says otherwise, matrices in `dtype`.
+
+        Vectors (bias, batch-norm terms) stay as they are: kernels convert them, at no cost worth planning.
+        """
+        layouts = layouts or {}
+        ins = tuple(
+            Format(layouts.get(role) or natural_layout(spec), dtype if dtype and _converts(role, spec) else spec.dtype)
+            for role, spec in zip(self.roles, self.specs, strict=True)
+        )
+        outs = tuple(Format(out_layout or natural_layout(spec), dtype or spec.dtype) for spec in self.outputs)
+        params = {**self.params, "roles": self.roles, **extra}
+        params.setdefault("dtype", dtype or self.specs[0].dtype)
+        return Candidate(kernel.name, self.region, ins, outs, params=tuple(sorted(params.items())))
+
+    def reject(self, kernel: str, code: str, detail: str) -> Rejection:
+        return Rejection(kernel, code, detail)
+
+
+def natural_layout(spec: TensorSpec) -> str:
+    """The name of the layout that eager gives this tensor: `channels_last` if it is so, else `strided`."""
+    if len(spec.shape) != 4:
+        return "strided"
+    n, c, h, w = spec.shape
+    last = spec.stride[1] == 1 and spec.stride[3] == c and spec.stride[2] == c * w and (n == 1 or spec.stride[0] == c * w * h)
+    return "channels_last" if last and c > 1 and h * w > 1 else "strided"
+
+
+def _converts(role: str, spec: TensorSpec) -> bool:
+    matrix = role in ("x", "other", "q", "k", "v", "w") or (role[0] == "w" and role[1:].isdigit())
+    return matrix and spec.dtype in ("float32", "float64", "float16", "bfloat16")
+
+
+class Backend(Protocol):
+    """A kernel library. `missing` says why it cannot be used here, or None."""
+
+    name: str
+    kernels: Mapping[str, Kernel]
+
+    def version(self) -> str: ...
+
+    def missing(self) -> str | None: ...
+
+    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]: ...

@@ -1,0 +1,113 @@
+"""TorchInductor as a library among others: the loops that it fuses, a matrix-vector product and attention written as loops
+it can fuse, and its C++ GEMM templates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..types import Candidate, Rejection
+from .base import Emitter, Kernel, SelectionContext, Values
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def _gemv(emit: Emitter, t: Values, p: Values) -> Any:
+    """x (1, K) times w (N, K), as a broadcast multiplication and a sum: one pass over the weight, fused with neighbours."""
+    weight = emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
+    y = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weight, t["x"]), [1])
+    y = emit.call(aten.reshape.default, y, [1, -1])
+    return emit.call(aten.add.Tensor, y, t["bias"]) if "bias" in t else y
+
+
+def _attention(emit: Emitter, t: Values, p: Values) -> Any:
+    """softmax(q k^T scale + mask) v in elementary operators, accumulated in float32."""
+    q, k, v, (batch, heads, length, size) = t["q"], t["k"], t["v"], p["q_shape"]
+    keys = p["k_shape"][2]
+    scale = p["scale"] if p["scale"] is not None else 1.0 / math.sqrt(size)
+    flat = lambda x, n, d: emit.call(aten.reshape.default, x, [batch * heads, n, d])  # noqa: E731
+    scores = emit.call(
+        aten.bmm.default, flat(emit.call(aten.mul.Tensor, q, scale), length, size),
+        emit.call(aten.permute.default, flat(k, keys, size), [0, 2, 1]),
+    )  # fmt: skip
+    scores = emit.call(aten.reshape.default, scores, [batch, heads, length, keys])
+    if "mask" in t:
+        mask = t["mask"]
+        if p["mask_dtype"] == "bool":
+            scores = emit.call(aten.where.ScalarOther, mask, scores, -math.inf)
+        else:
+            scores = emit.call(aten.add.Tensor, scores, mask)
+    top = emit.call(aten.amax.default, scores, [-1], True)
+    weights = emit.call(aten.exp.default, emit.call(aten.sub.Tensor, scores, top))
+    weights = emit.call(aten.div.Tensor, weights, emit.call(aten.sum.dim_IntList, weights, [-1], True))
+    out = emit.call(aten.bmm.default, flat(weights, length, keys), flat(v, keys, p["v_size"]))
+    return emit.call(aten.reshape.default, out, [batch, heads, length, p["v_size"]])
+
+
+def _cpp_gemm(emit: Emitter, t: Values, p: Values) -> Any:
+    return emit.call(torch.ops.mkldnn._linear_pointwise.default, t["x"], t["w"], t["bias"], "none", [], "")
+
+
+def _dense(emit: Emitter, t: Values, p: Values) -> Values:
+    weight = emit.constant(lambda w: (w.t() if p["transposed"] else w).contiguous(), t["w"])
+    bias = emit.constant(torch.clone, t["bias"]) if "bias" in t else None
+    return {**t, "w": weight, "bias": bias}
+
+
+class Inductor:
+    name = "inductor"
+    kernels = {
+        kernel.name: kernel
+        for kernel in (
+            Kernel("inductor.gemv", _gemv),
+            Kernel("inductor.attention", _attention),
+            Kernel("inductor.cpp_gemm", _cpp_gemm, _dense, compiled=True),
+        )
+    }
+
+    def version(self) -> str:
+        return torch.__version__
+
+    def missing(self) -> str | None:
+        return None
+
+    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        if ctx.region.op == "linear" and ctx.default:
+            yield self._gemv(ctx)
+            yield self._cpp_gemm(ctx)
+        elif ctx.region.op == "attention" and ctx.default:
+            yield self._attention(ctx)
+
+    def _gemv(self, ctx: SelectionContext) -> Candidate | Rejection:
+        if ctx.spec("x").shape[0] != 1 or ctx.params["dynamic_rows"]:
+            return ctx.reject("inductor.gemv", "shape", "a matrix-vector product has one row")
+        if ctx.spec("x").dtype != "float32":
+            return ctx.reject("inductor.gemv", "dtype", "accumulates in float32, for float32 only")
+        return ctx.candidate(self.kernels["inductor.gemv"])
+
+    def _cpp_gemm(self, ctx: SelectionContext) -> Candidate | Rejection:
+        name = "inductor.cpp_gemm"
+        if not ctx.options.mode.startswith("max-autotune"):
+            return ctx.reject(name, "mode", "Inductor compiles GEMM templates in mode='max-autotune' only")
+        if ctx.spec("x").device != "cpu" or ctx.spec("x").dtype not in ("float32", "bfloat16"):
+            return ctx.reject(name, "dtype", "the C++ template takes float32 or bfloat16 on a CPU")
+        if any(role not in ctx.frozen for role in ctx.roles if role != "x"):
+            return ctx.reject(name, "weight_not_frozen", "the C++ template packs its weight, which needs freeze=True")
+        return ctx.candidate(self.kernels[name])
+
+    def _attention(self, ctx: SelectionContext) -> Candidate | Rejection:
+        q, k, v = ctx.spec("q"), ctx.spec("k"), ctx.spec("v")
+        name = "inductor.attention"
+        if q.dtype != "float32" or len(q.shape) != 4 or q.shape[:2] != k.shape[:2] or ctx.params["causal"]:
+            return ctx.reject(name, "shape", "float32, four dimensions, equal heads, no is_causal")
+        if ctx.params["dynamic_rows"] or any(0 in spec.shape for spec in ctx.specs):
+            return ctx.reject(name, "dynamic_shape", "the formula is written out for fixed, non-empty shapes")
+        if "mask" in ctx.roles and ctx.spec("mask").dtype == "bool":
+            return ctx.reject(name, "mask", "a row masked out entirely is 0 in eager; the plain formula gives NaN")
+        shapes: dict[str, Any] = {"q_shape": q.shape, "k_shape": k.shape, "v_size": v.shape[-1]}
+        mask = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
+        return ctx.candidate(self.kernels[name], mask_dtype=mask, **shapes)
+

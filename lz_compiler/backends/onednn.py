@@ -1,0 +1,254 @@
+"""oneDNN through torch's own mkldnn operators: products and convolutions with fused activation or residual, with plain or
+packed weights, in float32 and bfloat16, 1x1 convolutions as products, batch norm folded into the weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .. import ops, semantics
+from ..types import Candidate, Rejection
+from .base import Emitter, Kernel, SelectionContext, Values
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+# Our names of activations -> oneDNN's (attribute, algorithm) as mkldnn::_linear_pointwise spells them.
+_ATTR = {
+    None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""), "sigmoid": ("sigmoid", ""), "tanh": ("tanh", ""),
+}  # fmt: skip
+_CONV_ACTS = (None, "relu", "silu", "sigmoid", "tanh")
+
+
+def _vector(emit: Emitter, value: Any, p: Values) -> Any:
+    """A bias in the kernel's dtype."""
+    if value is None or p["dtype"] == p["vector_dtype"]:
+        return value
+    return emit.call(prims.convert_element_type.default, value, semantics.torch_dtype(p["dtype"]))
+
+
+def _linear(emit: Emitter, t: Values, p: Values) -> Any:
+    if p["binary"]:
+        other = emit.call(aten.reshape.default, t["other"], [-1, p["width"]])
+        return emit.call(ops.linear_binary, t["x"], other, t["w"], t["bias"], p["binary"])
+    return emit.call(ops.linear, t["x"], t["w"], t["bias"], *_ATTR[p["act"]])
+
+
+def _plain(emit: Emitter, t: Values, p: Values) -> Values:
+    weight = emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
+    return {**t, "w": weight, "bias": _vector(emit, t.get("bias"), p)}
+
+
+def _dense(weight: torch.Tensor, p: Values) -> torch.Tensor:
+    return (weight.t() if p["transposed"] else weight).to(semantics.torch_dtype(p["dtype"])).contiguous()
+
+
+def _frozen_bias(emit: Emitter, value: Any, p: Values) -> Any:
+    return None if value is None else emit.constant(lambda b: b.to(semantics.torch_dtype(p["dtype"])), value)
+
+
+def _pack_linear(emit: Emitter, t: Values, p: Values) -> Values:
+    rows = None if p["dynamic_rows"] else p["rows"]
+    weight = emit.constant(lambda w: torch.ops.mkldnn._reorder_linear_weight(_dense(w, p), rows), t["w"])
+    return {**t, "w": weight, "bias": _frozen_bias(emit, t.get("bias"), p)}
+
+
+def _pack_merged(emit: Emitter, t: Values, p: Values) -> Values:
+    count, rows = p["count"], None if p["dynamic_rows"] else p["rows"]
+
+    def pack(*weights: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(torch.cat([_dense(w, p) for w in weights]), rows)
+
+    weight = emit.constant(pack, *(t[f"w{i}"] for i in range(count)))
+    bias = None
+    if "b0" in t:
+        make: Callable[..., torch.Tensor] = lambda *b: torch.cat(b).to(semantics.torch_dtype(p["dtype"]))  # noqa: E731
+        bias = emit.constant(make, *(t[f"b{i}"] for i in range(count)))
+    return {**t, "w": weight, "bias": bias}
+
+
+def _merged(emit: Emitter, t: Values, p: Values) -> tuple[Any, ...]:
+    whole = emit.call(ops.linear, t["x"], t["w"], t["bias"], "none", "")
+    stops = [sum(p["widths"][: i + 1]) for i in range(p["count"])]
+    return tuple(
+        emit.call(aten.slice.Tensor, whole, 1, stop - width, stop) for stop, width in zip(stops, p["widths"], strict=True)
+    )
+
+
+def _folded(emit: Emitter, t: Values, p: Values) -> tuple[Any, Any]:
+    """Weight and bias with the per-channel steps folded in, computed in the graph (weights may change between calls)."""
+    weight, shift, scale = t["w"], t.get("bias"), None
+    for i, step in enumerate(p["affine"]):
+        c = emit.call(aten.reshape.default, t[f"c{i}"], [-1])
+        if step == "mul":
+            scale = c if scale is None else emit.call(aten.mul.Tensor, scale, c)
+            shift = None if shift is None else emit.call(aten.mul.Tensor, shift, c)
+        elif shift is None:
+            shift = c if step == "add" else emit.call(aten.neg.default, c)
+        else:
+            shift = emit.call(aten.add.Tensor if step == "add" else aten.sub.Tensor, shift, c)
+    if scale is not None:
+        weight = emit.call(aten.mul.Tensor, weight, emit.call(aten.reshape.default, scale, [-1, 1, 1, 1]))
+    return weight, shift
+
+
+def _fold_constants(t: Values, p: Values) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight, bias = t["w"], t.get("bias")
+    if p["affine"]:
+        scale, shift = semantics.affine(t, p, weight.new_ones(weight.shape[0]))
+        bias = shift if bias is None else bias * scale + shift
+        weight = weight * scale.reshape(-1, 1, 1, 1)
+    dtype = semantics.torch_dtype(p["dtype"])
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _constants(emit: Emitter, t: Values, p: Values, pack: Callable[[torch.Tensor], torch.Tensor]) -> Values:
+    """The folded weight, packed, and the folded bias, both ahead of time."""
+    roles = [r for r in t if r in ("w", "bias") or r[0] == "c"]
+    values = [t[r] for r in roles]
+    weight = emit.constant(lambda *v: pack(_fold_constants(dict(zip(roles, v, strict=True)), p)[0]), *values)
+    has_bias = "bias" in t or bool(p["affine"])
+    bias = emit.constant(lambda *v: _fold_constants(dict(zip(roles, v, strict=True)), p)[1], *values) if has_bias else None
+    return {"x": t["x"], "w": weight, "bias": bias, **({"other": t["other"]} if "other" in t else {})}
+
+
+def _pack_conv(emit: Emitter, t: Values, p: Values) -> Values:
+    def pack(weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        size = None if p["dynamic_rows"] else list(p["size"])
+        return torch.ops.mkldnn._reorder_convolution_weight(
+            weight, p["padding"], p["stride"], p["dilation"], p["groups"], size
+        )
+
+    return _constants(emit, t, p, pack)
+
+
+def _fold(emit: Emitter, t: Values, p: Values) -> Values:
+    weight, bias = _folded(emit, t, p)
+    return {**t, "w": weight, "bias": _vector(emit, bias, p)}
+
+
+def _fold_1x1(emit: Emitter, t: Values, p: Values) -> Values:
+    t = _fold(emit, t, p)
+    return {**t, "w": emit.call(aten.reshape.default, t["w"], list(p["w_shape"][:2]))}
+
+
+def _conv(emit: Emitter, t: Values, p: Values) -> Any:
+    weight, bias = t["w"], t["bias"]
+    geometry = (list(p["padding"]), list(p["stride"]), list(p["dilation"]), p["groups"])
+    if p["binary"]:
+        return emit.call(ops.conv_binary, t["x"], t["other"], weight, bias, *geometry, p["binary"], p["act"])
+    return emit.call(ops.conv, t["x"], weight, bias, *geometry, _ATTR[p["act"]][0])
+
+
+def _rows(emit: Emitter, x: Any) -> Any:
+    """Channels-last (N, C, H, W) as (N*H*W, C): a view."""
+    return emit.call(aten.permute.default, x, [0, 2, 3, 1])
+
+
+def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
+    """A 1x1 convolution on channels-last data is a product over the channels; a stride only drops rows first."""
+    x, weight, bias = t["x"], t["w"], t["bias"]
+    for dim, step in zip((2, 3), p["stride"], strict=True):
+        x = x if step == 1 else emit.call(aten.slice.Tensor, x, dim, 0, 9223372036854775807, step)
+    rows = _rows(emit, x)
+    if p["binary"]:
+        y = emit.call(ops.linear_binary, rows, _rows(emit, t["other"]), weight, bias, p["binary"])
+    else:
+        y = emit.call(ops.linear, rows, weight, bias, *_ATTR[p["act"]])
+    return emit.call(aten.permute.default, y, [0, 3, 1, 2])
+
+
+def _pack_conv1x1(emit: Emitter, t: Values, p: Values) -> Values:
+    rows = None if p["dynamic_rows"] else p["rows"]
+    return _constants(
+        emit, t, p, lambda w: torch.ops.mkldnn._reorder_linear_weight(w.flatten(1).contiguous(), rows)
+    )  # fmt: skip
+
+
+class OneDNN:
+    name = "onednn"
+    kernels = {
+        kernel.name: kernel
+        for kernel in (
+            Kernel("onednn.linear", _linear, _plain),
+            Kernel("onednn.linear_packed", _linear, _pack_linear),
+            Kernel("onednn.merged_linear_packed", _merged, _pack_merged),
+            Kernel("onednn.conv", _conv, _fold),
+            Kernel("onednn.conv_packed", _conv, _pack_conv),
+            Kernel("onednn.conv1x1", _conv1x1, _fold_1x1),
+            Kernel("onednn.conv1x1_packed", _conv1x1, _pack_conv1x1),
+        )
+    }
+
+    def version(self) -> str:
+        return torch.__version__  # oneDNN is built into torch
+
+    def missing(self) -> str | None:
+        return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
+
+    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        if ctx.region.op not in ("linear", "merged_linear", "conv"):
+            return
+        name = f"onednn.{ctx.region.op}"
+        x = ctx.spec("x")
+        if x.device != "cpu":
+            yield ctx.reject(name, "device", f"oneDNN runs here on cpu, not {x.device}")
+        elif x.dtype not in ("float32", "bfloat16", "float16"):
+            yield ctx.reject(name, "dtype", f"no oneDNN kernel for {x.dtype}")
+        elif any(0 in spec.shape for spec in (*ctx.specs, *ctx.outputs)):
+            yield ctx.reject(name, "empty", "an input has no elements")
+        else:
+            dtypes = [x.dtype]
+            if x.dtype == "float32" and ctx.options.error_budget > 0:
+                dtypes.append("bfloat16")
+            for dtype in dtypes:
+                yield from self._linear(ctx, dtype) if ctx.region.op != "conv" else self._conv(ctx, dtype)
+
+    def _linear(self, ctx: SelectionContext, dtype: str) -> Iterable[Candidate | Rejection]:
+        merged = ctx.region.op == "merged_linear"
+        name = "onednn.merged_linear_packed" if merged else "onednn.linear_packed"
+        weights = [r for r in ctx.roles if r not in ("x", "other")]
+        if ctx.params.get("binary") and ctx.params.get("act"):
+            yield ctx.reject("onednn.linear", "epilogue", "a product ends with a residual or an activation, not both")
+            return
+        extra = {"vector_dtype": ctx.spec("x").dtype}
+        if not merged:
+            yield ctx.candidate(self.kernels["onednn.linear"], dtype, **extra)
+        if not all(r in ctx.frozen for r in weights):
+            yield ctx.reject(name, "weight_not_frozen", "a packed weight needs freeze=True and parameters")
+        else:
+            layouts = {r: "packed" for r in weights if r[0] == "w"}
+            yield ctx.candidate(self.kernels[name], dtype, layouts, **extra)
+
+    def _conv(self, ctx: SelectionContext, dtype: str) -> Iterable[Candidate | Rejection]:
+        if ctx.options.layout_mode == "strict":
+            yield ctx.reject("onednn.conv", "layout", "channels-last output, and layout_mode='strict' keeps eager's")
+            return
+        if ctx.params["act"] not in _CONV_ACTS or (ctx.params["binary"] and ctx.params["act"] not in (None, "relu")):
+            yield ctx.reject("onednn.conv", "epilogue", f"no fused {ctx.params['act']} after a convolution")
+            return
+        pointwise = ctx.spec("w").shape[2:] == (1, 1) and set(ctx.params["padding"]) == {0} and ctx.params["groups"] == 1
+        pointwise &= not (ctx.params["binary"] and ctx.params["act"])
+        layouts = {"x": "channels_last", "other": "channels_last"}
+        extra = {"vector_dtype": ctx.spec("x").dtype}
+        constants = [r for r in ctx.roles if r not in ("x", "other")]
+        frozen = all(r in ctx.frozen for r in constants)
+        for name, fits in (("onednn.conv", True), ("onednn.conv1x1", pointwise)):
+            if not fits:
+                yield ctx.reject(name, "shape", "not an unpadded, ungrouped 1x1 convolution with at most one epilogue")
+                continue
+            weight = {} if name == "onednn.conv1x1" else {"w": "channels_last"}
+            size = 4 if dtype == "float32" else 2
+            scaled = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
+            yield ctx.candidate(
+                self.kernels[name], dtype, {**layouts, **weight}, "channels_last", traffic=scaled, **extra
+            )  # fmt: skip
+            if frozen:
+                packed = self.kernels[f"{name}_packed"]
+                yield ctx.candidate(packed, dtype, {**layouts, "w": "packed"}, "channels_last", **extra)
+            else:
+                yield ctx.reject(f"{name}_packed", "weight_not_frozen", "a packed weight needs freeze=True and parameters")

@@ -1,0 +1,136 @@
+"""The command line: `lz`, or `python -m lz_compiler`. Data goes to stdout, everything else to stderr.
+
+Heavy imports are inside the commands, so that `lz --help` is immediate.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import LayerZeroError, OptionError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+cache_app = typer.Typer(no_args_is_help=True, help="Stored timings, device peaks and verdicts.")
+app.add_typer(cache_app, name="cache")
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CacheDir = Annotated[str | None, typer.Option(help="Folder of the timings store.")]
+Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="A LayerZero option, NAME=VALUE; repeatable.")]
+
+
+def main() -> None:
+    try:
+        app()
+    except LayerZeroError as error:
+        err.print(f"lz: {error}", style="red", markup=False)
+        raise SystemExit(2) from None
+
+
+def load_factory(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """MODULE:FACTORY, where FACTORY() returns (model, args, kwargs)."""
+    from importlib import import_module
+
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise OptionError(f"{spec!r} is not MODULE:FACTORY, for example lz_compiler.zoo:llama")
+    sys.path.insert(0, "")
+    try:
+        factory: Callable[[], Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"cannot load {spec!r}: {error}") from error
+    model, args, kwargs = factory()
+    return model, tuple(args), dict(kwargs or {})
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs, read as an environment variable of that name would be."""
+    from .options import parse_text
+
+    return {name: parse_text(name, value) for name, _, value in (p.partition("=") for p in pairs or [])}
+
+
+@app.command()
+def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
+    """Device, measured peaks, kernel libraries, caches; what is missing and why."""
+    from .api import doctor as report
+
+    result = report(cache_dir)
+    out.print(result.to_json() if as_json else str(result), markup=False)
+
+
+@app.command()
+def explain(factory: str, as_json: Json = False, option: Option = None, calls: int = 40) -> None:
+    """Compile what MODULE:FACTORY returns, run it CALLS times (the race needs some), and explain every choice."""
+    import torch
+
+    from . import api
+
+    model, args, kwargs = load_factory(factory)
+    options = parse_options(option)
+    with torch.no_grad():
+        compiled = api.compile(model, **options)
+        for _ in range(calls):
+            compiled(*args, **kwargs)
+    result = api.explain(compiled)
+    out.print(result.to_json() if as_json else str(result), markup=False)
+
+
+@app.command()
+def bench(factory: str, as_json: Json = False, option: Option = None, rounds: int = 15) -> None:
+    """Eager, Inductor and LayerZero on what MODULE:FACTORY returns, interleaved in one run."""
+    from .demo import measure_columns
+
+    model, args, kwargs = load_factory(factory)
+    columns = {"eager": None, "inductor": {}, "layerzero": parse_options(option)}
+    rows, _ = measure_columns(model, args, kwargs, columns, rounds, err.print)
+    if as_json:
+        out.print(json.dumps(rows, indent=2), markup=False)
+    else:
+        for name, row in rows.items():
+            out.print(f"{name:12s} {row['median_ms']:9.3f} ms   {rows['inductor']['median_ms'] / row['median_ms']:.2f}x of inductor's speed")
+
+
+@app.command()
+def demo(rounds: int = 15) -> None:
+    """Compile a Llama-shaped model with eager, Inductor and LayerZero, and show what was chosen and why."""
+    from .demo import run
+
+    run(out, err, rounds)
+
+
+@cache_app.command("ls")
+def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
+    """What is stored, by kind."""
+    from .backend import open_store
+    from .options import Options
+
+    store = open_store(cache_dir or Options.resolve().cache_dir)
+    counts: dict[str, int] = {}
+    for row in store.ls():
+        counts[row[0]] = counts.get(row[0], 0) + 1
+    if as_json:
+        out.print(json.dumps({"path": str(store.path) if store.path else None, "counts": counts}), markup=False)
+        return
+    out.print(f"{store.path or 'in memory only'}", markup=False)
+    for kind, count in sorted(counts.items()):
+        out.print(f"  {kind}: {count}")
+
+
+@cache_app.command("clear")
+def cache_clear(kind: Annotated[str | None, typer.Argument(help="timings, verdict, peaks; all if left out")] = None,
+                cache_dir: CacheDir = None) -> None:  # fmt: skip
+    """Forget stored facts, or one kind of them."""
+    from .backend import open_store
+    from .options import Options
+
+    removed = open_store(cache_dir or Options.resolve().cache_dir).clear(kind)
+    out.print(f"{removed} removed")
+
+

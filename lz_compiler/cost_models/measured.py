@@ -1,0 +1,65 @@
+"""Measured prices: what the timings store knows, and a measurement (within the budget) of what it does not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .. import backends
+from ..backends.base import SelectionContext
+from ..measure import measure, signature
+from ..target import environment
+from ..timings import Timing, TimingStore
+from ..types import Candidate, Cost, Rejection, Target
+from . import Priced
+from .roofline import Roofline, traffic_ns
+
+log = logging.getLogger(__name__)
+
+
+class Measured:
+    """Failures are facts too: a kernel that raised or was wrong stays rejected until its version or the machine changes.
+
+    What the budget does not reach is priced by the roofline, and not remembered.
+    """
+
+    def __init__(self, target: Target, store: TimingStore, budget_s: float) -> None:
+        self.target, self.store = target, store
+        self.deadline = time.perf_counter() + budget_s
+        self.roofline = Roofline(target)
+        self.environment = "|".join(f"{k}={v}" for k, v in sorted(environment(target.device).items()))
+        self.versions = {name: b.version() for b in backends.all_backends().values() for name in b.kernels}
+        self.measured = 0
+
+    def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
+        keys = [signature(ctx, c, self.environment, self.versions[c.kernel]) for c in candidates]
+        known = self.store.get_many(keys)
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        if missing and time.perf_counter() < self.deadline:
+            found = measure(ctx, [candidates[i] for i in missing], self.deadline)
+            fresh = [
+                Timing(
+                    key=keys[missing[j]], kernel=candidates[missing[j]].kernel, ns=m.ns, spread=m.spread,
+                    samples=m.samples, error=m.error, epsilon=m.epsilon, detail=ctx.region.op,
+                )
+                for j, m in found.items()
+            ]  # fmt: skip
+            self.measured += len(fresh)
+            self.store.put_many(fresh)
+            known |= {t.key: t for t in fresh}
+        return [self._priced(ctx, c, key, known.get(key)) for c, key in zip(candidates, keys, strict=True)]
+
+    def _priced(self, ctx: SelectionContext, candidate: Candidate, key: str, timing: Timing | None) -> Priced:
+        if timing is None:
+            if dict(candidate.params).get("as_is"):  # the graph as it stands must always have a price
+                return candidate, self.roofline.cost(ctx, candidate)
+            return Rejection(candidate.kernel, "not_measured", "the measuring budget was spent before its turn")
+        if timing.ns is None and dict(candidate.params).get("as_is"):
+            return candidate, self.roofline.cost(ctx, candidate)
+        if timing.ns is None:
+            code, _, detail = (timing.error or "failed").partition(":")
+            return Rejection(candidate.kernel, "failed" if code not in ("wrong", "nan") else code, detail.strip() or code)
+        extra = traffic_ns(self.target, int(dict(candidate.params).get("traffic", 0)))  # type: ignore[call-overload]
+        return replace(candidate, key=key, epsilon=timing.epsilon), Cost(timing.ns + extra, "measured", timing.spread)

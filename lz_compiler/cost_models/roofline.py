@@ -1,0 +1,83 @@
+"""The roofline model (Williams, Waterman, Patterson, CACM 2009): time = max(flops / peak rate, bytes / bandwidth) + launch.
+
+It also prices what is never measured alone: loops that TorchInductor fuses, and conversions between formats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..backends.base import SelectionContext
+from ..types import Candidate, Cost, Format, Target, TensorSpec
+from . import Priced
+
+# Operators whose arithmetic does not hide behind memory traffic in a fused loop.
+TRANSCENDENTAL = frozenset(("exp", "erf", "tanh", "sigmoid", "log", "pow", "sin", "cos", "expm1", "log1p", "gelu", "silu"))
+
+
+def itemsize(dtype: str) -> int:
+    value = getattr(torch, dtype)
+    return int(value.itemsize)
+
+
+def bytes_of(spec: TensorSpec, dtype: str | None = None) -> int:
+    """Bytes that one pass over the tensor moves; an expanded dimension is read once."""
+    elements = math.prod(1 if stride == 0 else size for size, stride in zip(spec.shape, spec.stride, strict=False))
+    return elements * itemsize(dtype or spec.dtype)
+
+
+def flops_of(ctx: SelectionContext) -> int:
+    """Multiply-adds count as two."""
+    out = math.prod(ctx.outputs[0].shape)
+    match ctx.region.op:
+        case "linear":
+            return 2 * out * ctx.spec("x").shape[-1]
+        case "merged_linear":
+            return 2 * ctx.spec("x").shape[0] * ctx.spec("x").shape[-1] * sum(ctx.params["widths"])
+        case "bmm":
+            return 2 * out * ctx.spec("a").shape[-1]
+        case "conv":
+            return 2 * out * math.prod(ctx.spec("w").shape[1:])
+        case "attention":
+            keys, size = ctx.spec("k").shape[-2:]
+            return 2 * math.prod(ctx.spec("q").shape[:-1]) * keys * (size + ctx.spec("v").shape[-1])
+    return out
+
+
+def traffic_ns(target: Target, nbytes: float) -> int:
+    return round(nbytes / target.bandwidth * 1e9)
+
+
+class Roofline:
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
+        return [(candidate, self.cost(ctx, candidate)) for candidate in candidates]
+
+    def cost(self, ctx: SelectionContext, candidate: Candidate) -> Cost:
+        formats = (*candidate.in_formats, *candidate.out_formats)
+        moved = sum(bytes_of(s, f.dtype) for s, f in zip((*ctx.specs, *ctx.outputs), formats, strict=True))
+        moved += int(dict(candidate.params).get("traffic", 0))  # type: ignore[call-overload]
+        rate = self.target.flops.get(candidate.in_formats[0].dtype, self.target.flops["float32"])
+        ns = max(flops_of(ctx) / rate * 1e9, moved / self.target.bandwidth * 1e9) + self.target.launch_ns
+        return Cost(max(1, round(ns)), "roofline")
+
+    def fused(self, op: str, out: TensorSpec) -> Cost:
+        """One node inside a fused loop: its reads and writes are priced as conversions, here is its arithmetic."""
+        elements = math.prod(out.shape)
+        return Cost(round(elements / self.target.flops["transcendental"] * 1e9) if op in TRANSCENDENTAL else 0, "roofline")
+
+    def extern(self, specs: Sequence[TensorSpec]) -> Cost:
+        """A call that has no alternative: its traffic, so that the plan's total is not blind to it."""
+        return Cost(traffic_ns(self.target, sum(map(bytes_of, specs))) + self.target.launch_ns, "assumed")
+
+    def conversion(self, spec: TensorSpec, src: Format, dst: Format) -> Cost:
+        """Bytes read and written; entering or leaving a fused loop costs one side only, a change of layout strides."""
+        sides = [bytes_of(spec, f.dtype) for f in (src, dst) if not f.layout.startswith("fused")]
+        strided = ("channels_last" in src.layout) != ("channels_last" in dst.layout)
+        alone = 0 if "fused" in src.layout or "fused" in dst.layout else self.target.launch_ns
+        return Cost(traffic_ns(self.target, sum(sides) * (2 if strided else 1)) + alone, "roofline")

@@ -1,0 +1,34 @@
+"""Errors that a user can cause or fix. Each message says what was given, what is allowed, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LayerZeroError(Exception):
+    """Base of every error that LayerZero raises on purpose."""
+
+
+class OptionError(LayerZeroError, ValueError):
+    """An option, mode or value that does not exist."""
+
+
+class TorchVersionError(LayerZeroError, ImportError):
+    """The installed torch is outside the supported range."""
+
+
+class PlanError(LayerZeroError, ValueError):
+    """A plan that cannot be read, or does not belong to this graph or machine."""
+
+
+class SolverError(LayerZeroError, RuntimeError):
+    """No valid plan exists for the problem as posed."""
+
+
+def unknown(what: str, given: object, allowed: Iterable[str]) -> str:
+    """A message for a wrong name, with the nearest right one."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {given!r}.{hint} Allowed: {', '.join(names)}."

@@ -1,0 +1,147 @@
+"""Reports: what was planned, why, what was decided against, and how the prediction compares with the clock.
+
+One Report is text (`str`), JSON (`to_json`) and a rich display; the text is made from the same data as the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .problem import LOOP
+from .types import Choice, Plan
+
+if TYPE_CHECKING:
+    from .backend import GraphRecord
+
+MAX_REJECTIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Sections of plain data with a title each."""
+
+    title: str
+    data: Mapping[str, Any]
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join((self.title, *self.lines))
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.data, indent=indent, sort_keys=True)
+
+    def __rich__(self) -> str:
+        from rich.markup import escape
+
+        return escape(str(self))
+
+
+def milliseconds(ns: float) -> str:
+    return f"{ns / 1e6:.3f} ms"
+
+
+def describe_choice(choice: Choice, count: int = 1) -> dict[str, Any]:
+    c = choice.candidate
+    runner_up = choice.alternatives[0] if choice.alternatives else None
+    return {
+        "op": c.region.op, "kernel": c.kernel, "count": count, "nodes": list(c.region.nodes),
+        "formats": [[str(f) for f in c.in_formats], [str(f) for f in c.out_formats]],
+        "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "epsilon": c.epsilon,
+        "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
+        "runner_up": runner_up and {
+            "kernel": runner_up[0].kernel, "cost_ns": runner_up[1].ns, "source": runner_up[1].source,
+            "nodes": list(runner_up[0].region.nodes),
+        },
+        "rejections": [{"kernel": r.kernel, "code": r.code, "detail": r.detail} for r in choice.rejections],
+    }  # fmt: skip
+
+
+def _grouped(choices: Sequence[Choice]) -> Iterator[tuple[Choice, int]]:
+    """Choices of repeated layers shown once, with their number."""
+    groups: dict[object, list[Choice]] = {}
+    for choice in choices:
+        if choice.candidate.kernel != LOOP:
+            c = choice.candidate
+            groups.setdefault((c.kernel, c.key or c.region.nodes, c.in_formats, c.out_formats), []).append(choice)
+    for members in groups.values():
+        yield members[0], len(members)
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    loops = [c for c in plan.choices if c.candidate.kernel == LOOP]
+    return {
+        "kind": plan.kind, "fingerprint": plan.fingerprint, "environment": dict(plan.environment),
+        "status": str(plan.status), "solver": plan.solver, "objective_ns": plan.objective, "bound_ns": plan.bound,
+        "gap": plan.gap, "plan_s": plan.plan_s, "epsilon": plan.epsilon, "notes": list(plan.notes),
+        "regions": [describe_choice(choice, n) for choice, n in _grouped(plan.choices)],
+        "fused_nodes": len(loops),
+        "conversions": {
+            "count": len(plan.conversions), "cost_ns": sum(cost.ns for _, cost in plan.conversions),
+            "kinds": dict(Counter(f"{c.src} -> {c.dst}" for c, _ in plan.conversions)),
+        },
+    }  # fmt: skip
+
+
+def _plan_lines(plan: Plan) -> Iterator[str]:
+    d = describe_plan(plan)
+    yield (
+        f"  {plan.kind} graph: {milliseconds(plan.objective)} predicted, {plan.status} by {plan.solver} "
+        f"(bound {milliseconds(plan.bound)}, gap {plan.gap:.1%}), planned in {plan.plan_s:.2f} s"
+    )
+    for r in d["regions"]:
+        epilogue = f" + {' + '.join(r['epilogue'])}" if r["epilogue"] else ""
+        times = f"{r['count']}x " if r["count"] > 1 else ""
+        yield f"    {times}{r['op']}{epilogue}: {r['kernel']}  {milliseconds(r['cost_ns'])} ({r['source']}, +-{milliseconds(r['spread_ns'])})"
+        up = r["runner_up"]
+        if up:
+            wider = "" if up["nodes"] == r["nodes"] else f" for {len(up['nodes'])} nodes instead of {len(r['nodes'])}"
+            yield f"        before {up['kernel']}{wider}  {milliseconds(up['cost_ns'])} ({up['source']})"
+        for x in r["rejections"][:MAX_REJECTIONS]:
+            yield f"        not {x['kernel']}: {x['code']}: {x['detail']}"
+        if len(r["rejections"]) > MAX_REJECTIONS:
+            yield f"        and {len(r['rejections']) - MAX_REJECTIONS} more rejections (see the JSON)"
+    yield f"    {d['fused_nodes']} nodes in loops fused by TorchInductor"
+    for kind, count in d["conversions"]["kinds"].items():
+        if "fused" not in kind:
+            yield f"    {count}x conversion {kind}"
+
+
+def describe_record(record: GraphRecord) -> dict[str, Any]:
+    predicted = sum(p.objective for p in record.plans) / 1e9
+    measured = record.times.get("layerzero")
+    return {
+        "graph": record.compile_id, "key": record.key, "winner": record.winner, "decided": record.decided,
+        "times_s": dict(record.times), "predicted_s": predicted, "measured_s": measured,
+        "additive_error": (measured - predicted) / measured if measured else None,
+        "error": record.error, "error_budget": record.options.error_budget, "notes": list(record.notes),
+        "plans": [describe_plan(p) for p in record.plans],
+    }  # fmt: skip
+
+
+def _record_lines(record: GraphRecord) -> Iterator[str]:
+    d = describe_record(record)
+    state = "runs" if record.decided else "race not decided yet (it runs over the first calls); in the lead:"
+    yield f"graph {record.compile_id}: {state} {record.winner}"
+    for name, seconds in sorted(record.times.items(), key=lambda item: item[1]):
+        yield f"  {name}: {seconds * 1e3:.3f} ms a call, measured end to end"
+    if d["additive_error"] is not None:
+        yield f"  predicted {d['predicted_s'] * 1e3:.3f} ms, measured {d['measured_s'] * 1e3:.3f} ms: {d['additive_error']:+.1%} not explained by the prices"
+    if record.error is not None:
+        yield f"  measured error {record.error:.2e} within a budget of {record.options.error_budget:g}"
+    yield from (f"  note: {note}" for note in record.notes)
+    for plan in record.plans:
+        yield from _plan_lines(plan)
+
+
+def explain_records(records: Sequence[GraphRecord]) -> Report:
+    title = f"LayerZero: {len(records)} graph{'s' if len(records) != 1 else ''}"
+    lines = tuple(line for record in records for line in _record_lines(record))
+    return Report(title, {"graphs": [describe_record(r) for r in records]}, lines)
+
+
+def explain_plan(plan: Plan) -> Report:
+    return Report("LayerZero: one plan", describe_plan(plan), tuple(_plan_lines(plan)))

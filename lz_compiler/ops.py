@@ -1,0 +1,159 @@
+"""LayerZero's operators: one per kernel that a plan may place in a graph.
+
+Each is a thin name over a vendor's operator. Inductor lowers it to a direct call of that operator with an explicit input
+layout (torch_private.lower_to), so at run time nothing of LayerZero stands between kernels. Run eagerly, they do the same.
+Importing this module registers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import torch_private
+
+mkldnn = torch.ops.mkldnn
+aten = torch.ops.aten
+
+_lib = torch.library.Library("lz", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.split("(")[0]
+    _lib.define(schema, tags=_TAGS)
+    # Every backend key: a packed weight is an opaque oneDNN tensor and dispatches on its own key.
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lz::{name}", fake, lib=_lib)
+    return getattr(torch.ops.lz, name).default
+
+
+# --- products: x (..., K) with weight (N, K), plain or packed ---------------------------------------------------------
+
+
+def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_binary_fake(x: Tensor, other: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_run(x: Tensor, weight: Tensor, bias: Tensor | None, attr: str, algorithm: str) -> Tensor:
+    return mkldnn._linear_pointwise(x.contiguous(), weight, bias, attr, [], algorithm)
+
+
+def _linear_binary_run(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, attr: str) -> Tensor:
+    return mkldnn._linear_pointwise.binary(x.contiguous(), other.contiguous(), weight, bias, attr)
+
+
+linear = _define("linear(Tensor x, Tensor weight, Tensor? bias, str attr, str algorithm) -> Tensor", _linear_run, _linear_fake)
+linear_binary = _define(
+    "linear_binary(Tensor x, Tensor other, Tensor weight, Tensor? bias, str attr) -> Tensor",
+    _linear_binary_run,
+    _linear_binary_fake,
+)
+if torch.backends.mkl.is_available():
+    mkl_linear = _define(
+        "mkl_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias, int rows) -> Tensor",
+        lambda x, packed, weight, bias, rows: torch.ops.mkl._mkl_linear(x.contiguous(), packed, weight, bias, rows),
+        lambda x, packed, weight, bias, rows: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    )
+
+
+# --- convolutions: x (N, C, H, W), channels last in and out -----------------------------------------------------------
+
+
+def _conv_shape(x: Tensor, weight: Tensor, padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[Any]:
+    spatial = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    return [x.shape[0], weight.shape[0], *spatial]
+
+
+def _conv_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], stride: list[int], dilation: list[int], *_: Any
+) -> Tensor:
+    shape = _conv_shape(x, weight, padding, stride, dilation)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _conv_binary_fake(x: Tensor, other: Tensor, *rest: Any) -> Tensor:
+    return _conv_fake(x, *rest)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+_CONV = "Tensor weight, Tensor? bias, int[] padding, int[] stride, int[] dilation, int groups, str attr"
+conv = _define(
+    f"conv(Tensor x, {_CONV}) -> Tensor",
+    lambda x, w, b, padding, stride, dilation, groups, attr: mkldnn._convolution_pointwise(
+        _nhwc(x), w, b, padding, stride, dilation, groups, attr, [], ""
+    ),
+    _conv_fake,
+)
+conv_binary = _define(
+    f"conv_binary(Tensor x, Tensor other, {_CONV}, str? unary) -> Tensor",
+    lambda x, other, w, b, padding, stride, dilation, groups, attr, unary: mkldnn._convolution_pointwise.binary(
+        _nhwc(x), _nhwc(other), w, b, padding, stride, dilation, groups, attr, None, unary, [], ""
+    ),
+    _conv_binary_fake,
+)
+
+
+# --- attention: q (B, H, Q, D), k and v (B, G, K, D); kept whole until the plan decides --------------------------------
+
+_SDPA = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa"
+
+
+def _sdpa_run(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+sdpa = _define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run)
+
+
+def _sdpa_math(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return _sdpa_run(q, k, v, mask, is_causal, scale, enable_gqa)
+
+
+sdpa_math = _define(
+    f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1]))
+)
+
+
+def register_lowerings() -> None:
+    """Tell Inductor what each operator becomes. Called once, by the backend (it imports Inductor)."""
+    lower, fake = torch_private.lower_to, torch_private.ensure_fake
+    fake(mkldnn._linear_pointwise.binary, _linear_binary_fake)
+    fake(mkldnn._convolution_pointwise.binary, _conv_binary_fake)
+    lower(
+        linear, mkldnn._linear_pointwise.default,
+        lambda put, x, w, b, attr, algorithm: (put.contiguous(x), w, b, attr, [], algorithm),
+    )  # fmt: skip
+    lower(
+        linear_binary, mkldnn._linear_pointwise.binary,
+        lambda put, x, other, w, b, attr: (put.contiguous(x), put.contiguous(other), w, b, attr),
+    )  # fmt: skip
+    lower(
+        conv, mkldnn._convolution_pointwise.default,
+        lambda put, x, w, b, padding, stride, dilation, groups, attr: (
+            put.channels_last(x), put.weight(w), b, padding, stride, dilation, groups, attr, [], ""),
+    )  # fmt: skip
+    lower(
+        conv_binary, mkldnn._convolution_pointwise.binary,
+        lambda put, x, other, w, b, padding, stride, dilation, groups, attr, unary: (
+            put.channels_last(x), put.channels_last(other), put.weight(w), b, padding, stride, dilation, groups, attr, None, unary, [], ""),
+    )  # fmt: skip

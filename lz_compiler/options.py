@@ -1,0 +1,181 @@
+"""Every option, once. The documentation's table, the environment names and the checks are read off this dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from .errors import OptionError, unknown
+
+PREFIX = "LAYERZERO_"
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_BOOLS = {"1": True, "true": True, "0": False, "false": False}
+_warned: set[str] = set()
+
+
+def _option(
+    default: Any, text: str, *, choices: tuple[str, ...] = (), below: float = 1e9, plans: bool = True, own: bool = True
+) -> Any:
+    """A field: `choices` are its allowed names, `below` a number's upper limit, `plans` whether it changes what is
+    planned, `own` whether it can be set in the options dict and the environment."""
+    metadata = {"help": text, "choices": choices, "below": below, "plans": plans, "own": own}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a user may ask for. Hashable; every instance is valid, whichever way it was made."""
+
+    cost_model: str = _option(
+        "measured", "where prices come from; plugins may register further names", choices=("measured", "roofline")
+    )
+    solver: str = _option(
+        "cp_sat", "what solves for the plan", choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive")
+    )
+    layout_mode: str = _option(
+        "adapt", "`adapt` may convert layouts between kernels, `strict` keeps eager's", choices=("adapt", "strict")
+    )
+    error_budget: float = _option(0.0, "relative error that a plan may add; 0 allows lossless kernels only", below=1.0)
+    freeze: bool = _option(False, "weights never change, so they may be packed, merged and folded")
+    backends: tuple[str, ...] | None = _option(
+        None, "kernel libraries that may be used (list, or names with commas); None is all"
+    )
+    cudagraphs: bool = _option(False, "run inside CUDA graphs, and price plans without host overhead")
+    measure_budget_s: float = _option(30.0, "seconds that measuring one graph's kernels may take", plans=False)
+    solve_budget_s: float = _option(10.0, "seconds that solving one graph may take", plans=False)
+    memory_limit: int | None = _option(None, "bytes of scratch memory that a plan may use; None is no limit")
+    deterministic: bool = _option(False, "only kernels that give the same bits on each run")
+    race: bool = _option(True, "compare plans end to end on the first real calls; False trusts the prices")
+    cache_dir: str | None = _option(
+        None, "directory of the timings store; None is the user cache directory", plans=False
+    )
+    mode: str = _option("default", "torch.compile's `mode`", choices=MODES, own=False)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _checked(field, getattr(self, field.name), f"option {field.name!r}")
+            object.__setattr__(self, field.name, value)
+
+    @staticmethod
+    def resolve(options: Mapping[str, object] | None = None, mode: str | None = None) -> Options:
+        """The options in force: the given ones, else LAYERZERO_<NAME> from the environment, else the defaults."""
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options is {options!r}. Give a dict of option names to values.")
+        given = dict(options or {})
+        settable = {f.name: f for f in dataclasses.fields(Options) if f.metadata["own"]}
+        for name in given:
+            if name == "mode":
+                raise OptionError("'mode' is not an option. Give it to torch.compile as mode=...")
+            if name not in settable:
+                raise OptionError(unknown("option", name, settable))
+        _warn_unknown(settable)
+        values: dict[str, Any] = {} if mode is None else {"mode": mode}
+        for name, field in settable.items():
+            variable = PREFIX + name.upper()
+            text = os.environ.get(variable, "").strip()
+            if name in given:
+                values[name] = given[name]
+            elif text:  # empty counts as not set, as is usual in shells
+                where = f"environment variable {variable}"
+                values[name] = _checked(field, _parsed(field, text, where), where)
+        return Options(**values)
+
+    def key(self) -> str:
+        """Short and stable: equal for options that lead to the same plans."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["plans"]}
+        if self.backends is not None:  # an allow-list has no order
+            values["backends"] = sorted(self.backends)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def option_table() -> list[tuple[str, str, str, str]]:
+    """(name, type or allowed names, default, help) of each option that can be set, for the documentation."""
+    rows = []
+    for field in dataclasses.fields(Options):
+        if field.metadata["own"]:
+            kind = " | ".join(field.metadata["choices"]) or str(field.type)
+            rows.append((field.name, kind, str(field.default), str(field.metadata["help"])))
+    return rows
+
+
+def _warn_unknown(settable: Mapping[str, object]) -> None:
+    """A misspelt variable would be ignored silently. Only a warning: the name may be somebody else's."""
+    allowed = [PREFIX + name.upper() for name in settable]
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in allowed and name not in _warned:
+            _warned.add(name)
+            warnings.warn(f"ignored: {unknown('environment variable', name, allowed)}", stacklevel=3)
+
+
+def _parsed(field: dataclasses.Field[Any], text: str, where: str) -> object:
+    """An environment variable's text as a value of the field's type, not yet checked."""
+    kind = str(field.type)
+    if kind == "bool":
+        if text.lower() not in _BOOLS:
+            raise OptionError(f"{where} is {text!r}. Allowed: 1, 0, true, false.")
+        return _BOOLS[text.lower()]
+    number = {"float": float, "int | None": int}.get(kind)
+    if number is None:
+        return text
+    try:
+        return number(text)
+    except ValueError:
+        raise OptionError(f"{where} is {text!r}. {_expected(field)}") from None
+
+
+def _expected(field: dataclasses.Field[Any]) -> str:
+    """What a field takes, as the end of an error message."""
+    kind, below = str(field.type), field.metadata["below"]
+    if kind == "float":
+        return f"Give a number, at least 0 and below {below:g}."
+    return {
+        "bool": "Give True or False.",
+        "int | None": "Give a whole number of bytes above 0, or None.",
+        "tuple[str, ...] | None": "Give a list of backend names, a string of names with commas between, or None.",
+        "str | None": "Give a path, or None.",
+        "str": f"Give one of: {', '.join(field.metadata['choices'])}.",
+    }[kind]
+
+
+def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object:
+    """The value in its normal form, or an OptionError."""
+    kind = str(field.type)
+    wrong = OptionError(f"{where} is {value!r}. {_expected(field)}")
+    if value is None and kind.endswith("| None"):
+        return None
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        if 0 <= value < field.metadata["below"]:
+            return abs(float(value))  # abs: -0.0 would be a second key for the same options
+        raise wrong
+    if kind == "int | None" and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if kind == "str | None" and isinstance(value, str | os.PathLike) and str(value):
+        return str(os.fspath(value))
+    if kind == "tuple[str, ...] | None" and isinstance(value, str | list | tuple):
+        names = value.split(",") if isinstance(value, str) else value
+        if all(isinstance(name, str) and name.strip() for name in names):
+            return tuple(dict.fromkeys(name.strip() for name in names))
+        raise wrong
+    if kind == "str" and isinstance(value, str):
+        _check_name(field, value, where)
+        return value
+    raise wrong
+
+
+def _check_name(field: dataclasses.Field[Any], value: str, where: str) -> None:
+    choices = field.metadata["choices"]
+    if value in choices:
+        return
+    if field.name == "cost_model":  # asked only here: reading every package's entry points takes milliseconds
+        choices = (*choices, *entry_points(group="lz_compiler.cost_models").names)
+    if value not in choices:
+        raise OptionError(f"{where}: {unknown(field.name, value, choices)}")

@@ -1,0 +1,348 @@
+"""Recognition: which regions of a graph have a meaning that some kernel computes whole.
+
+Activations are patterns in the sense of design: small Python functions, traced with Inductor's own decompositions so that
+they look like the graph they are searched in. What surrounds them (products, convolutions, per-channel steps, residuals,
+attention with grouped heads) is read off the graph by following edges.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from . import ops, semantics, torch_private
+from .backends.base import SelectionContext
+from .capture import RESHAPES, GraphView, dtype_name, is_dynamic, spec_of, tensor_value
+from .options import Options
+from .types import Region
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+# --- activations --------------------------------------------------------------------------------------------------------
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """The tanh approximation as written out by hand in GPT-2 and its descendants (Hendrycks & Gimpel 2016, eq. 2)."""
+    return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+PATTERNS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
+    *semantics.ACTIVATIONS.items(),
+    ("gelu_tanh", gelu_new),
+)
+
+
+@functools.cache
+def _traced(dtype: torch.dtype) -> tuple[tuple[str, fx.Node], ...]:
+    """(name, output node) of each activation, decomposed as Inductor would for this dtype."""
+    table = torch_private.decompositions()
+    with torch_private.real_tensors():
+        graphs = [(name, make_fx(_unary(fn), decomposition_table=table)(torch.ones(2, 3, dtype=dtype))) for name, fn in PATTERNS]
+    return tuple((name, gm.graph.output_node().args[0]) for name, gm in graphs)
+
+
+def _unary(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` with one argument only: make_fx traces every parameter it sees."""
+    return lambda x: fn(x)
+
+
+def _same(pattern: Any, node: Any, found: dict[Any, Any]) -> bool:
+    """Structural equality of a pattern and a graph's node; `found` binds pattern nodes to graph nodes."""
+    if not isinstance(pattern, fx.Node):
+        if isinstance(pattern, (list, tuple)) and isinstance(node, (list, tuple)) and len(pattern) == len(node):
+            return all(_same(p, n, found) for p, n in zip(pattern, node, strict=True))
+        if isinstance(pattern, float) and isinstance(node, (int, float)):
+            return abs(pattern - node) <= 1e-6 * abs(pattern)
+        return bool(pattern == node)
+    if not isinstance(node, fx.Node):
+        return False
+    if pattern in found:
+        return found[pattern] is node
+    found[pattern] = node
+    if pattern.op == "placeholder":
+        return True
+    return pattern.target is node.target and _same(pattern.args, node.args, found) and pattern.kwargs == node.kwargs
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    name: str
+    source: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+
+def activation(node: fx.Node) -> Iterator[Activation]:
+    """The activations whose last node is `node`."""
+    value = tensor_value(node)
+    if node.op != "call_function" or value is None or not value.dtype.is_floating_point:
+        return
+    for name, output in _traced(value.dtype):
+        found: dict[Any, Any] = {}
+        if output.target is node.target and _same(output, node, found):
+            source = next(n for p, n in found.items() if p.op == "placeholder")
+            yield Activation(name, source, tuple(n for p, n in found.items() if p.op != "placeholder"))
+            return
+
+
+# --- regions ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A region under construction: what it covers, what it reads by role, and its parameters."""
+
+    op: str
+    nodes: list[fx.Node]
+    inputs: dict[str, fx.Node]
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> fx.Node:
+        return self.nodes[-1]
+
+    def extended(self, nodes: Sequence[fx.Node], inputs: dict[str, fx.Node] | None = None, **params: Any) -> _Draft:
+        return _Draft(self.op, [*self.nodes, *nodes], {**self.inputs, **(inputs or {})}, {**self.params, **params})
+
+
+class Recogniser:
+    """Finds regions in one graph. `regions()` yields a SelectionContext for each; they overlap, the solver chooses."""
+
+    def __init__(self, view: GraphView, options: Options) -> None:
+        self.view, self.options = view, options
+        self.activations: dict[fx.Node, Activation] = {}
+        for node in view.nodes:
+            for found in activation(node):
+                self.activations[view.base(found.source)] = found
+
+    def regions(self) -> Iterator[SelectionContext]:
+        linears: list[_Draft] = []
+        for node in self.view.nodes:
+            if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+                continue
+            draft = self._core(node)
+            if draft is None:
+                continue
+            yield self._context(draft, default=True)
+            for longer in self._longer(draft):
+                yield self._context(longer)
+            if draft.op == "linear":
+                linears.append(draft)
+        if self.options.freeze:
+            for merged in self._merged(linears):
+                yield self._context(merged)
+
+    def _core(self, node: fx.Node) -> _Draft | None:
+        if node.target in (aten.mm.default, aten.addmm.default):
+            return self._linear(node)
+        if node.target is aten.bmm.default:
+            return _Draft("bmm", [node], {"a": node.args[0], "b": node.args[1]})  # type: ignore[dict-item]
+        if node.target is aten.convolution.default:
+            return self._conv(node)
+        if node.target is ops.sdpa:
+            return self._attention(node)
+        return None
+
+    def _linear(self, node: fx.Node) -> _Draft | None:
+        *bias, x, right = node.args
+        if node.kwargs or not isinstance(x, fx.Node) or not isinstance(right, fx.Node):
+            return None  # addmm with beta or alpha is not a linear layer
+        inputs, transposed = {"x": x, "w": right}, True
+        if right.target is aten.permute.default and right.args[1] == [1, 0]:
+            inputs, transposed = {"x": x, "w": right.args[0]}, False  # type: ignore[dict-item]
+        if bias:
+            value = tensor_value(bias[0])
+            if value is None or value.dim() != 1:
+                return None
+            inputs["bias"] = bias[0]  # type: ignore[assignment]
+        rows = x.meta["val"].shape[0]
+        width = node.meta["val"].shape[1]
+        if not isinstance(width, int):
+            return None  # a weight has a fixed number of rows
+        params = {"transposed": transposed, "rows": spec_of(x.meta["val"]).shape[0], "width": width, "act": None, "binary": None}
+        return _Draft("linear", [node], inputs, {**params, "dynamic_rows": not isinstance(rows, int), "out_reshape": ""})
+
+    def _conv(self, node: fx.Node) -> _Draft | None:
+        x, w, bias, stride, padding, dilation, transposed, _, groups = node.args
+        value = tensor_value(x)
+        if transposed or value is None or value.dim() != 4 or not all(isinstance(p, int) for p in padding):  # type: ignore[union-attr]
+            return None
+        inputs = {"x": x, "w": w, **({"bias": bias} if bias is not None else {})}
+        rows = self.view.spec(node).shape
+        params = {
+            "stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups,  # type: ignore[arg-type]
+            "size": spec_of(value).shape, "w_shape": self.view.spec(w).shape, "affine": (), "act": None, "binary": None,  # type: ignore[arg-type]
+            "rows": rows[0] * rows[2] * rows[3], "dynamic_rows": is_dynamic(value),
+        }  # fmt: skip
+        return _Draft("conv", [node], inputs, params)  # type: ignore[arg-type]
+
+    def _attention(self, node: fx.Node) -> _Draft:
+        q, k, v, mask, causal, scale, gqa = node.args
+        inputs = {"q": q, "k": k, "v": v, **({"mask": mask} if mask is not None else {})}
+        dynamic = any(is_dynamic(n.meta["val"]) for n in inputs.values())  # type: ignore[union-attr]
+        return _Draft("attention", [node], inputs, {"causal": causal, "scale": scale, "gqa": gqa, "dynamic_rows": dynamic})  # type: ignore[arg-type]
+
+    # What may follow, absorbed step by step; each step yields a longer region.
+
+    def _longer(self, draft: _Draft) -> Iterator[_Draft]:
+        if draft.op == "attention":
+            grouped = self._grouped_heads(draft)
+            if grouped is not None:
+                yield grouped
+        elif draft.op == "linear":
+            yield from self._epilogues(draft)
+        elif draft.op == "conv":
+            yield from self._conv_epilogues(draft)
+
+    def _only_reader(self, draft: _Draft) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes that read the draft's result, through reshapes, and these reshapes."""
+        reshapes: list[fx.Node] = []
+        pending, readers = [draft.root], []
+        while pending:
+            for user in pending.pop().users:
+                if user.op == "call_function" and user.target in RESHAPES:
+                    reshapes.append(user)
+                    pending.append(user)
+                else:
+                    readers.append(user)
+        return list(dict.fromkeys(readers)), reshapes
+
+    def _with_activation(self, draft: _Draft) -> _Draft | None:
+        found = self.activations.get(self.view.base(draft.root))
+        readers, reshapes = self._only_reader(draft)
+        if found is None or not readers or not set(readers) <= set(found.nodes):
+            return None
+        inside = set(found.nodes)
+        if any(user not in inside for n in found.nodes if n is not found.nodes[0] for user in n.users):
+            return None
+        last = found.nodes[0]
+        order = sorted([*reshapes, *inside - {last}], key=self.view.position.__getitem__)
+        return draft.extended([*order, last], act=found.name, **self._reshaped(draft, found.source))
+
+    def _with_binary(self, draft: _Draft) -> Iterator[_Draft]:
+        readers, reshapes = self._only_reader(draft)
+        if len(readers) != 1 or readers[0].target not in (aten.add.Tensor, aten.mul.Tensor) or readers[0].kwargs:
+            return
+        (reader,) = readers
+        mine = [i for i, arg in enumerate(reader.args) if isinstance(arg, fx.Node) and self.view.base(arg) is self.view.base(draft.root)]
+        if len(mine) != 1 or not isinstance(reader.args[1 - mine[0]], fx.Node):
+            return
+        other = reader.args[1 - mine[0]]
+        value, whole, out = other.meta["val"], reader.args[mine[0]].meta["val"], reader.meta["val"]  # type: ignore[union-attr]
+        if not isinstance(value, Tensor) or value.shape != whole.shape or out.dtype != whole.dtype or value.dtype != out.dtype:
+            return
+        reshapes = sorted(reshapes, key=self.view.position.__getitem__)
+        name = reader.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        shape = self._reshaped(draft, reader.args[mine[0]])
+        yield draft.extended([*reshapes, reader], {"other": other}, binary=name, **shape)  # type: ignore[dict-item]
+
+    def _reshaped(self, draft: _Draft, source: Any) -> dict[str, Any]:
+        """The reshape between a product and what absorbs it: the result needs the same shape."""
+        return {} if source is draft.root or "out_reshape" not in draft.params else {"out_reshape": source.name}
+
+    def _epilogues(self, draft: _Draft) -> Iterator[_Draft]:
+        act = self._with_activation(draft)
+        if act is not None:
+            yield act
+        yield from self._with_binary(draft)
+
+    def _conv_epilogues(self, draft: _Draft) -> Iterator[_Draft]:
+        steps = [draft, *self._affine(draft)]
+        for i, step in enumerate(steps):
+            if i:
+                yield step
+            act = self._with_activation(step)
+            if act is not None:
+                yield act
+            for residual in self._with_binary(step):
+                if residual.params["binary"] != "add":
+                    continue
+                yield residual
+                last = self._with_activation(residual)
+                if last is not None:
+                    yield last
+
+    def _affine(self, draft: _Draft) -> Iterator[_Draft]:
+        """Per-channel scale and shift after a convolution; yields only the whole chain (a batch norm is four steps)."""
+        channels, longest = self.view.spec(draft.root).shape[1], None
+        names = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul"}
+        while len(draft.root.users) == 1:
+            (user,) = draft.root.users
+            operand = user.args[1 - user.args.index(draft.root)] if user.target in names and draft.root in user.args else None
+            value = tensor_value(operand)
+            if value is None or user.kwargs or (user.target is aten.sub.Tensor and user.args[0] is not draft.root):
+                break
+            shape = (1,) * (4 - value.dim()) + tuple(value.shape)
+            if value.dim() < 3 or shape != (1, channels, 1, 1) or value.dtype != user.meta["val"].dtype:
+                break
+            count = len(draft.params["affine"])
+            draft = longest = draft.extended(
+                [user], {f"c{count}": operand}, affine=(*draft.params["affine"], names[user.target])  # type: ignore
+            )  # fmt: skip
+        if longest is not None:
+            yield longest
+
+    def _grouped_heads(self, draft: _Draft) -> _Draft | None:
+        """Attention whose k and v were repeated for grouped heads: read them before the copy."""
+        sources, nodes = {}, []
+        for role in ("k", "v"):
+            chain, node = [], draft.inputs[role]
+            while node.op == "call_function" and node.target in (*RESHAPES, aten.clone.default, aten.expand.default):
+                chain.append(node)
+                node = node.args[0]  # type: ignore[assignment]
+                if chain[-1].target is aten.unsqueeze.default:
+                    break
+            if len(chain) < 3 or chain[-1].target is not aten.unsqueeze.default or chain[-1].args[1] != 2:
+                return None
+            groups, heads = node.meta["val"].shape[1], draft.inputs["q"].meta["val"].shape[1]
+            repeated = chain[-2].meta["val"].shape
+            if len(node.meta["val"].shape) != 4 or len(repeated) != 5 or repeated[1] != groups or repeated[1] * repeated[2] != heads:
+                return None
+            if any(len(n.users) > 1 for n in chain):
+                return None
+            sources[role] = node
+            nodes += reversed(chain)
+        order = sorted(nodes, key=self.view.position.__getitem__)
+        return _Draft("attention", [*order, draft.root], {**draft.inputs, **sources}, {**draft.params, "gqa": True})
+
+    def _merged(self, linears: list[_Draft]) -> Iterator[_Draft]:
+        """Linears of one input with frozen weights: one product with the weights side by side."""
+        groups: dict[Any, list[_Draft]] = {}
+        for draft in linears:
+            key = (self.view.base(draft.inputs["x"]), "bias" in draft.inputs, draft.params["transposed"])
+            if all(draft.inputs[r] in self.view.frozen for r in draft.inputs if r != "x"):
+                groups.setdefault(key, []).append(draft)
+        for (_, biased, transposed), drafts in groups.items():
+            if len(drafts) < 2:
+                continue
+            inputs = {"x": drafts[0].inputs["x"], **{f"w{i}": d.inputs["w"] for i, d in enumerate(drafts)}}
+            if biased:
+                inputs |= {f"b{i}": d.inputs["bias"] for i, d in enumerate(drafts)}
+            widths = tuple(self.view.spec(d.root).shape[1] for d in drafts)
+            params = {"count": len(drafts), "widths": widths, "transposed": transposed}
+            params |= {k: drafts[0].params[k] for k in ("rows", "dynamic_rows")}
+            yield _Draft("merged_linear", [d.root for d in drafts], inputs, params)
+
+    def _context(self, draft: _Draft, default: bool = False) -> SelectionContext:
+        roots = draft.nodes if draft.op == "merged_linear" else [draft.root]
+        roles = tuple(draft.inputs)
+        names = tuple(self.view.base(n).name for n in draft.inputs.values())
+        region = Region(draft.op, tuple(n.name for n in draft.nodes if n.target not in RESHAPES), names, tuple(r.name for r in roots))
+        values = tuple(n.name for n in draft.inputs.values())  # what an emitter reads, before reshapes are stripped
+        return SelectionContext(
+            region=region, roles=roles, specs=tuple(self.view.spec(n) for n in draft.inputs.values()),
+            outputs=tuple(self.view.spec(r) for r in roots), params={**draft.params, "values": values},
+            frozen=frozenset(r for r, n in draft.inputs.items() if self.view.is_constant(n)),
+            options=self.options, default=default,
+        )  # fmt: skip
+
+
+def dtype_of(node: fx.Node) -> str:
+    return dtype_name(node.meta["val"].dtype)

@@ -1,0 +1,217 @@
+"""From a graph and its priced candidates to one integer program.
+
+Every node that TorchInductor would fuse into loops has one candidate that reads and writes the format `fused`: its tensors
+are not in memory. Entering or leaving memory is a conversion with a price (the bytes moved), paid once per tensor. So a
+library kernel that stands between two fusable nodes pays for the write and the read that it forces, and one that absorbs
+them saves these: memory traffic is priced, not nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from . import torch_private
+from .backends import allowed_backends
+from .backends.base import SelectionContext, natural_layout
+from .capture import RESHAPES, VIEWS, GraphView
+from .cost_models import CostModel
+from .cost_models.roofline import Roofline
+from .options import Options
+from .patterns import Recogniser
+from .types import Candidate, Conversion, Cost, Format, Problem, Region, Rejection
+
+LOOP = "inductor.loop"
+VIEW = "aten.view"
+CALL = "aten.call"
+TIE_RADIUS = 5
+
+
+@dataclass(slots=True)
+class Enumeration:
+    """Everything that could be done: priced candidates, and for each region's nodes what could not and why."""
+
+    candidates: list[Candidate] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    rejections: dict[tuple[str, ...], list[Rejection]] = field(default_factory=dict)
+
+    def add(self, candidate: Candidate, cost: Cost) -> None:
+        self.candidates.append(candidate)
+        self.costs.append(cost)
+
+
+def enumerate_regions(view: GraphView, options: Options, model: CostModel) -> Enumeration:
+    """Ask every backend about every region, and price what it offers."""
+    found, libraries = Enumeration(), allowed_backends(options.backends)
+    contexts = list(Recogniser(view, options).regions())
+    # Shortest regions first: if the measuring budget runs out, the plain choices are known.
+    for ctx in sorted(contexts, key=lambda c: (not c.default, len(c.region.nodes))):
+        offered: list[Candidate] = []
+        rejected = found.rejections.setdefault(ctx.region.nodes, [])
+        for library in libraries:
+            reason = library.missing()
+            if reason is not None:
+                rejected.append(Rejection(library.name, "library_missing", reason))
+                continue
+            for answer in library.candidates(ctx):
+                (rejected if isinstance(answer, Rejection) else offered).append(answer)  # type: ignore[arg-type]
+        for priced in model.price(ctx, offered) if offered else ():
+            if isinstance(priced, Rejection):
+                rejected.append(priced)
+            else:
+                found.add(*priced)
+    return found
+
+
+def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy: bool) -> None:
+    """One candidate, or one per layout, for every node that no backend was asked about."""
+    known = {c.region.nodes[0] for c in found.candidates if len(c.region.nodes) == 1}
+    convolutional = any(c.region.op == "conv" for c in found.candidates)
+    for node in view.nodes:
+        if node.op != "call_function" or node.name in known or node.target in RESHAPES or not _has_tensor(node):
+            continue
+        inputs = tuple(dict.fromkeys(view.base(n).name for n in node.all_input_nodes if _has_tensor(n)))
+        region = Region(_op_name(node), (node.name,), inputs, (node.name,))
+        for kernel, layouts, cost in _ways(view, node, convolutional, roofline):
+            ins = tuple(_entry(view, view.by_name[name], *layouts) for name in inputs)
+            out = _entry(view, node, *layouts)
+            found.add(Candidate(kernel, region, ins, (out,)), cost)
+            if lossy and kernel == VIEW and out.dtype == "float32" and len(ins) == 1:
+                half = tuple(Format(f.layout, "bfloat16") for f in (*ins, out))  # a view of a bfloat16 result
+                found.add(Candidate(kernel, region, half[:1], half[1:]), cost)
+
+
+def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline) -> Iterable[tuple[str, tuple[str, str], Cost]]:
+    """(kernel, (layout of 4-d tensors, layout of the others), cost)."""
+    moves = node.target in VIEWS or _is_getitem(node)
+    fusable = torch_private.is_fusable(node.target) or _is_getitem(node)
+    images = convolutional and _is_image(node)
+    if moves:
+        yield VIEW, ("", ""), Cost(0, "roofline")
+    if fusable:
+        arithmetic = roofline.fused(_op_name(node), view.spec(_first_tensor(node))) if not moves else Cost(0, "roofline")
+        yield LOOP, ("fused", "fused"), arithmetic
+        if images:
+            yield LOOP, ("fused_channels_last", "fused"), arithmetic
+    if not moves and not fusable:
+        tensors = [n for n in (*node.all_input_nodes, node) if isinstance(n.meta.get("val"), Tensor)]
+        yield CALL, ("", ""), roofline.extern([view.spec(n) for n in tensors])
+
+
+def _entry(view: GraphView, node: fx.Node, image_layout: str, layout: str) -> Format:
+    """`node`'s format with the given layout ("" means: as eager has it)."""
+    spec = view.spec(_first_tensor(node))
+    chosen = image_layout if len(spec.shape) == 4 else layout
+    return Format(chosen or natural_layout(spec), spec.dtype)
+
+
+def _first_tensor(node: fx.Node) -> fx.Node:
+    """`node`, or for one with several outputs the first getitem that reads it (they share a format)."""
+    if isinstance(node.meta.get("val"), Tensor):
+        return node
+    return next((u for u in node.users if isinstance(u.meta.get("val"), Tensor)), node.all_input_nodes[0])
+
+
+def _has_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value))
+
+
+def _is_image(node: fx.Node) -> bool:
+    return any(len(n.meta["val"].shape) == 4 for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor))
+
+
+def _is_getitem(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _op_name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def build(view: GraphView, found: Enumeration, options: Options, roofline: Roofline) -> Problem:
+    """The integer program: conversions where a produced and a needed format differ, what is given, what must come out."""
+    sources, packed = _sources(view, found.candidates)
+    sinks = _sinks(view)
+    produced: dict[str, dict[Format, None]] = {}
+    needed: dict[str, dict[Format, None]] = {}
+    for tensor, fmt in sorted(sources, key=str):
+        produced.setdefault(tensor, {})[fmt] = None
+    for c in found.candidates:
+        for tensor, fmt in zip(c.region.outputs, c.out_formats, strict=True):
+            produced.setdefault(tensor, {})[fmt] = None
+        for tensor, fmt in zip(c.region.inputs, c.in_formats, strict=True):
+            needed.setdefault(tensor, {})[fmt] = None
+    for tensor, fmt in sinks:
+        needed.setdefault(tensor, {})[fmt] = None
+    conversions, costs = [], []
+    for tensor, wanted in needed.items():
+        for src in produced.get(tensor, {}):
+            for dst in wanted:
+                if src != dst and "packed" not in (src.layout, dst.layout) and (tensor, dst) not in packed:
+                    spec = view.spec(_first_tensor(view.by_name[tensor]))
+                    conversions.append(Conversion(tensor, src, dst))
+                    costs.append(roofline.conversion(spec, src, dst))
+    colours = _colours(view)
+    classes: dict[object, int] = {}
+    tied = tuple(
+        classes.setdefault(
+            (c.kernel, c.in_formats, c.out_formats, c.key, tuple(colours[n] for n in c.region.nodes)), len(classes)
+        )
+        for c in found.candidates
+    )
+    return Problem(
+        candidates=tuple(found.candidates), costs=tuple(found.costs), conversions=tuple(conversions),
+        conversion_costs=tuple(costs), sources=frozenset(sources), sinks=tuple(sinks), error_budget=options.error_budget,
+        memory_limit=options.memory_limit, candidate_class=tied, tensor_class=colours,
+    )  # fmt: skip
+
+
+def _sources(view: GraphView, candidates: Sequence[Candidate]) -> tuple[set[tuple[str, Format]], set[tuple[str, Format]]]:
+    """Graph inputs in eager's format; values of frozen weights in every format that somebody asks for."""
+    sources: set[tuple[str, Format]] = set()
+    for node in view.nodes:
+        if node.op in ("placeholder", "get_attr") and _has_tensor(node):
+            spec = view.spec(node)
+            sources.add((node.name, Format(natural_layout(spec), spec.dtype)))
+    frozen: set[tuple[str, Format]] = set()
+    for c in candidates:
+        for tensor, fmt in zip(c.region.inputs, c.in_formats, strict=True):
+            if not fmt.layout.startswith("fused") and view.is_constant(view.by_name[tensor]):
+                frozen.add((tensor, fmt))
+    return sources | frozen, frozen
+
+
+def _sinks(view: GraphView) -> list[tuple[str, Format]]:
+    """Outputs, and nodes that act on the world (a copy into an input), in eager's format."""
+    required: dict[str, fx.Node] = {}
+    output = next(n for n in view.nodes if n.op == "output")
+    for node in output.all_input_nodes:
+        required[view.base(node).name] = view.base(node)
+    for node in view.nodes:
+        if node.op == "call_function" and node.is_impure() and _has_tensor(node):
+            required[view.base(node).name] = view.base(node)
+    return [(name, _entry(view, node, "", "")) for name, node in required.items() if _has_tensor(node)]
+
+
+def _colours(view: GraphView) -> dict[str, int]:
+    """Weisfeiler-Lehman colours to a radius: nodes of equal colour stand in equal surroundings (a repeated block)."""
+    table: dict[object, int] = {}
+
+    def colour(value: object) -> int:
+        return table.setdefault(value, len(table))
+
+    now: dict[fx.Node, int] = {}
+    for node in view.nodes:
+        spec = view.spec(node) if isinstance(node.meta.get("val"), Tensor) else None
+        arguments = str([a for a in node.args if not isinstance(a, (fx.Node, list, tuple))])
+        now[node] = colour((node.op, str(node.target) if node.op == "call_function" else "", spec, arguments, node in view.frozen))
+    for _ in range(TIE_RADIUS):
+        now = {
+            node: colour((now[node], tuple(now[i] for i in node.all_input_nodes), tuple(sorted(now[u] for u in node.users))))
+            for node in view.nodes
+        }  # fmt: skip
+    return {node.name: now[view.base(node)] for node in view.nodes}

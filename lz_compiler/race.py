@@ -1,0 +1,171 @@
+"""Never slower: the finalists run over the user's first real calls, and the clock decides.
+
+Each call runs exactly one finalist, and every one is correct, so the race costs no extra work; its verdict is stored. In
+training the backward pass counts: it is timed from the moment autograd enters the outputs until the inputs' gradients are
+there.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import torch_private
+from .capture import tensors_in
+
+log = logging.getLogger(__name__)
+
+WARMUP, ROUNDS, DROP_AFTER, DROP_RATIO = 2, 9, 3, 1.5
+CONTENDED = 1.3
+
+Finalist = Callable[..., Any]
+
+
+class Race:
+    """A callable that becomes its winner. `finish(times, winner)` is told the medians in seconds."""
+
+    def __init__(
+        self, finalists: Mapping[str, Finalist], finish: Callable[[dict[str, float], str], None], leader: str,
+        check: Callable[[tuple[Any, ...]], list[str]] | None = None,
+    ) -> None:  # fmt: skip
+        self.finalists = dict(finalists)
+        self.finish, self.leader, self.check = finish, leader, check
+        self.forward: dict[str, list[tuple[float, float]]] = {name: [] for name in finalists}
+        self.backward: dict[str, list[float]] = {name: [] for name in finalists}
+        self.calls = dict.fromkeys(finalists, 0)
+        self.shape: object = None
+        self.winner: Finalist | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.winner is not None:
+            return self.winner(*args)
+        return self._race(args)
+
+    def _race(self, args: tuple[Any, ...]) -> Any:
+        if self.check is not None:
+            for name in self.check(args):
+                self._drop(name, "over the error budget")
+            self.check = None
+        shape = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in args)
+        if self.shape is None:
+            self.shape = shape
+        if shape != self.shape:
+            return self.finalists[self.leader](*args)  # other sizes are not comparable; the verdict comes from the first
+        self._drop_slow()
+        waiting = [n for n in self.finalists if self.calls[n] < WARMUP + ROUNDS]
+        if not waiting or len(self.finalists) == 1:
+            return self._decide()(*args)
+        name = min(waiting, key=lambda n: self.calls[n])
+        self.calls[name] += 1
+        return self._timed(name, args, warm=self.calls[name] > WARMUP)
+
+    def _timed(self, name: str, args: tuple[Any, ...], warm: bool) -> Any:
+        tensors = tensors_in(args)
+        sync = torch.cuda.synchronize if any(t.is_cuda for t in tensors) else _nothing
+        sync()
+        cpu, start = time.process_time(), time.perf_counter()
+        out = self.finalists[name](*args)
+        sync()
+        seconds = time.perf_counter() - start
+        if warm:
+            self.forward[name].append((seconds, seconds / max(time.process_time() - cpu, 1e-9)))
+            self._time_backward(name, out, tensors, sync)
+        return out
+
+    def _time_backward(self, name: str, out: Any, inputs: list[Tensor], sync: Callable[[], None]) -> None:
+        roots = [t for t in tensors_in([out]) if t.grad_fn is not None]
+        leaves = [t for t in inputs if t.requires_grad]
+        if not roots or not leaves or not torch.is_grad_enabled():
+            return
+        began: list[float] = []
+
+        def begin(_: Any) -> None:
+            if not began:
+                sync()
+                began.append(time.perf_counter())
+
+        def end() -> None:
+            if began:
+                sync()
+                self.backward[name].append(time.perf_counter() - began[0])
+                began.clear()
+
+        for root in roots:
+            assert root.grad_fn is not None
+            root.grad_fn.register_prehook(begin)
+        torch_private.multi_grad_hook(leaves, end)
+
+    def _drop(self, name: str, why: str) -> None:
+        if name in self.finalists and len(self.finalists) > 1:
+            log.info("%s leaves the race: %s", name, why)
+            del self.finalists[name]
+            if self.leader == name:
+                self.leader = next(iter(self.finalists))
+
+    def _drop_slow(self) -> None:
+        ready = {n: self._median(n) for n in self.finalists if len(self.forward[n]) >= DROP_AFTER}
+        if len(ready) == len(self.finalists):
+            best = min(ready.values())
+            for name, seconds in ready.items():
+                if seconds > DROP_RATIO * best:
+                    self._drop(name, f"{seconds * 1e3:.2f} ms against {best * 1e3:.2f} ms")
+
+    def _median(self, name: str) -> float:
+        """Median forward time of uncontended calls, plus median backward time."""
+        samples = self.forward[name]
+        best = min(ratio for _, ratio in samples)
+        kept = [s for s, ratio in samples if ratio <= CONTENDED * best] or [s for s, _ in samples]
+        back = self.backward[name]
+        return statistics.median(kept) + (statistics.median(back) if back else 0.0)
+
+    def _decide(self) -> Finalist:
+        times = {n: self._median(n) for n in self.forward if self.forward[n]}
+        name = min((n for n in self.finalists), key=lambda n: times.get(n, float("inf")))
+        self.winner = self.finalists[name]
+        self.finish(times, name)
+        self.finalists = {name: self.winner}
+        return self.winner
+
+
+def _nothing() -> None:
+    return None
+
+
+def over_budget(
+    reference: Finalist, lossy: Mapping[str, Finalist], budget: float, report: Callable[[str, float], None]
+) -> Callable[[tuple[Any, ...]], list[str]]:
+    """A check for Race: run the reference and each lossy finalist once on copies of the first real inputs, and name those
+    whose relative error (L2, worst output) is over the budget."""
+
+    def check(args: tuple[Any, ...]) -> list[str]:
+        def copies() -> list[Any]:
+            keep = (torch.nn.Parameter,)
+            return [a.clone() if isinstance(a, Tensor) and not isinstance(a, keep) else a for a in args]
+
+        failed = []
+        expected = tensors_in([reference(*copies())])
+        for name, run in lossy.items():
+            error = max((_relative(y, e) for y, e in zip(tensors_in([run(*copies())]), expected, strict=True)), default=0.0)
+            report(name, error)
+            if not error <= budget:
+                failed.append(name)
+        return failed
+
+    return check
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    if not expected.is_floating_point() or expected.numel() == 0:
+        return 0.0
+    value, expected = value.double(), expected.double()
+    both = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(value), both):
+        return float("inf")
+    scale = expected[both].norm()
+    return float((value[both] - expected[both]).norm() / scale) if scale > 0 else float((value[both]).norm())

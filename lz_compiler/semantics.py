@@ -1,0 +1,118 @@
+"""What each region means: its mathematics in plain torch, and inputs to try it on.
+
+A kernel of any library is checked against `reference` in float64, so a new kernel gets its correctness sweep for free.
+Tensors are given by role (`x`, `w`, `bias`, `other`, `q` ...), parameters as plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .types import TensorSpec
+
+Tensors = Mapping[str, Tensor]
+Params = Mapping[str, Any]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def _finish(y: Tensor, t: Tensors, p: Params) -> Tensor:
+    """activation(y), or activation(y + other): what may follow a product or a convolution."""
+    if p.get("binary"):
+        other = t["other"].reshape(y.shape)
+        y = y + other if p["binary"] == "add" else y * other
+    return ACTIVATIONS[p["act"]](y) if p.get("act") else y
+
+
+def linear(t: Tensors, p: Params) -> Tensor:
+    """x (M, K) @ w^T + bias; w is (N, K), or (K, N) where `transposed`."""
+    y = t["x"] @ (t["w"] if p["transposed"] else t["w"].t())
+    return _finish(y + t["bias"] if "bias" in t else y, t, p)
+
+
+def merged_linear(t: Tensors, p: Params) -> tuple[Tensor, ...]:
+    """Several linears of one x: weights w0, w1, ... with biases b0, b1, ... where present."""
+    out = []
+    for i in range(p["count"]):
+        y = t["x"] @ (t[f"w{i}"] if p["transposed"] else t[f"w{i}"].t())
+        out.append(y + t[f"b{i}"] if f"b{i}" in t else y)
+    return tuple(out)
+
+
+def bmm(t: Tensors, p: Params) -> Tensor:
+    """a (B, M, K) @ b (B, K, N)."""
+    return torch.bmm(t["a"], t["b"])
+
+
+def affine(t: Tensors, p: Params, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The per-channel steps after a convolution (an inference batch norm, say) as one scale and one shift, (C,) each."""
+    scale, shift = torch.ones_like(like), torch.zeros_like(like)
+    for i, step in enumerate(p["affine"]):
+        c = t[f"c{i}"].reshape(-1)
+        if step == "mul":
+            scale, shift = scale * c, shift * c
+        else:
+            shift = shift + c if step == "add" else shift - c
+    return scale, shift
+
+
+def conv(t: Tensors, p: Params) -> Tensor:
+    """2-d convolution, the per-channel steps, then what `_finish` does."""
+    y = F.conv2d(t["x"], t["w"], t.get("bias"), p["stride"], p["padding"], p["dilation"], p["groups"])
+    for i, step in enumerate(p["affine"]):
+        c = t[f"c{i}"].reshape(1, -1, 1, 1)
+        y = y * c if step == "mul" else y + c if step == "add" else y - c
+    return _finish(y, t, p)
+
+
+def attention(t: Tensors, p: Params) -> Tensor:
+    """softmax(q k^T * scale + mask) v; k and v may have fewer heads than q (`gqa`)."""
+    return F.scaled_dot_product_attention(
+        t["q"], t["k"], t["v"], t.get("mask"), 0.0, p["causal"], scale=p["scale"], enable_gqa=p["gqa"]
+    )
+
+
+REFERENCES: dict[str, Callable[[Tensors, Params], Any]] = {
+    "linear": linear,
+    "merged_linear": merged_linear,
+    "bmm": bmm,
+    "conv": conv,
+    "attention": attention,
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def example(role: str, spec: TensorSpec, generator: torch.Generator) -> Tensor:
+    """A random tensor with the spec's shape, strides, dtype and device, scaled as a trained network's would be."""
+    dtype = torch_dtype(spec.dtype)
+    if dtype is torch.bool:
+        value = torch.rand(spec.shape, generator=generator) > 0.2
+    else:
+        value = torch.randn(spec.shape, generator=generator)
+        if role.startswith("w"):  # weights: unit-variance outputs
+            value /= max(1, value[0].numel() if value.dim() > 2 else spec.shape[-1]) ** 0.5
+    out = torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=spec.device)
+    if 0 in spec.stride:  # an expanded dimension holds one value
+        for dim, stride in enumerate(spec.stride):
+            value = value.narrow(dim, 0, 1).expand(value.shape) if stride == 0 and spec.shape[dim] > 0 else value
+        index = tuple(slice(0, 1) if s == 0 else slice(None) for s in spec.stride)
+        out[index].copy_(value[index])
+        return out
+    return out.copy_(value)

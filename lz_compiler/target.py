@@ -1,0 +1,107 @@
+"""The device that plans are made for: its peaks, measured once and kept in the timings store."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from . import torch_private
+from .timings import TimingStore
+from .types import Target
+
+
+@functools.cache
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    return f"{named.get('model name', platform.machine())} f{named.get('cpu family', '?')}m{named.get('model', '?')}"
+
+
+@functools.cache
+def library_versions() -> Mapping[str, str]:
+    versions = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    if torch.version.cuda:
+        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return versions
+
+
+def last_level_cache() -> int:
+    """Bytes of the last-level cache, 32 MiB where the system does not say."""
+    try:
+        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 1 << 20)
+    except (ValueError, OSError):
+        return 32 << 20
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a timing or a plan is valid for."""
+    return {"device": device, "name": device_name(device), "threads": str(torch.get_num_threads()), **library_versions()}
+
+
+def detect(device: str, store: TimingStore) -> Target:
+    """The target for a device type, with stored peaks or freshly measured ones (about a second)."""
+    env = environment(device)
+    key = "|".join(f"{k}={v}" for k, v in sorted(env.items()))
+    peaks = store.get_record("peaks", key)
+    if peaks is None:
+        peaks = measure_peaks(device)
+        store.put_record("peaks", key, peaks)
+    return Target(
+        device=device, name=env["name"], bandwidth=float(peaks["bandwidth"]), flops=dict(peaks["flops"]),
+        launch_ns=int(peaks["launch_ns"]), threads=torch.get_num_threads(), versions=library_versions(),
+    )  # fmt: skip
+
+
+def _best(run: Callable[[], object], device: str, seconds: float = 0.15) -> float:
+    """Shortest of the calls made in `seconds`: a peak is the best that was seen."""
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    run()
+    sync()
+    samples, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples) < 3:
+        start = time.perf_counter()
+        run()
+        sync()
+        samples.append(time.perf_counter() - start)
+    return min(samples)
+
+
+def measure_peaks(device: str) -> dict[str, object]:
+    """Bandwidth from a copy past the last-level cache, flop/s by dtype from a square product, exp/s, cost of one call."""
+    with torch_private.real_tensors():
+        elements = 4 * last_level_cache() // 4 if device == "cpu" else 256 << 20
+        a = torch.ones(elements, device=device)
+        b = torch.empty_like(a)
+        peaks: dict[str, float] = {}
+        bandwidth = 8.0 * elements / _best(lambda: b.copy_(a), device)
+        small = torch.randn(1 << 18, device=device)
+        peaks["transcendental"] = small.numel() / _best(lambda: torch.exp(small), device)
+        n = 768 if device == "cpu" else 8192
+        for name in ("float32", "bfloat16", "float16"):
+            x = torch.randn(n, n, device=device).to(getattr(torch, name))
+            runs: list[Callable[[], object]] = [lambda x=x: x @ x]  # type: ignore[misc]
+            if device == "cpu" and torch.backends.mkldnn.is_available() and name != "float16":
+                runs.append(lambda x=x: torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""))  # type: ignore[misc]
+            peaks[name] = 2.0 * n**3 / min(_best(run, device) for run in runs)
+        tiny = torch.ones(1, device=device)
+        calls = [_timed(lambda: tiny.add_(0)) for _ in range(200)]
+    return {"bandwidth": bandwidth, "flops": peaks, "launch_ns": int(statistics.median(calls) * 1e9)}
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,284 @@
+"""Every private interface of torch that LayerZero uses, behind names of our own: a new torch version is this file's work.
+
+Imports of torch's private modules are inside the functions, so that `import lz_compiler` costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+SUPPORTED = ((2, 11), (2, 15))
+
+
+def check_version() -> None:
+    """Raise TorchVersionError outside the range that this module was written against."""
+    from .errors import TorchVersionError
+
+    low, high = SUPPORTED
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not low <= found <= high:
+        raise TorchVersionError(
+            f"lz_compiler works with torch {low[0]}.{low[1]} to {high[0]}.{high[1]}, found {torch.__version__}. "
+            f"Install one of them, for example: pip install 'torch=={high[0]}.{high[1]}.*'"
+        )
+
+
+def mode_patches(mode: str) -> dict[str, Any]:
+    """Inductor's own configuration for a torch.compile mode."""
+    from torch._inductor import list_mode_options
+
+    return {} if mode == "default" else dict(list_mode_options(mode))
+
+
+def mode_names() -> tuple[str, ...]:
+    from torch._inductor import list_mode_options
+
+    return tuple(list_mode_options())
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+
+
+def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | None]) -> Any:
+    """`run(graph, is_inference)` as an Inductor pass before its own post-grad passes.
+
+    `uuid` enters Inductor's cache keys; None keeps the compiled graph out of its caches.
+    """
+    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+
+    class Pass(CustomInferenceAwareGraphPass):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+            run(graph, is_inference)
+
+        def uuid(self) -> str | None:
+            return uuid()
+
+    return Pass()
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Leave fake-tensor, functional and tracing modes: what runs inside touches real memory."""
+    from torch._guards import tracing
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), tracing(None), torch.no_grad(), _no_autocast():
+        yield
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False):
+        yield
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The FakeTensorMode that the graph was traced with, or None in a graph without tensors."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for node in graph.nodes:
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+    return None
+
+
+def hint(value: Any) -> int:
+    """A concrete size for a SymInt (its hint), for planning only; an unbacked one counts as 1."""
+    if isinstance(value, int):
+        return value
+    node = value.node
+    if node.has_hint():
+        return int(node.hint)
+    return 1
+
+
+def symbolic_range(value: Any) -> str:
+    """Lower and upper bound of a SymInt as text, for the fingerprint."""
+    node = value.node
+    bounds = node.shape_env.var_to_range.get(node.expr) if node.shape_env is not None else None
+    return f"{node.expr}{'' if bounds is None else f'[{bounds.lower},{bounds.upper}]'}"
+
+
+def placeholder_tensors(gm: fx.GraphModule) -> list[tuple[torch.Tensor | None, bool]]:
+    """For each placeholder of a Dynamo graph: the real tensor behind it (None if unknown), and whether it is a parameter
+    or buffer of a module (a source through `_parameters` or `_buffers`, or an nn.Parameter)."""
+    found: list[tuple[torch.Tensor | None, bool]] = []
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        arg = node.meta.get("grapharg")
+        example = arg.example if arg is not None and getattr(arg, "is_tensor", False) else None
+        real = example if isinstance(example, torch.Tensor) and not is_fake(example) else None
+        source = getattr(getattr(arg, "source", None), "name", "")
+        source = source() if callable(source) else source
+        owned = isinstance(real, torch.nn.Parameter) or "_buffers[" in source or "_parameters[" in source
+        found.append((real, real is not None and owned))
+    return found
+
+
+def autocasts(gm: fx.GraphModule) -> bool:
+    """Whether autocast is on around the graph, or entered inside it."""
+    from torch.amp.autocast_mode import _enter_autocast
+
+    active = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return active or any(node.target is _enter_autocast for node in gm.graph.nodes)
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph that shares its parameters: Inductor may rewrite what it is given."""
+    import copy
+
+    new = copy.copy(gm)
+    new.graph = copy.deepcopy(gm.graph)
+    for old, copied in zip(gm.graph.nodes, new.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            copied._dynamo_source = old._dynamo_source
+    if hasattr(gm, "_param_name_to_source"):
+        new._param_name_to_source = gm._param_name_to_source
+    return new
+
+
+def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Callable[..., Any]:
+    """`run(tensors, constants)` through Inductor's GEMM templates alone, constants frozen into the code: for measuring a
+    kernel that exists only inside a compiled graph."""
+    import torch._inductor.config as config
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    names = list(tensors)
+    gm = make_fx(lambda *values: (run(dict(zip(names, values, strict=True)), constants),))(*tensors.values())
+    with config.patch(max_autotune=True, max_autotune_gemm_backends="CPP"):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        for node in gm.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, node.meta["val"])
+        with mode:
+            compiled = compile_fx_inner(gm, [mode.from_tensor(t) for t in tensors.values()], is_inference=True)
+    return lambda values: compiled([values[name] for name in names])[0]
+
+
+def is_fake(value: object) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def counters() -> Any:
+    """torch._dynamo.utils.counters, where backends count what they did."""
+    from torch._dynamo.utils import counters as dynamo_counters
+
+    return dynamo_counters["layerzero"]
+
+
+def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:
+    """Put a text into TORCH_TRACE (tlparse); free when tracing is off."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+@functools.cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decomposition table: patterns are traced with it, so that they look like the graph they match."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+_EXTERN = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "_int_mm", "sort", "topk")
+
+
+@functools.cache
+def is_fusable(target: Any) -> bool:
+    """Whether TorchInductor generates a loop for this operator (and so may fuse it), rather than calling a kernel."""
+    from torch._inductor import lowering
+
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    handler = lowering.lowerings.get(target)
+    if handler is None or getattr(handler, "_is_fallback_handler", False) or target in lowering.fallbacks:
+        return False
+    return target.overloadpacket.__name__ not in _EXTERN and target.namespace in ("aten", "prims")
+
+
+def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> None:
+    """Make Inductor emit a direct call of `vendor` wherever the graph holds `op`.
+
+    `arrange(layout, *args)` maps the operator's arguments to the vendor's; `layout` offers `contiguous`,
+    `channels_last` and `weight`, which realise an input in that layout (the explicit layout contract of an opaque kernel).
+    """
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    class Layout:
+        contiguous = staticmethod(ir.ExternKernel.require_contiguous)
+        channels_last = staticmethod(ir.ExternKernel.require_channels_last)
+
+        @staticmethod
+        def weight(value: Any) -> Any:
+            """A convolution's weight: channels last, unless it is packed already."""
+            name = value.get_name() if isinstance(getattr(value, "data", None), ir.StorageBox) else None
+            constant = V.graph.constants.get(name) if name else None
+            packed = constant is not None and constant.is_mkldnn
+            return value if packed else ir.ExternKernel.require_channels_last(value)
+
+    call = lowering.fallback_handler(vendor, add_to_fallback_set=False)
+
+    def lowered(*args: Any) -> Any:
+        return call(*arrange(Layout, *args))
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lowered)
+
+
+def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:
+    """Give a vendor operator a shape rule where torch has none (Inductor runs it once on fake tensors)."""
+    name = vendor.name()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+        _implementations(vendor.namespace).impl(vendor, fake, "Meta")
+
+
+@functools.cache
+def _implementations(namespace: str) -> torch.library.Library:
+    return torch.library.Library(namespace, "IMPL")
+
+
+def node_source_lines(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:
+    """(file, line) pairs from which Dynamo traced the graph's nodes."""
+    import re
+
+    found: dict[tuple[str, int], None] = {}
+    for node in gm.graph.nodes:
+        for file, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""):
+            found[(file, int(line))] = None
+    return tuple(found)
+
+
+def compile_id() -> str:
+    """Dynamo's name of the running compilation, such as `0/1`."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return str(current) if current is not None else "?"
+
+
+def multi_grad_hook(tensors: Sequence[torch.Tensor], fn: Callable[[], None]) -> Any:
+    """Call `fn` once all gradients of `tensors` that the running backward computes are there."""
+    from torch.autograd.graph import register_multi_grad_hook
+
+    return register_multi_grad_hook(tensors, lambda grads: fn(), mode="all")

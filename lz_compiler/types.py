@@ -1,0 +1,187 @@
+"""The nouns of LayerZero. Frozen data, no torch object in anything that is stored; behaviour lives elsewhere.
+
+Costs are integers in nanoseconds. Tensors and nodes are named as in the FX graph that was planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """What a solver proved. FEASIBLE is never presented as OPTIMAL."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+    NOT_APPLICABLE = "not_applicable"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Format:
+    """How a tensor's elements exist between two kernels: a layout and a dtype.
+
+    Layouts: `strided` (eager's own strides), `channels_last`, `packed` (a library's opaque weight layout), and `fused`
+    (not in memory at all: inside one group of nodes that TorchInductor fuses).
+    """
+
+    layout: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.layout}:{self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and strides in elements, on concrete hint sizes; dtype as torch prints it without the `torch.` prefix."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A set of nodes with one meaning. `inputs` and `outputs` are tensor names; single-node regions are regions too."""
+
+    op: str
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a kernel is not a candidate. `code` is for programs, `detail` for people."""
+
+    kernel: str
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One kernel for one region. Formats run parallel to the region's inputs and outputs.
+
+    `epsilon` is the kernel's relative error beyond the reference's own (0 for a lossless kernel), `workspace` bytes of
+    scratch memory, `params` what the emitter needs besides the region (plain values only), `key` the identity of the
+    measurement that prices it (candidates of repeated layers share one).
+    """
+
+    kernel: str
+    region: Region
+    in_formats: tuple[Format, ...]
+    out_formats: tuple[Format, ...]
+    epsilon: float = 0.0
+    workspace: int = 0
+    params: tuple[tuple[str, object], ...] = ()
+    key: str = ""
+
+    def param(self, name: str) -> object:
+        return dict(self.params)[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Nanoseconds, where they come from (`measured`, `roofline`, `assumed`), and the spread of the samples (p80 - p20)."""
+
+    ns: int
+    source: str
+    spread: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Tensor `tensor` from format `src` to `dst`: paid once, shared by all consumers."""
+
+    tensor: str
+    src: Format
+    dst: Format
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One integer program (see planner.py for the equations).
+
+    `costs` runs parallel to `candidates`, `conversion_costs` to `conversions`. `sources` are (tensor, format) pairs that
+    exist at no cost, `sinks` those that must exist at the end. `candidate_class` and `tensor_class` tie what repeats:
+    members of one class (a transformer's identical layers) take the same decision. Empty means nothing is tied.
+    `error_budget` bounds the root of the sum of squared epsilons of the used candidates (independent rounding errors).
+    """
+
+    candidates: tuple[Candidate, ...]
+    costs: tuple[Cost, ...]
+    conversions: tuple[Conversion, ...] = ()
+    conversion_costs: tuple[Cost, ...] = ()
+    sources: frozenset[tuple[str, Format]] = frozenset()
+    sinks: tuple[tuple[str, Format], ...] = ()
+    error_budget: float = 0.0
+    memory_limit: int | None = None
+    candidate_class: tuple[int, ...] = ()
+    tensor_class: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Indices into the problem's candidates and conversions. `bound` is a proved lower bound on the objective, in ns."""
+
+    chosen: tuple[int, ...]
+    converted: tuple[int, ...]
+    objective: int
+    bound: int
+    status: Status
+    solver: str
+    wall_s: float = 0.0
+
+    @property
+    def gap(self) -> float:
+        return 0.0 if self.objective == 0 else (self.objective - self.bound) / self.objective
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was decided for one region, and what was decided against."""
+
+    candidate: Candidate
+    cost: Cost
+    alternatives: tuple[tuple[Candidate, Cost], ...] = ()
+    rejections: tuple[Rejection, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device with what was measured on it once: bytes/s, flop/s by dtype, ns per launch; and library versions."""
+
+    device: str
+    name: str
+    bandwidth: float
+    flops: Mapping[str, float]
+    launch_ns: int
+    threads: int
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The decision for one graph, complete: `lower` and `explain` read nothing else."""
+
+    fingerprint: str
+    kind: str
+    environment: Mapping[str, str]
+    choices: tuple[Choice, ...]
+    conversions: tuple[tuple[Conversion, Cost], ...]
+    objective: int
+    bound: int
+    status: Status
+    solver: str
+    epsilon: float
+    plan_s: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        return 0.0 if self.objective == 0 else (self.objective - self.bound) / self.objective

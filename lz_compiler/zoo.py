@@ -1,0 +1,179 @@
+"""Small plain-torch models for tests, demos and planning benchmarks: random weights, no download.
+
+Each factory returns `(model, args, kwargs)` with the model in eval mode, so that `model(*args, **kwargs)` runs.
+The models are written the way public ones are (float32 norms, `cat(-x2, x1)` rotary, `repeat_kv` in front of
+attention), because those are the shapes of graph that a planner has to recognise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Example = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    hidden: int = 512
+    layers: int = 6
+    heads: int = 8
+    kv_heads: int = 4
+    intermediate: int = 1408
+    vocab: int = 8000
+    max_len: int = 2048
+    tied: bool = False
+    rope_theta: float = 10000.0
+    eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+class Llama(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab, config.hidden)
+        self.blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.eps)
+        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        cos, sin = rotary_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        cos, sin = self.cos[:length], self.sin[:length]
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.head(self.norm(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden, config.eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.groups = config.heads // config.kv_heads
+        self.q = nn.Linear(config.hidden, config.heads * config.head_dim, bias=False)
+        self.k = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=False)
+        self.v = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=False)
+        self.o = nn.Linear(config.heads * config.head_dim, config.hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (p(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        k, v = repeat_kv(k, self.groups), repeat_kv(v, self.groups)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden, config.intermediate, bias=False)
+        self.up = nn.Linear(config.hidden, config.intermediate, bias=False)
+        self.down = nn.Linear(config.intermediate, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_table(config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    angles = torch.outer(torch.arange(config.max_len), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+def repeat_kv(x: Tensor, groups: int) -> Tensor:
+    batch, kv_heads, length, head_dim = x.shape
+    x = x[:, :, None].expand(batch, kv_heads, groups, length, head_dim)
+    return x.reshape(batch, kv_heads * groups, length, head_dim)
+
+
+class ConvBlock(nn.Module):
+    """Residual 1x1, 3x3 (strided or depthwise), 1x1, with a projection where the shape changes."""
+
+    def __init__(self, cin: int, cout: int, stride: int = 1, depthwise: bool = False) -> None:
+        super().__init__()
+        mid = cout // 2
+        self.reduce = conv_bn(cin, mid, 1)
+        self.spatial = conv_bn(mid, mid, 3, stride, groups=mid if depthwise else 1)
+        self.expand = conv_bn(mid, cout, 1)
+        self.shortcut = nn.Identity() if (cin, stride) == (cout, 1) else conv_bn(cin, cout, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.spatial(F.relu(self.reduce(x))))
+        return F.relu(self.expand(y) + self.shortcut(x))
+
+
+def conv_bn(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    norm = nn.BatchNorm2d(cout)
+    # Fresh statistics (0 and 1) would make a wrong fold of the norm into the convolution invisible.
+    norm.running_mean = 0.1 * torch.randn(cout)
+    norm.running_var = 0.5 + torch.rand(cout)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias, std=0.1)
+    return nn.Sequential(nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False), norm)
+
+
+def llama(config: LlamaConfig | None = None, batch: int = 1, length: int = 256) -> Example:
+    torch.manual_seed(0)
+    config = config or LlamaConfig()
+    model = Llama(config).eval()
+    return model, (torch.randint(config.vocab, (batch, length)),), {}
+
+
+def llama32(layers: int = 32) -> Example:
+    """Deep and narrow: many identical blocks, for timing the planner rather than the kernels."""
+    return llama(LlamaConfig(hidden=256, layers=layers, intermediate=704))
+
+
+def convnet(batch: int = 1, size: int = 64) -> Example:
+    torch.manual_seed(0)
+    stem = nn.Sequential(conv_bn(3, 32, 3, stride=2), nn.ReLU())
+    body = [ConvBlock(32, 64), ConvBlock(64, 64, depthwise=True), ConvBlock(64, 128, 2), ConvBlock(128, 128, 2, True)]
+    model = nn.Sequential(stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)).eval()
+    return model, (torch.randn(batch, 3, size, size),), {}

@@ -1,0 +1,434 @@
+"""Real files, real processes. What happens to a store's file must cost measurements at most, never a run."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lz_compiler.timings import FILE_NAME, SCHEMA_VERSION, Entry, StoreError, Timing, TimingStore
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")
+
+
+def row(key: str, ns: int | None = 100) -> Timing:
+    return Timing(key, "aten.addmm", ns, 3, 9, None if ns else "RuntimeError: no", 0.5, "linear")
+
+
+def rows(count: int, prefix: str = "k") -> list[Timing]:
+    return [row(f"{prefix}{i}", i + 1) for i in range(count)]
+
+
+def reopened(store: TimingStore) -> TimingStore:
+    assert store.path is not None
+    store.close()
+    return TimingStore.open(store.path.parent)
+
+
+def sql(path: Path, *statements: str) -> list[Any]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return [connection.execute(statement).fetchall() for statement in statements]
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Runs in a fork, where it must end well within a minute."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: what is tested here
+        child = multiprocessing.get_context("fork").Process(target=work)  # type: ignore[attr-defined,unused-ignore]
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+int64 = st.integers(-(2**63), 2**63 - 1)
+floats = st.floats().map(lambda value: value + 0.0)  # SQLite does not keep the sign of -0.0
+timings = st.builds(Timing, texts, texts, st.none() | int64, int64, int64, st.none() | texts, floats, texts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(timings, unique_by=lambda t: t.key))
+def test_timings_round_trip(tmp_path_factory: pytest.TempPathFactory, facts: list[Timing]) -> None:
+    store = TimingStore.open(tmp_path_factory.mktemp("store"))
+    store.put_many(facts)
+    store = reopened(store)
+    found = store.get_many([t.key for t in facts] + ["not there"])
+    assert repr(sorted(found.items())) == repr(sorted((t.key, t) for t in facts))  # repr: NaN equals nothing
+    store.close()
+
+
+def test_facts_are_kept(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path / "new" / "deep")
+    assert store.path == tmp_path / "new" / "deep" / FILE_NAME
+    store.put(row("a", 1))
+    store.put(row("a", 2))
+    store.put(row("failed", None))
+    store.put_record("plan", "p", {"b": [1, 2.5, None, "\u00e9"], "a": {"x": True}})
+    store = reopened(store)
+    assert store.get("a") == row("a", 2)
+    assert store.get("failed") == row("failed", None)
+    assert store.get("none") is None
+    assert store.get_record("plan", "p") == {"b": [1, 2.5, None, "\u00e9"], "a": {"x": True}}
+    assert store.get_record("verdict", "p") is None
+    assert store.path is not None
+    assert sql(store.path, "PRAGMA journal_mode", "PRAGMA user_version") == [[("wal",)], [(SCHEMA_VERSION,)]]
+
+
+def test_many_are_read_at_once_and_only_once(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path)
+    store.put_many(rows(1300))
+    store = reopened(store)
+    keys = [t.key for t in rows(1300)]
+    assert list(store.get_many(keys)) == keys
+    assert store.path is not None
+    sql(store.path, "DELETE FROM timings")
+    assert store.get_many(keys) == {t.key: t for t in rows(1300)}
+    assert store.get("k1300") is None
+    with closing(TimingStore.open(tmp_path)) as other:
+        other.put(row("k1300"))
+    assert store.get("k1300") == row("k1300")  # what is not there may come
+
+
+def test_records_are_read_anew(tmp_path: Path) -> None:
+    store, other = TimingStore.open(tmp_path), TimingStore.open(tmp_path)
+    store.put_record("verdict", "g", {"best": 1})
+    other.put_record("verdict", "g", {"best": 2})
+    assert store.get_record("verdict", "g") == {"best": 2}
+    other.clear("verdict")
+    assert store.get_record("verdict", "g") is None
+
+
+def test_damaged_rows_count_as_absent(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path)
+    store.put_many(rows(2))
+    for key in ("cut", "list", "bytes", "deep", "good"):
+        store.put_record("plan", key, {"a": 1})
+    path = store.path
+    assert path is not None
+    sql(
+        path,
+        "UPDATE records SET value = '{\"a\": ' WHERE key = 'cut'",
+        "UPDATE records SET value = '[1]' WHERE key = 'list'",
+        "UPDATE records SET value = CAST(x'7b22ff223a317d' AS TEXT) WHERE key = 'bytes'",
+        f"UPDATE records SET value = '{'[' * 100_000}' WHERE key = 'deep'",
+        "UPDATE timings SET ns = 'fast', error = CAST(x'ff' AS TEXT) WHERE key = 'k0'",
+    )
+    store = reopened(store)
+    kept = {key: store.get_record("plan", key) for key in ("cut", "list", "bytes", "deep", "good")}
+    assert kept == {"cut": None, "list": None, "bytes": None, "deep": None, "good": {"a": 1}}
+    assert list(store.get_many(["k0", "k1"])) == ["k1"]
+    store.put(row("k0"))
+    assert reopened(store).get("k0") == row("k0")
+
+
+def noise(path: Path) -> None:
+    path.write_bytes(b"not a database at all " * 500)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2 // 4096 * 4096)
+
+
+def other_tables(path: Path) -> None:
+    sql(path, "DROP TABLE timings", "CREATE TABLE timings (a)")
+
+
+@pytest.mark.parametrize("damage", [noise, cut, other_tables])
+def test_damaged_file_is_moved_aside_at_open(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    store = TimingStore.open(tmp_path)
+    store.put_many(rows(500))
+    store.close()
+    path = tmp_path / FILE_NAME
+    damage(path)
+    before = path.read_bytes()
+    with pytest.warns(UserWarning, match=r"is damaged. It was moved to .*corrupt-\d{8}-\d{6}") as caught:
+        store = TimingStore.open(tmp_path)
+    assert len(caught) == 1
+    (aside,) = tmp_path.glob("*.corrupt-*")
+    assert aside.read_bytes() == before
+    assert store.path == path
+    assert store.get("k1") is None
+    store.put(row("after"))
+    assert reopened(store).get("after") == row("after")
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_damage_while_open_is_repaired(tmp_path: Path, write: bool) -> None:
+    store = TimingStore.open(tmp_path)
+    store.put_many(rows(2000))
+    store = reopened(store)
+    store.get("k7")
+    store.put_record("verdict", "g", {"best": 1})
+    path = store.path
+    assert path is not None
+    sql(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    with pytest.warns(UserWarning, match="is damaged"):
+        if write:
+            store.put(row("k1999", 5))
+        else:
+            assert store.get("k1999") is None
+    assert len(list(tmp_path.glob("*.corrupt-*"))) == 1
+    store = reopened(store)
+    assert store.path == path
+    assert store.get("k7") == row("k7", 8)  # known to this process, so not lost
+    assert store.get_record("verdict", "g") == {"best": 1}
+    assert store.get("k1999") == (row("k1999", 5) if write else None)
+
+
+def test_moved_aside_by_another_process(tmp_path: Path) -> None:
+    """The file that is at the path counts, not the one that was opened."""
+    store = TimingStore.open(tmp_path)
+    store.put(row("a"))
+    (tmp_path / FILE_NAME).rename(tmp_path / "elsewhere")
+    store.put(row("b"))
+    assert TimingStore.open(tmp_path).get("b") == row("b")
+    shutil.rmtree(tmp_path)
+    store.put(row("c"))
+    assert TimingStore.open(tmp_path).get("c") == row("c")
+
+
+def test_other_schema_versions_keep_their_facts(tmp_path: Path) -> None:
+    path, ours, theirs = tmp_path / FILE_NAME, SCHEMA_VERSION, SCHEMA_VERSION + 6
+    store = TimingStore.open(tmp_path)
+    store.put(row("ours"))
+    store.close()
+    path.rename(tmp_path / f"{FILE_NAME}.v{ours}")  # as the other version left it
+    sql(path, f"PRAGMA user_version = {theirs}", "CREATE TABLE other (a)")
+    with pytest.warns(
+        UserWarning, match=f"has schema version {theirs}, .* moved to .*{FILE_NAME}.v{theirs} "
+    ) as caught:
+        store = TimingStore.open(tmp_path)
+    assert len(caught) == 1
+    assert store.get("ours") == row("ours")
+    assert sql(tmp_path / f"{FILE_NAME}.v{theirs}", "PRAGMA user_version") == [[(theirs,)]]
+    store.close()
+    path.unlink()
+    sql(path, "CREATE TABLE other (a)")
+    with pytest.warns(UserWarning, match="has schema version 0"):
+        assert TimingStore.open(tmp_path).get("ours") is None
+
+
+def goes_on(store: TimingStore) -> None:
+    """In memory everything works, without another warning."""
+    store.put_many(rows(3))
+    store.put_record("plan", "p", {"a": 1})
+    assert store.path is None
+    assert store.get_many(["k0", "k2", "k9"]) == {"k0": row("k0", 1), "k2": row("k2", 3)}
+    assert store.get_record("plan", "p") == {"a": 1}
+    counts = store.ls().counts
+    assert counts["timing"] >= 3
+    assert store.clear("plan") == counts["plan"] == 1
+    assert store.get_record("plan", "p") is None
+    assert store.clear() == sum(counts.values()) - 1
+    assert store.get("k0") is None
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match=r"cannot be used .* Set cache_dir \(LAYERZERO_CACHE_DIR\)") as caught:
+        store = TimingStore.open(tmp_path / "file" / "x")
+    assert len(caught) == 1
+    goes_on(store)
+
+
+@posix
+def test_directory_that_cannot_be_written() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own directories are closed to other users
+        directory = Path(name)
+        store = TimingStore.open(directory)
+        store.put(row("old"))
+        store.put_record("peaks", "d", {"a": 1})
+        store.close()
+        directory.chmod(0o555)
+        (directory / FILE_NAME).chmod(0o444)
+
+        def work() -> None:
+            if os.geteuid() == 0:
+                os.setuid(65534)  # permissions do not bind root
+            with pytest.warns(UserWarning, match="cannot be used") as caught:
+                store = TimingStore.open(directory)
+                store.put(row("new"))
+            assert len(caught) == 1
+            assert store.get_many(["old", "new"]) == {"old": row("old"), "new": row("new")}
+            assert store.get_record("peaks", "d") == {"a": 1}
+            goes_on(store)
+
+        in_child(work)
+        directory.chmod(0o755)
+
+
+@posix
+def test_full_disk(tmp_path: Path) -> None:
+    def work() -> None:
+        import resource
+
+        store = TimingStore.open(tmp_path)
+        store.put(row("before"))
+        store.close()
+        store = TimingStore.open(tmp_path)  # has read nothing yet
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        with pytest.warns(UserWarning, match="cannot be used") as caught:
+            for i in range(40):
+                store.put_many(rows(100, f"{i}-"))
+        assert len(caught) == 1
+        assert store.get("before") == row("before")
+        assert len(store.get_many(f"{i}-{j}" for i in range(40) for j in range(100))) == 4000
+        goes_on(store)
+
+    in_child(work)
+    assert TimingStore.open(tmp_path).get("before") == row("before")
+
+
+def write_rows(directory: str, prefix: str, ready: Any) -> None:
+    ready.wait()
+    store = TimingStore.open(directory)
+    for timing in rows(200, prefix):
+        store.put(timing)
+    assert store.path is not None
+    store.close()
+
+
+@pytest.mark.parametrize("start", ["empty", "damaged"])
+def test_processes_at_once(tmp_path: Path, start: str) -> None:
+    """Also when each finds a damaged file: it is moved aside once, and no healthy one after it."""
+    if start == "damaged":
+        noise(tmp_path / FILE_NAME)
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        children = [context.Process(target=write_rows, args=(str(tmp_path), name, ready)) for name in "ab"]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
+    expected = rows(200, "a") + rows(200, "b")
+    assert TimingStore.open(tmp_path).get_many(t.key for t in expected) == {t.key: t for t in expected}
+    assert len(list(tmp_path.glob("*.corrupt-*"))) == (start == "damaged")
+
+
+@posix
+def test_fork_while_threads_write(tmp_path: Path) -> None:
+    """A fork waits for what is under way, so the child finds neither a lock that is held nor a connection in use."""
+    store = TimingStore.open(tmp_path)
+    stop = threading.Event()
+
+    def write() -> None:
+        count = 0
+        while not stop.is_set():
+            store.put(row(f"thread{count}"))
+            count += 1
+
+    def work(name: str) -> None:
+        assert store._connection is None
+        store.put_many(rows(20, name))
+        assert store.path is not None
+        store.close()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for name in "abc":
+            in_child(lambda name=name: work(name))  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()
+    assert store.path == tmp_path / FILE_NAME
+    expected = [t for name in "abc" for t in rows(20, name)]
+    assert TimingStore.open(tmp_path).get_many(t.key for t in expected) == {t.key: t for t in expected}
+
+
+def test_threads_share_a_store(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path)
+
+    def work(name: str) -> None:
+        for timing in rows(50, name):
+            store.put(timing)
+            assert store.get(timing.key) == timing
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert reopened(store).ls().counts == {"timing": 200}
+
+
+def test_listing_and_clearing(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path)
+    store.put_many(rows(2))
+    store.put_record("plan", "p", {"a": 1})
+    store.put_record("verdict", "v", {})
+    listing = reopened(store).ls()
+    assert listing.path == tmp_path / FILE_NAME
+    assert listing.bytes >= 4096
+    assert listing.counts == {"plan": 1, "timing": 2, "verdict": 1}
+    plan = listing.entries[0]
+    assert plan == Entry("plan", "p", len('{"a": 1}'), plan.created)
+    assert plan.created is not None
+    assert math.isclose(plan.created, (tmp_path / FILE_NAME).stat().st_mtime, abs_tol=600)
+    assert store.clear("plan") == 1
+    assert store.clear("nothing") == 0
+    assert store.clear("timing") == 2
+    assert store.get("k0") is None
+    assert reopened(store).ls().counts == {"verdict": 1}
+    assert store.clear() == 1
+    assert reopened(store).ls().counts == {}
+
+
+def test_merge(tmp_path: Path) -> None:
+    store, other = TimingStore.open(tmp_path / "a"), TimingStore.open(tmp_path / "b")
+    store.put(row("both", 1))
+    other.put_many([row("both", 2), row("theirs", 3), row("wrong")])
+    other.put_record("plan", "p", {"a": 1})
+    assert other.path is not None
+    sql(other.path, "UPDATE timings SET ns = 'fast' WHERE key = 'wrong'")
+    assert store.merge(other.path) == 2  # while the other is in use
+    assert store.merge(str(other.path)) == 0
+    assert reopened(store).get_many(["both", "theirs", "wrong"]) == {"both": row("both", 1), "theirs": row("theirs", 3)}
+    assert store.get_record("plan", "p") == {"a": 1}
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be used"):
+        memory = TimingStore.open(tmp_path / "file")
+    memory.put(row("both", 1))
+    assert memory.merge(other.path) == 2
+    assert memory.get("both") == row("both", 1)
+
+
+def test_merge_names_what_is_wrong(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path / "a")
+    store.put(row("a"))
+    broken, newer = tmp_path / "broken", tmp_path / "newer"
+    noise(broken)
+    sql(newer, "PRAGMA user_version = 77", "CREATE TABLE other (a)")
+    before = broken.read_bytes()
+    for path, message in ((tmp_path / "none", "no timings store"), (broken, "not a database"), (newer, "version 77")):
+        with pytest.raises(StoreError, match=message):
+            store.merge(path)
+    assert broken.read_bytes() == before
+    assert store.ls().counts == {"timing": 1}
