@@ -10,7 +10,7 @@ import torch
 
 from . import backends
 from .backend import RECORDS, GraphRecord, open_store
-from .explain import Report, explain_plan, explain_records
+from .report import Report, explain_plan, explain_records
 from .options import Options
 from .target import detect, environment
 from .types import Plan

@@ -37,7 +37,9 @@ class Options:
         "measured", "where prices come from; plugins may register further names", choices=("measured", "roofline")
     )
     solver: str = _option(
-        "cp_sat", "what solves for the plan", choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive")
+        "cp_sat",
+        "what solves for the plan; `greedy`, `dynamic` and `exhaustive` are baselines",
+        choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive"),
     )
     layout_mode: str = _option(
         "adapt", "`adapt` may convert layouts between kernels, `strict` keeps eager's", choices=("adapt", "strict")
@@ -53,9 +55,7 @@ class Options:
     memory_limit: int | None = _option(None, "bytes of scratch memory that a plan may use; None is no limit")
     deterministic: bool = _option(False, "only kernels that give the same bits on each run")
     race: bool = _option(True, "compare plans end to end on the first real calls; False trusts the prices")
-    cache_dir: str | None = _option(
-        None, "directory of the timings store; None is the user cache directory", plans=False
-    )
+    cache_dir: str | None = _option(None, "directory of the timings store; None is the user's cache", plans=False)
     mode: str = _option("default", "torch.compile's `mode`", choices=MODES, own=False)
 
     def __post_init__(self) -> None:

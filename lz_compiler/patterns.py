@@ -130,8 +130,10 @@ class Recogniser:
             draft = self._core(node)
             if draft is None:
                 continue
+            absorbing = list(self._longer(draft))
+            draft.params["absorbed"] = any(d.params.get("affine") for d in absorbing)
             yield self._context(draft, default=True)
-            for longer in self._longer(draft):
+            for longer in absorbing:
                 yield self._context(longer)
             if draft.op == "linear":
                 linears.append(draft)

@@ -18,13 +18,13 @@ Variables, all 0 or 1:
 (7) order         sum of x_k over a cycle of n candidates <= n - 1                                `_cycle_cuts`
 (8) ties          x_k = x_l, y_tfg = y_ufg inside a class: one variable, with the summed cost     `read` (solvers.py)
 
-A node that no sink needs is not covered: need follows from (4), (2) and (3) alone. Selecting kernels by covering a graph
-with convex candidates is Korch's formulation (arXiv 2406.09465); pricing formats by conversions between neighbours goes
-back to PBQP primitive selection (arXiv 1710.01079); one knapsack row for a quality budget is HAWQ-V3's (arXiv 2011.10680).
+A node that no sink needs is not covered: need follows from (4), (2) and (3) alone. Selecting kernels by covering a
+graph with convex candidates is Korch's formulation (arXiv 2406.09465); pricing formats by conversions goes back to PBQP
+primitive selection (arXiv 1710.01079); one knapsack row for a quality budget is HAWQ-V3's (arXiv 2011.10680).
 
 What makes it fast, none of which changes the optimum:
-- (2) is written per *reader*: at most one candidate that covers a node is used, so all candidates that read (t, f) for
-  one node share one row (the marginal form); with it goes a row without formats: who reads t needs somebody who writes t.
+- (2) is written per *reader*: at most one candidate that covers a node is used, so all candidates that read (t, f)
+  for one node share one row (the marginal form). With it goes a row without formats: who reads t needs a writer of t.
 - A tensor with one reader is a flow: what comes into a format leaves it once, to the reader or into a conversion.
 - Rows are written in shared variables, and equal rows are kept once: the rows of 32 tied layers are those of one.
 - Cycles need candidates with several outputs and are rare, so (7) is added only where a solution has one. A cut counts,
@@ -42,8 +42,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from . import solvers
 from .errors import OptionError, SolverError, unknown
-from .solvers import WEIGHT_SCALE, Instance, contracted, dynamic, exhaustive, is_cyclic, over_budget, read, settle, sweep
+from .solvers import WEIGHT_SCALE, Instance
 from .types import Problem, Solution, Status
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,10 @@ def _supply(inst: Instance, p: int) -> list[int]:
 
 
 def _readers(inst: Instance) -> list[list[list[int]]]:
-    """For each tensor its readers: usable candidates, grouped such that at most one of a group can be used (they share a
-    node). The node is the one that most readers of the tensor cover, which is the node that really reads it."""
+    """For each tensor its readers: usable candidates in groups of which at most one is used, since they share a node.
+
+    The node is the one that most readers of the tensor cover, which is the node that really reads it.
+    """
     of_tensor: list[dict[int, None]] = [{} for _ in inst.pairs]
     for k, d in enumerate(inst.decision):
         if d >= 0:
@@ -111,8 +114,11 @@ def _readers(inst: Instance) -> list[list[list[int]]]:
 
 
 def _flows(inst: Instance, readers: list[list[list[int]]]) -> list[bool]:
-    """Tensors whose conversions are a flow: one reader, in one format, and no conversion tied to another tensor's (a tied
-    one can be there for the other tensor's sake)."""
+    """Tensors whose conversions are a flow: one reader, in one format, and none tied to another tensor's conversion.
+
+    A tied one can be there for the other tensor's sake. Any other that is not needed can be dropped, so that some
+    optimum keeps the rows of a flow.
+    """
     sinks = {inst.tensor[p] for p in inst.sinks}
     flows = []
     for t, groups in enumerate(readers):
@@ -178,8 +184,8 @@ def _cycle_cuts(inst: Instance, used: Iterable[int], rows: _Rows) -> None:
     """(7), one cut for each knot of candidates that wait for each other."""
     import networkx as nx
 
-    graph = contracted(inst, used)
-    if not is_cyclic(graph):
+    graph = solvers.contracted(inst, used)
+    if not solvers.is_cyclic(graph):
         return
     digraph = nx.DiGraph([(k, r) for k, targets in graph.items() for r in targets])
     for knot in nx.strongly_connected_components(digraph):
@@ -192,7 +198,7 @@ def _cycle_cuts(inst: Instance, used: Iterable[int], rows: _Rows) -> None:
 
 
 def _alternatives(inst: Instance, k: int, read: int, written: int) -> Sequence[int]:
-    """Candidates of which at most one is used (they share a node), each reading and writing the same two tensors as k."""
+    """Candidates that read and write the same two tensors as k and share one node, so that at most one is used."""
     alike = [
         [j for j in inst.covering[n]
          if any(inst.tensor[p] == read for p in inst.ins[j]) and any(inst.tensor[p] == written for p in inst.outs[j])]
@@ -214,21 +220,45 @@ class _Answer:
 Backend = Callable[[Sequence[int], Iterable[Row], float, frozenset[int]], _Answer]
 
 
-def _cp_sat(costs: Sequence[int], rows: Iterable[Row], seconds: float, hint: frozenset[int]) -> _Answer:
-    """One worker and a fixed seed: the same problem gives the same plan. More workers were not faster on chains."""
+def _cp_sat_model(costs: Sequence[int], rows: Iterable[Row], hint: frozenset[int]) -> tuple[Any, list[Any]]:
+    """The rows, where `sum(plus) <= sum(minus)` becomes `either = sum(plus)` (exactly one, or not either) and a clause.
+
+    The left sides of such rows exclude each other: candidates for one node, or the ways out of a format in a flow.
+    Presolve splits the plain row into a clause per term, whose relaxation is so weak that a net of 300 nodes with three
+    readers a tensor was not solved in 20 s (ortools 9.15, one core); in this form it takes 0.6 s.
+    """
     from ortools.sat.python import cp_model
 
     model: Any = cp_model.CpModel()
     xs = [model.new_bool_var("") for _ in costs]
+    either: dict[tuple[int, ...], Any] = {}
     for terms, bound in rows:
-        if bound == 1 and all(c == 1 for _, c in terms):
-            model.add_at_most_one([xs[d] for d, _ in terms])
+        plus, minus = tuple(d for d, c in terms if c > 0), [d for d, c in terms if c < 0]
+        units = all(abs(c) == 1 for _, c in terms)
+        if units and bound == 1 and not minus:
+            model.add_at_most_one([xs[d] for d in plus])
+        elif units and bound == 0 and len(plus) > 1:
+            if plus not in either:
+                either[plus] = model.new_bool_var("")
+                model.add_exactly_one([either[plus].negated(), *(xs[d] for d in plus)])
+            model.add_bool_or([either[plus].negated(), *(xs[d] for d in minus)])
         else:
             model.add(cp_model.LinearExpr.weighted_sum([xs[d] for d, _ in terms], [c for _, c in terms]) <= bound)
     if any(costs):
         model.minimize(cp_model.LinearExpr.weighted_sum(xs, list(costs)))
-    for d, x in enumerate(xs if hint else ()):
-        model.add_hint(x, d in hint)
+    if hint:
+        for d, x in enumerate(xs):
+            model.add_hint(x, d in hint)
+        for plus, x in either.items():
+            model.add_hint(x, not hint.isdisjoint(plus))
+    return model, xs
+
+
+def _cp_sat(costs: Sequence[int], rows: Iterable[Row], seconds: float, hint: frozenset[int]) -> _Answer:
+    """One worker and a fixed seed: the same problem gives the same plan. More workers were not faster on chains."""
+    from ortools.sat.python import cp_model
+
+    model, xs = _cp_sat_model(costs, rows, hint)
     solver: Any = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
@@ -265,12 +295,8 @@ def _highs(costs: Sequence[int], rows: Iterable[Row], seconds: float, hint: froz
         absolute_gap_tolerance=0.5,  # costs are integers: nothing lies between
     )
     hints = [mathopt.SolutionHint(variable_values={x: float(d in hint) for d, x in enumerate(xs)})] if hint else []
-    result = mathopt.solve(
-        model,
-        mathopt.SolverType.HIGHS,
-        params=parameters,
-        model_params=mathopt.ModelSolveParameters(solution_hints=hints),
-    )
+    start = mathopt.ModelSolveParameters(solution_hints=hints)
+    result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters, model_params=start)
     reason, reasons = result.termination.reason, mathopt.TerminationReason
     if reason in (reasons.INFEASIBLE, reasons.INFEASIBLE_OR_UNBOUNDED):  # 0/1 variables are never unbounded
         return _Answer(Status.INFEASIBLE, None, 0.0)
@@ -304,11 +330,11 @@ def _branch_and_cut(
             bound = max(bound, math.ceil(answer.bound - max(1e-4, 1e-9 * answer.bound)))
         if answer.used is None:
             break
-        used = settle(inst, answer.used, None if not any(costs) else answer.used)
+        used = solvers.settle(inst, answer.used, None if not any(costs) else answer.used)
         assert used is not None, "a solution of the program does not decode"
         cuts = _Rows()
         _cycle_cuts(inst, used, cuts)
-        if over_budget(inst, used):
+        if solvers.over_budget(inst, used):
             spent = [d for d in used if inst.weight[d]]
             cuts.put(spent, (), len(spent) - 1)
         if not cuts:
@@ -327,7 +353,7 @@ def _branch_and_cut(
 def _greedy(inst: Instance, deadline: float) -> set[int] | None:
     """A sweep; one over single-node candidates only; at last any plan of single-node candidates, at whatever cost."""
     for single_nodes in (False, True):
-        used = sweep(inst, single_nodes)
+        used = solvers.sweep(inst, single_nodes)
         if used is not None:
             return used
     rows = _program(inst)
@@ -342,9 +368,9 @@ def _hinted(inst: Instance, hint: Solution | None) -> set[int] | None:
     """The decisions of a hint that is a valid plan of this problem."""
     if hint is None or hint.status not in (Status.OPTIMAL, Status.FEASIBLE):
         return None
-    if any(not 0 <= k < len(inst.decision) for k in hint.chosen):
+    if min((*hint.chosen, *hint.converted), default=0) < 0:
         return None
-    if any(not 0 <= c < len(inst.conversion) for c in hint.converted):
+    if max(hint.chosen, default=-1) >= len(inst.decision) or max(hint.converted, default=-1) >= len(inst.conversion):
         return None
     used = {inst.decision[k] for k in hint.chosen} | {inst.conversion[c] for c in hint.converted}
     claim = replace(hint, objective=inst.objective(used - {-1}), bound=0, status=Status.FEASIBLE)
@@ -354,7 +380,8 @@ def _hinted(inst: Instance, hint: Solution | None) -> set[int] | None:
 def _exact(inst: Instance, backend: Backend, budget_s: float, hint: Solution | None) -> _Result:
     """The program, started from the best plan known beforehand, which also stands in if the clock runs out."""
     deadline = time.perf_counter() + budget_s
-    known = [used for used in (_hinted(inst, hint), sweep(inst, False), sweep(inst, True)) if used is not None]
+    plans = (_hinted(inst, hint), solvers.sweep(inst, False), solvers.sweep(inst, True))
+    known = [used for used in plans if used is not None]
     start = min(known, key=inst.objective, default=set())
     result = _branch_and_cut(inst, _program(inst), inst.cost, backend, deadline, frozenset(start))
     if result.status is not Status.FEASIBLE:
@@ -380,15 +407,15 @@ def solve(problem: Problem, solver: str = "cp_sat", budget_s: float = 10.0, hint
     if solver not in SOLVERS:
         raise OptionError(unknown("solver", solver, SOLVERS))
     start = time.perf_counter()
-    inst = read(problem)
+    inst = solvers.read(problem)
     if solver == "greedy":
         used = _greedy(inst, start + budget_s)
         result = _Result(Status.INFEASIBLE if used is None else Status.FEASIBLE, used, 0)
     elif solver == "dynamic":
-        word, used = dynamic(inst)
+        word, used = solvers.dynamic(inst)
         result = _Result(Status(word), used, inst.objective(used))
     elif solver == "exhaustive":
-        finished, best = exhaustive(inst, start + budget_s)
+        finished, best = solvers.exhaustive(inst, start + budget_s)
         if best is None and not finished:
             raise SolverError(f"the exhaustive solver found no plan within {budget_s:g} s. Raise solve_budget_s.")
         status = Status.INFEASIBLE if best is None else Status.OPTIMAL if finished else Status.FEASIBLE
@@ -485,8 +512,9 @@ def _check_formats(problem: Problem, solution: Solution) -> list[str]:
         for tensor, form in zip(candidate.region.inputs, candidate.in_formats, strict=True):
             if (tensor, form) not in available:
                 wrong.append(f"candidate {k} ({candidate.kernel}) reads {tensor} in {form}, which is not available")
-    wrong += [f"output {tensor} is not available in {form}" for tensor, form in problem.sinks
-              if (tensor, form) not in available]  # fmt: skip
+    for tensor, form in problem.sinks:
+        if (tensor, form) not in available:
+            wrong.append(f"output {tensor} is not available in {form}")
     return wrong
 
 
@@ -497,8 +525,9 @@ def _check_limits(problem: Problem, solution: Solution) -> list[str]:
     if not error <= problem.error_budget * (1 + 1e-6):  # relative: float noise at the boundary, not a second budget
         wrong.append(f"the error {error:g} is above the budget {problem.error_budget:g}")
     if problem.memory_limit is not None:
-        wrong += [f"{k.kernel} takes {k.workspace} bytes of workspace, the limit is {problem.memory_limit}" for k in used
-                  if k.workspace > problem.memory_limit]  # fmt: skip
+        for k in used:
+            if k.workspace > problem.memory_limit:
+                wrong.append(f"{k.kernel} takes {k.workspace} bytes, the limit is {problem.memory_limit}")
     return wrong
 
 
@@ -515,5 +544,5 @@ def _check_ties(problem: Problem, solution: Solution) -> list[str]:
         if conversion.tensor in problem.tensor_class:
             key = (problem.tensor_class[conversion.tensor], conversion.src, conversion.dst)
             if decided.setdefault(key, i in converted) is not (i in converted):
-                wrong.append(f"conversion {i} of {conversion.tensor} is decided unlike the others of its class {key[0]}")
+                wrong.append(f"conversion {i} ({conversion.tensor}) is decided unlike the others of class {key[0]}")
     return wrong

@@ -93,6 +93,24 @@ REFERENCES: dict[str, Callable[[Tensors, Params], Any]] = {
 }
 
 
+SAMPLE = 16  # output channels that a float64 reference computes
+
+
+def sampled(op: str, t: Tensors, p: Params) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """Inputs that compute only some output channels of a product or convolution, and the selection of these from a
+    whole result: float64 is slow, and a wrong kernel is wrong in every channel."""
+    channels = t["w"].shape[0 if op == "conv" or not p["transposed"] else 1] if op in ("linear", "conv") else 0
+    if channels <= SAMPLE or (op == "conv" and p["groups"] != 1):
+        return dict(t), lambda y: y
+    index = torch.arange(SAMPLE) * channels // SAMPLE
+    dim = {"w": 1 if op == "linear" and p["transposed"] else 0, "other": 1 if op == "conv" else -1}
+    picked = {
+        role: v if role in ("x", "size") else v.reshape(-1)[index] if role not in dim else v.index_select(dim[role], index)
+        for role, v in t.items()
+    }
+    return picked, lambda y: y.index_select(1, index) if op == "conv" else y.reshape(-1, channels)[:, index]
+
+
 def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)

@@ -116,12 +116,15 @@ def _inverse(rows: Iterable[tuple[int, Iterable[int]]], size: int) -> tuple[tupl
 def read(problem: Problem) -> Instance:
     """Linear in the size of the problem."""
     candidates, conversions = problem.candidates, problem.conversions
-    assert len(problem.costs) == len(candidates) and len(problem.conversion_costs) == len(conversions)
+    assert len(problem.costs) == len(candidates)
+    assert len(problem.conversion_costs) == len(conversions)
     if any(c.ns < 0 for c in (*problem.costs, *problem.conversion_costs)):
         raise SolverError("a cost is negative; every cost must be 0 ns or more. Correct the cost model.")
     pair, node = _Ids(), _Ids()
-    ins = [tuple(dict.fromkeys(pair[p] for p in zip(k.region.inputs, k.in_formats, strict=True))) for k in candidates]
-    outs = [tuple(dict.fromkeys(pair[p] for p in zip(k.region.outputs, k.out_formats, strict=True))) for k in candidates]
+    reads = [zip(k.region.inputs, k.in_formats, strict=True) for k in candidates]
+    writes = [zip(k.region.outputs, k.out_formats, strict=True) for k in candidates]
+    ins = [tuple(dict.fromkeys(pair[p] for p in row)) for row in reads]
+    outs = [tuple(dict.fromkeys(pair[p] for p in row)) for row in writes]
     nodes = [tuple(dict.fromkeys(node[n] for n in k.region.nodes)) for k in candidates]
     src = tuple(pair[(c.tensor, c.src)] for c in conversions)
     dst = tuple(pair[(c.tensor, c.dst)] for c in conversions)
@@ -205,8 +208,8 @@ def is_cyclic(graph: dict[int, dict[int, int]]) -> bool:
 def tensor_order(inst: Instance) -> list[int]:
     """Position of each tensor in a topological order: depth first, from what a tensor is computed from.
 
-    A candidate with several nodes and outputs says nothing certain about the order of those (one output may be needed for
-    an input of another's), so it is asked only where no simpler candidate makes the tensor.
+    A candidate with several nodes and outputs says nothing certain about the order of those (one output may be needed
+    for an input of another's), so it is asked only where no simpler candidate makes the tensor.
     """
     makers = [sorted({k for p in ps for k in inst.makers[p]}) for ps in inst.pairs]
     plain = [[k for k in ks if len(inst.nodes[k]) == 1 or len(inst.outs[k]) == 1] or ks for ks in makers]
@@ -239,7 +242,7 @@ def _node_order(inst: Instance) -> list[int]:
 
 
 def sweep(inst: Instance, single_nodes: bool) -> set[int] | None:
-    """Node by node in topological order, the candidate that costs least per node it covers, whatever the neighbours need.
+    """Node by node in topological order, the candidate that costs least per node, whatever the neighbours need.
 
     A candidate is passed over only where an input exists already and cannot be brought into its format. Conversions are
     paid afterwards. None if the result is not a valid plan.
@@ -291,12 +294,13 @@ _Step = tuple[int, _State | None, tuple[int, ...], tuple[int, ...]]  # cost, sta
 
 
 def _moves(inst: Instance, state: _State, t: int, options: Sequence[int]) -> Iterable[tuple[int | None, list[int]]]:
-    """The ways to leave tensor t behind: a candidate or none, and the cheapest conversions that its demands then take."""
+    """The ways to leave tensor t behind: a candidate or none, and the cheapest conversions for what is demanded."""
     wanted = [p for p in inst.pairs[t] if p in state.demands]
     for k in (None, *options):
         if k is not None and (not state.covered.isdisjoint(inst.nodes[k]) or not (wanted or len(inst.outs[k]) > 1)):
             continue
-        have = {p for p in inst.pairs[t] if p in state.given or p in inst.sources or (k is not None and p in inst.outs[k])}
+        made = () if k is None else inst.outs[k]
+        have = {p for p in inst.pairs[t] if p in made or p in state.given or p in inst.sources}
         paid = []
         for p in wanted:
             ways = [c for c in inst.into[p] if inst.src[c] in have]
@@ -309,7 +313,11 @@ def _moves(inst: Instance, state: _State, t: int, options: Sequence[int]) -> Ite
 
 
 def _decided_at(inst: Instance, position: list[int]) -> list[list[int]] | None:
-    """Candidates by the last of their outputs, where they are decided; None if the problem is not of the simple kind."""
+    """Candidates by the last of their outputs, where they are decided.
+
+    None where one pass from the last tensor to the first does not see everything: a candidate that reads what comes
+    after its outputs, or a tensor that two candidates could write together, or that is a source and written.
+    """
     at: list[list[int]] = [[] for _ in inst.pairs]
     for k, d in enumerate(inst.decision):
         if d >= 0 and inst.outs[k]:
@@ -356,8 +364,8 @@ def dynamic(inst: Instance) -> tuple[str, set[int]]:
     """Dynamic programming from the sinks back, tensor by tensor, over the states of the frontier.
 
     A frontier does not remember the error spent, the other layers' decisions, or who waits for whom. So this solves the
-    problem without the error budget, the ties and the rule against cycles. Its optimum is the optimum where it happens to
-    keep them, and nothing is claimed ("not_applicable") where it does not.
+    problem without the error budget, the ties and the rule against cycles. Its optimum is the optimum where it happens
+    to keep them, and nothing is claimed ("not_applicable") where it does not.
     """
     position = tensor_order(inst)
     at = _decided_at(inst, position)
@@ -462,7 +470,7 @@ class _Search:
 
 
 def exhaustive(inst: Instance, deadline: float) -> tuple[bool, set[int] | None]:
-    """Whether the search ran to its end, and the best plan. Costs are not negative, so only what is demanded is tried."""
+    """Whether the search ran to its end, and the best plan. No cost is negative, so only what is demanded is tried."""
     if len(inst.members) > EXHAUSTIVE_LIMIT:
         raise SolverError(
             f"the exhaustive solver takes at most {EXHAUSTIVE_LIMIT} decisions, this problem has {len(inst.members)}. "

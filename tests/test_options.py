@@ -26,7 +26,7 @@ def test_given_before_environment_before_default(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LAYERZERO_BACKENDS", "onednn, aten,onednn")
     monkeypatch.setenv("LAYERZERO_ERROR_BUDGET", "1e-2")
     monkeypatch.setenv("LAYERZERO_MEMORY_LIMIT", "4096")
-    monkeypatch.setenv("LAYERZERO_CACHE_DIR", "")  # empty counts as not set
+    monkeypatch.setenv("LAYERZERO_LAYOUT_MODE", "")  # empty counts as not set
     given = {"solver": "greedy", "memory_limit": None, "solve_budget_s": 3, "cache_dir": Path("a")}
     found = Options.resolve(given, mode="max-autotune")
     assert found == Options(
@@ -51,6 +51,7 @@ def test_given_before_environment_before_default(monkeypatch: pytest.MonkeyPatch
         ({"error_budget": 1.0}, "at least 0 and below 1."),
         ({"error_budget": -1e-9}, "at least 0"),
         ({"error_budget": "0.1"}, "Give a number"),
+        ({"measure_budget_s": True}, "Give a number"),
         ({"measure_budget_s": float("nan")}, "at least 0"),
         ({"measure_budget_s": 10**400}, "at least 0"),
         ({"memory_limit": 0}, "above 0"),
@@ -96,7 +97,7 @@ def test_wrong_mode_and_wrong_constructor_arguments() -> None:
 def test_unknown_environment_names_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERZERO_SOLVR", "highs")
     monkeypatch.setenv("LAYERZERO_MODE", "max-autotune")  # an argument of torch.compile, not a setting
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="^ignored: unknown environment variable") as caught:
         assert Options.resolve() == Options()
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2

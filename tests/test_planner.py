@@ -21,7 +21,7 @@ from lz_compiler.types import Candidate, Conversion, Cost, Format, Problem, Regi
 A, B, C = Format("strided", "float32"), Format("channels_last", "float32"), Format("strided", "bfloat16")
 FORMATS = (A, B, C)
 EPSILONS = (0.0, 0.0, 0.0, 3e-3, 4e-3)
-BUDGETS = (0.0, 3e-3, 5e-3, 1e-2)  # 5e-3 is exactly a 3e-3 and a 4e-3
+BUDGETS = (0.0, 3e-3, 5e-3, 5e-3, 1e-2)  # 5e-3 is exactly a 3e-3 and a 4e-3
 WORKSPACES = (0, 0, 0, 64, 128)
 PLANS = (Status.OPTIMAL, Status.FEASIBLE)
 
@@ -91,7 +91,7 @@ def problems(draw: st.DrawFn, low: int = 4, high: int = 9, groups: int = 5, tied
     """Three of four have a dear but certain plan: one exact kernel for each node, in one format throughout."""
     graph = draw(dags(low, high))
     safe = draw(st.sampled_from((True, True, True, False)))
-    likely = st.sampled_from((A, A, B, C))
+    likely = st.sampled_from((A, A, B, B, C))
     entries = {f"in_{n}": None for n in graph if not graph.pred[n]}
     candidates: list[tuple[Candidate, int]] = []
 
@@ -109,11 +109,11 @@ def problems(draw: st.DrawFn, low: int = 4, high: int = 9, groups: int = 5, tied
         for _ in range(draw(st.integers(1, 2))):
             add((node,), draw(st.integers(0, 20)))
     pool = [group for size in (2, 2, 3) for group in convex_sets(graph, size)]
-    for group in draw(st.lists(st.sampled_from(pool), max_size=groups)) if pool else []:
-        add(group, draw(st.integers(0, 10 * len(group))))
+    for group in draw(st.lists(st.sampled_from(pool), min_size=1, max_size=groups)) if pool else []:
+        add(group, draw(st.integers(0, 7 * len(group))))
     tensors = [*graph, *entries]
-    conversions = [(t, f, g, draw(st.integers(0, 12))) for t in tensors
-                   for f, g in draw(st.lists(st.sampled_from(MOVES), max_size=3, unique=True))]  # fmt: skip
+    conversions = [(t, f, g, draw(st.integers(0, 6))) for t in tensors
+                   for f, g in draw(st.lists(st.sampled_from(MOVES), min_size=1, max_size=4, unique=True))]  # fmt: skip
     exits = [n for n in graph if not graph.succ[n]]
     ends = exits if draw(st.booleans()) else [draw(st.sampled_from(list(graph)))]
     classes = list(range(len(candidates)))
@@ -163,7 +163,7 @@ def agree(given: Problem, *solvers: str) -> Solution:
     return best
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=1000, deadline=None, derandomize=True)
 @given(problems())
 def test_solvers_agree(given: Problem) -> None:
     best = agree(given, "cp_sat", "highs", "dynamic", "greedy")
@@ -171,13 +171,13 @@ def test_solvers_agree(given: Problem) -> None:
     event(f"fused {any(len(given.candidates[k].region.nodes) > 1 for k in best.chosen)}")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(problems(high=6, groups=3, tied=True))
 def test_solvers_agree_on_tied_problems(given: Problem) -> None:
     event(f"{agree(given, 'cp_sat', 'highs', 'dynamic', 'greedy').status}")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(problems(low=2, high=3, groups=1), st.data())
 def test_optimum_is_the_cheapest_plan_that_the_checker_accepts(given: Problem, data: st.DataObject) -> None:
     keep = max(0, 11 - len(given.candidates))
@@ -188,7 +188,7 @@ def test_optimum_is_the_cheapest_plan_that_the_checker_accepts(given: Problem, d
         assert (found.objective if found.status is Status.OPTIMAL else None) == best, name
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(problems())
 def test_greedy_finds_a_plan_where_single_nodes_have_one(given: Problem) -> None:
     single = [len(k.region.nodes) == 1 for k in given.candidates]
@@ -200,12 +200,13 @@ def test_greedy_finds_a_plan_where_single_nodes_have_one(given: Problem) -> None
     assume(solve(alone, "exhaustive").status is Status.OPTIMAL)
     for each in (given, alone):
         found = solve(each, "greedy")
-        assert found.status is Status.FEASIBLE and check(each, found) == []
+        assert found.status is Status.FEASIBLE
+        assert check(each, found) == []
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(problems(tied=False), st.randoms(use_true_random=False))
-def test_damaged_plans_fail_the_check(given: Problem, random: object) -> None:
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(problems())
+def test_damaged_plans_fail_the_check(given: Problem) -> None:
     good = solve(given, "exhaustive")
     assume(good.status is Status.OPTIMAL and good.chosen)
     assert check(given, good) == []
@@ -275,7 +276,8 @@ def test_candidates_that_wait_for_each_other_are_not_used_together(name: str) ->
 def test_dynamic_and_greedy_on_a_cycle() -> None:
     assert solve(two_knots(), "dynamic").status is Status.NOT_APPLICABLE
     found = solve(two_knots(), "greedy")
-    assert found.status is Status.FEASIBLE and check(two_knots(), found) == []
+    assert found.status is Status.FEASIBLE
+    assert check(two_knots(), found) == []
 
 
 def test_longer_cycles_are_cut_with_all_their_alternatives() -> None:
@@ -345,14 +347,16 @@ def test_greedy_loses_where_conversions_decide() -> None:
     given = problem(candidates, moves, {("x", A)}, [("n5", A)])
     assert agree(given, "cp_sat", "highs", "dynamic").objective == 57
     greedy = solve(given, "greedy")
-    assert greedy.objective == 54 + 600 and check(given, greedy) == []
+    assert greedy.objective == 54 + 600
+    assert check(given, greedy) == []
 
 
 def test_errors_add_in_squares_and_the_exact_budget_is_allowed() -> None:
     ops = []
     for i in range(9):
         before = f"n{i - 1}" if i else "x"
-        ops += [(kernel(f"n{i}", {before: A}, {f"n{i}": A}, epsilon=0.1 / 3), 1), (kernel(f"n{i}", {before: A}, {f"n{i}": A}), 9)]
+        ops.append((kernel(f"n{i}", {before: A}, {f"n{i}": A}, epsilon=0.1 / 3), 1))
+        ops.append((kernel(f"n{i}", {before: A}, {f"n{i}": A}), 9))
     given = problem(ops, [], {("x", A)}, [("n8", A)], error_budget=0.1)
     for name in ("cp_sat", "highs", "exhaustive"):
         assert solve(given, name).objective == 9
@@ -391,11 +395,16 @@ def test_ties_take_one_decision_for_all_layers() -> None:
     tied, free = chain(40), chain(40, tied=False)
     a, b = solve(tied), solve(free)
     assert (a.status, b.status) == (Status.OPTIMAL, Status.OPTIMAL)
-    assert check(tied, a) == [] and check(free, a) == [] and check(free, b) == []
+    assert check(tied, a) == []
+    assert check(free, a) == []
+    assert check(free, b) == []
     assert a.objective == b.objective
-    assert len({tied.candidate_class[k] for k in a.chosen}) == 5 and len(a.chosen) == 200 and a.converted
+    assert len({tied.candidate_class[k] for k in a.chosen}) == 5
+    assert len(a.chosen) == 200
+    assert a.converted
     assert a.wall_s < 2
-    less = replace(a, chosen=a.chosen[1:], objective=a.objective - tied.costs[a.chosen[0]].ns, bound=0, status=Status.FEASIBLE)
+    cheaper = a.objective - tied.costs[a.chosen[0]].ns
+    less = replace(a, chosen=a.chosen[1:], objective=cheaper, bound=0, status=Status.FEASIBLE)
     assert any("unlike the others" in line for line in check(tied, less))
 
 
@@ -417,9 +426,11 @@ def hard() -> Problem:
 def test_a_time_out_is_feasible_with_an_honest_bound(name: str, seconds: float) -> None:
     given = hard()
     found = solve(given, name, seconds)
-    assert found.status is Status.FEASIBLE and found.chosen
+    assert found.status is Status.FEASIBLE
+    assert found.chosen
     assert check(given, found) == []
-    assert 0 <= found.bound < found.objective and found.gap > 0
+    assert 0 <= found.bound < found.objective
+    assert found.gap > 0
     assert found.objective <= solve(given, "greedy").objective
     better = solve(given, name, 0.0, hint=found)
     assert better.objective <= found.objective
@@ -439,9 +450,9 @@ def test_the_same_problem_gives_the_same_plan() -> None:
         {("x", A)},
         [("n29", A)],
     )
-    for given in (flat, chain(6, tied=False)):
+    for each in (flat, chain(6, tied=False)):
         for name in SOLVERS[:4]:
-            first, second = solve(given, name), solve(given, name)
+            first, second = solve(each, name), solve(each, name)
             assert replace(first, wall_s=0.0) == replace(second, wall_s=0.0)
 
 
@@ -449,7 +460,8 @@ def test_trivial_and_refused_problems() -> None:
     given = problem([], [], {("x", A)}, [("x", A)])
     for name in SOLVERS:
         found = solve(given, name)
-        assert (found.chosen, found.objective) == ((), 0) and found.status in PLANS
+        assert (found.chosen, found.objective) == ((), 0)
+        assert found.status in PLANS
     for name in SOLVERS:
         assert solve(replace(given, sinks=(("x", B),)), name).status is Status.INFEASIBLE
     with pytest.raises(OptionError, match="cp_sat"):
@@ -462,4 +474,5 @@ def test_trivial_and_refused_problems() -> None:
 
 def test_importing_the_planner_is_light() -> None:
     code = f"import sys; import {planner.__name__}; print([m for m in ('ortools', 'networkx') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

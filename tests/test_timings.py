@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lz_compiler import timings as module
 from lz_compiler.timings import FILE_NAME, SCHEMA_VERSION, Entry, StoreError, Timing, TimingStore
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")
@@ -102,7 +104,7 @@ def test_many_are_read_at_once_and_only_once(tmp_path: Path) -> None:
     keys = [t.key for t in rows(1300)]
     assert list(store.get_many(keys)) == keys
     assert store.path is not None
-    sql(store.path, "DELETE FROM timings")
+    sql(store.path, "UPDATE timings SET ns = ns + 1")
     assert store.get_many(keys) == {t.key: t for t in rows(1300)}
     assert store.get("k1300") is None
     with closing(TimingStore.open(tmp_path)) as other:
@@ -183,20 +185,58 @@ def test_damage_while_open_is_repaired(tmp_path: Path, write: bool) -> None:
     path = store.path
     assert path is not None
     sql(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    page = path.read_bytes().index(b"k1999aten.addmm") // 4096
+    assert page > 3  # what is looked at on opening stays whole
     with path.open("r+b") as file:
-        file.seek(4096)
-        file.write(b"\xff" * (path.stat().st_size - 4096))
+        file.seek(page * 4096)
+        file.write(b"\xff" * 4096)
+    use: Callable[[], object] = (lambda: store.put(row("k1999", 5))) if write else (lambda: store.get("k1999"))
     with pytest.warns(UserWarning, match="is damaged"):
-        if write:
-            store.put(row("k1999", 5))
-        else:
-            assert store.get("k1999") is None
+        assert use() is None
     assert len(list(tmp_path.glob("*.corrupt-*"))) == 1
     store = reopened(store)
     assert store.path == path
     assert store.get("k7") == row("k7", 8)  # known to this process, so not lost
     assert store.get_record("verdict", "g") == {"best": 1}
     assert store.get("k1999") == (row("k1999", 5) if write else None)
+
+
+def test_a_file_that_was_repaired_meanwhile_stays(tmp_path: Path) -> None:
+    """Between the damage that this process saw and its repair, another may have put a good file there."""
+    noise(tmp_path / "damaged")
+    store = TimingStore.open(tmp_path)
+    store._disconnect()
+    store._connection = sqlite3.connect(tmp_path / "damaged", isolation_level=None)
+    store.put(row("a"))
+    assert reopened(store).get("a") == row("a")
+    assert not list(tmp_path.glob("*.corrupt-*"))
+
+
+def test_one_opener_at_a_time_moves_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the lock the slower of the two would move the new file of the faster one aside."""
+    noise(tmp_path / FILE_NAME)
+    delays, found, original = iter((0.1, 0.5)), [], module._set_aside
+
+    def slow(path: Path, suffix: str, why: str) -> None:
+        time.sleep(next(delays))
+        original(path, suffix, why)
+
+    def work(key: str) -> None:
+        store = TimingStore.open(tmp_path)
+        store.put(row(key))
+        found.append(store.path)
+
+    monkeypatch.setattr(module, "_set_aside", slow)
+    threads = [threading.Thread(target=work, args=(key,)) for key in "ab"]
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [tmp_path / FILE_NAME] * 2
+    assert len(list(tmp_path.glob("*.corrupt-*"))) == 1
+    assert set(TimingStore.open(tmp_path).get_many("ab")) == {"a", "b"}
 
 
 def test_moved_aside_by_another_process(tmp_path: Path) -> None:
@@ -218,9 +258,7 @@ def test_other_schema_versions_keep_their_facts(tmp_path: Path) -> None:
     store.close()
     path.rename(tmp_path / f"{FILE_NAME}.v{ours}")  # as the other version left it
     sql(path, f"PRAGMA user_version = {theirs}", "CREATE TABLE other (a)")
-    with pytest.warns(
-        UserWarning, match=f"has schema version {theirs}, .* moved to .*{FILE_NAME}.v{theirs} "
-    ) as caught:
+    with pytest.warns(UserWarning, match=f"schema version {theirs}, .* moved to .*{FILE_NAME}.v{theirs} ") as caught:
         store = TimingStore.open(tmp_path)
     assert len(caught) == 1
     assert store.get("ours") == row("ours")
@@ -239,8 +277,10 @@ def goes_on(store: TimingStore) -> None:
     assert store.path is None
     assert store.get_many(["k0", "k2", "k9"]) == {"k0": row("k0", 1), "k2": row("k2", 3)}
     assert store.get_record("plan", "p") == {"a": 1}
-    counts = store.ls().counts
+    listing = store.ls()
+    counts = listing.counts
     assert counts["timing"] >= 3
+    assert Entry("plan", "p", len('{"a": 1}'), None) in listing.entries
     assert store.clear("plan") == counts["plan"] == 1
     assert store.get_record("plan", "p") is None
     assert store.clear() == sum(counts.values()) - 1
@@ -271,8 +311,8 @@ def test_directory_that_cannot_be_written() -> None:
                 os.setuid(65534)  # permissions do not bind root
             with pytest.warns(UserWarning, match="cannot be used") as caught:
                 store = TimingStore.open(directory)
-                store.put(row("new"))
             assert len(caught) == 1
+            store.put(row("new"))
             assert store.get_many(["old", "new"]) == {"old": row("old"), "new": row("new")}
             assert store.get_record("peaks", "d") == {"a": 1}
             goes_on(store)
@@ -291,10 +331,12 @@ def test_full_disk(tmp_path: Path) -> None:
         store.close()
         store = TimingStore.open(tmp_path)  # has read nothing yet
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-        with pytest.warns(UserWarning, match="cannot be used") as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             for i in range(40):
                 store.put_many(rows(100, f"{i}-"))
         assert len(caught) == 1
+        assert "cannot be used" in str(caught[0].message)
         assert store.get("before") == row("before")
         assert len(store.get_many(f"{i}-{j}" for i in range(40) for j in range(100))) == 4000
         goes_on(store)

@@ -20,7 +20,8 @@ _ATTR = {
     None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""), "sigmoid": ("sigmoid", ""), "tanh": ("tanh", ""),
 }  # fmt: skip
-_CONV_ACTS = (None, "relu", "silu", "sigmoid", "tanh")
+_CONV_ACTS = (None, "silu", "sigmoid", "tanh")
+RELU = "oneDNN's fused relu turns NaN into 0, eager's keeps it (so does its clip)"
 
 
 def _vector(emit: Emitter, value: Any, p: Values) -> Any:
@@ -212,13 +213,19 @@ class OneDNN:
         merged = ctx.region.op == "merged_linear"
         name = "onednn.merged_linear_packed" if merged else "onednn.linear_packed"
         weights = [r for r in ctx.roles if r not in ("x", "other")]
+        if ctx.params.get("act") == "relu":
+            yield ctx.reject("onednn.linear", "nan", RELU)
+            return
         if ctx.params.get("binary") and ctx.params.get("act"):
             yield ctx.reject("onednn.linear", "epilogue", "a product ends with a residual or an activation, not both")
             return
         extra = {"vector_dtype": ctx.spec("x").dtype}
-        if not merged:
+        frozen = all(r in ctx.frozen for r in weights)
+        if not merged and frozen:
+            yield ctx.reject("onednn.linear", "dominated", "frozen weights are packed at no run-time cost")
+        elif not merged:
             yield ctx.candidate(self.kernels["onednn.linear"], dtype, **extra)
-        if not all(r in ctx.frozen for r in weights):
+        if not frozen:
             yield ctx.reject(name, "weight_not_frozen", "a packed weight needs freeze=True and parameters")
         else:
             layouts = {r: "packed" for r in weights if r[0] == "w"}
@@ -228,7 +235,10 @@ class OneDNN:
         if ctx.options.layout_mode == "strict":
             yield ctx.reject("onednn.conv", "layout", "channels-last output, and layout_mode='strict' keeps eager's")
             return
-        if ctx.params["act"] not in _CONV_ACTS or (ctx.params["binary"] and ctx.params["act"] not in (None, "relu")):
+        if ctx.params["act"] == "relu":
+            yield ctx.reject("onednn.conv", "nan", RELU)
+            return
+        if ctx.params["act"] not in _CONV_ACTS or (ctx.params["binary"] and ctx.params["act"]):
             yield ctx.reject("onednn.conv", "epilogue", f"no fused {ctx.params['act']} after a convolution")
             return
         pointwise = ctx.spec("w").shape[2:] == (1, 1) and set(ctx.params["padding"]) == {0} and ctx.params["groups"] == 1
@@ -237,18 +247,21 @@ class OneDNN:
         extra = {"vector_dtype": ctx.spec("x").dtype}
         constants = [r for r in ctx.roles if r not in ("x", "other")]
         frozen = all(r in ctx.frozen for r in constants)
+        if frozen and ctx.params.get("absorbed"):
+            yield ctx.reject("onednn.conv_packed", "dominated", "the per-channel steps that follow fold into a frozen weight")
+            return
         for name, fits in (("onednn.conv", True), ("onednn.conv1x1", pointwise)):
             if not fits:
                 yield ctx.reject(name, "shape", "not an unpadded, ungrouped 1x1 convolution with at most one epilogue")
                 continue
-            weight = {} if name == "onednn.conv1x1" else {"w": "channels_last"}
-            size = 4 if dtype == "float32" else 2
-            scaled = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
-            yield ctx.candidate(
-                self.kernels[name], dtype, {**layouts, **weight}, "channels_last", traffic=scaled, **extra
-            )  # fmt: skip
             if frozen:
                 packed = self.kernels[f"{name}_packed"]
                 yield ctx.candidate(packed, dtype, {**layouts, "w": "packed"}, "channels_last", **extra)
-            else:
-                yield ctx.reject(f"{name}_packed", "weight_not_frozen", "a packed weight needs freeze=True and parameters")
+                yield ctx.reject(name, "dominated", "frozen weights are packed at no run-time cost")
+                continue
+            yield ctx.reject(f"{name}_packed", "weight_not_frozen", "a packed weight needs freeze=True and parameters")
+            weight = {} if name == "onednn.conv1x1" else {"w": "channels_last"}
+            size = 4 if dtype == "float32" else 2
+            scaled = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
+            plain = self.kernels[name]
+            yield ctx.candidate(plain, dtype, {**layouts, **weight}, "channels_last", traffic=scaled, **extra)
