@@ -10,8 +10,8 @@ import torch
 
 from . import backends
 from .backend import RECORDS, GraphRecord, open_store
-from .report import Report, explain_plan, explain_records
 from .options import Options
+from .report import Report, explain_plan, explain_records
 from .target import detect, environment
 from .types import Plan
 
@@ -83,5 +83,11 @@ def doctor(cache_dir: str | None = None) -> Report:
         lines.append(f"    {name} {library.version()}: {missing or ', '.join(sorted(library.kernels))}")
     rows = store.ls()
     lines.append(f"  cache: {store.path or 'in memory only'}")
-    data = {"torch": torch.__version__, "targets": targets, "libraries": libraries, "cache": str(store.path), "stored": len(rows)}
+    data = {
+        "torch": torch.__version__,
+        "targets": targets,
+        "libraries": libraries,
+        "cache": str(store.path),
+        "stored": len(rows),
+    }
     return Report(f"LayerZero on torch {torch.__version__}", data, tuple(lines))

@@ -222,7 +222,9 @@ def plan_and_apply(
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
     backward = any(name.startswith("tangents") for name in names)
     kind = "inference" if is_inference else "backward" if backward else "forward"
-    plan = make_plan(view, options, target, store, fingerprint=fingerprint(graph.owning_module), kind=kind)
+    module = graph.owning_module
+    assert module is not None
+    plan = make_plan(view, options, target, store, fingerprint=fingerprint(module), kind=kind)
     applied = apply_plan(view, plan.choices)
     torch_private.counters()["kernels"] += applied
     verify(graph, before)

@@ -94,7 +94,9 @@ def bench(factory: str, as_json: Json = False, option: Option = None, rounds: in
         out.print(json.dumps(rows, indent=2), markup=False)
     else:
         for name, row in rows.items():
-            out.print(f"{name:12s} {row['median_ms']:9.3f} ms   {rows['inductor']['median_ms'] / row['median_ms']:.2f}x of inductor's speed")
+            out.print(
+                f"{name:12s} {row['median_ms']:9.3f} ms   {rows['inductor']['median_ms'] / row['median_ms']:.2f}x of inductor's speed"
+            )
 
 
 @app.command()
@@ -132,5 +134,3 @@ def cache_clear(kind: Annotated[str | None, typer.Argument(help="timings, verdic
 
     removed = open_store(cache_dir or Options.resolve().cache_dir).clear(kind)
     out.print(f"{removed} removed")
-
-

@@ -19,7 +19,6 @@ from torch import Tensor
 from . import semantics, torch_private
 from .backends import kernel
 from .backends.base import SelectionContext, Values
-
 from .target import last_level_cache
 from .types import Candidate, Format
 
@@ -260,5 +259,3 @@ def signature(ctx: SelectionContext, candidate: Candidate, environment: str, ver
     specs = ";".join(f"{s.shape}{s.stride}{s.dtype}" for s in ctx.specs)
     formats = ";".join(map(str, (*candidate.in_formats, *candidate.out_formats)))
     return f"{candidate.kernel}#{kernel(candidate.kernel).version}|{version}|{specs}|{formats}|{params}|{environment}"
-
-

@@ -70,9 +70,7 @@ if torch.backends.mkl.is_available():
 
 
 def _conv_shape(x: Tensor, weight: Tensor, padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[Any]:
-    spatial = [
-        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
+    spatial = [(x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     return [x.shape[0], weight.shape[0], *spatial]
 
 
@@ -129,9 +127,7 @@ def _sdpa_math(
         return _sdpa_run(q, k, v, mask, is_causal, scale, enable_gqa)
 
 
-sdpa_math = _define(
-    f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1]))
-)
+sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])))
 
 
 def register_lowerings() -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional as F
 
 from . import ops, semantics, torch_private
 from .backends.base import SelectionContext
@@ -45,8 +44,10 @@ def _traced(dtype: torch.dtype) -> tuple[tuple[str, fx.Node], ...]:
     """(name, output node) of each activation, decomposed as Inductor would for this dtype."""
     table = torch_private.decompositions()
     with torch_private.real_tensors():
-        graphs = [(name, make_fx(_unary(fn), decomposition_table=table)(torch.ones(2, 3, dtype=dtype))) for name, fn in PATTERNS]
-    return tuple((name, gm.graph.output_node().args[0]) for name, gm in graphs)
+        graphs = [
+            (name, make_fx(_unary(fn), decomposition_table=table)(torch.ones(2, 3, dtype=dtype))) for name, fn in PATTERNS
+        ]
+    return tuple((name, gm.graph.output_node().args[0]) for name, gm in graphs)  # type: ignore[misc]
 
 
 def _unary(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -168,7 +169,13 @@ class Recogniser:
         width = node.meta["val"].shape[1]
         if not isinstance(width, int):
             return None  # a weight has a fixed number of rows
-        params = {"transposed": transposed, "rows": spec_of(x.meta["val"]).shape[0], "width": width, "act": None, "binary": None}
+        params = {
+            "transposed": transposed,
+            "rows": spec_of(x.meta["val"]).shape[0],
+            "width": width,
+            "act": None,
+            "binary": None,
+        }
         return _Draft("linear", [node], inputs, {**params, "dynamic_rows": not isinstance(rows, int), "out_reshape": ""})
 
     def _conv(self, node: fx.Node) -> _Draft | None:
@@ -233,7 +240,11 @@ class Recogniser:
         if len(readers) != 1 or readers[0].target not in (aten.add.Tensor, aten.mul.Tensor) or readers[0].kwargs:
             return
         (reader,) = readers
-        mine = [i for i, arg in enumerate(reader.args) if isinstance(arg, fx.Node) and self.view.base(arg) is self.view.base(draft.root)]
+        mine = [
+            i
+            for i, arg in enumerate(reader.args)
+            if isinstance(arg, fx.Node) and self.view.base(arg) is self.view.base(draft.root)
+        ]
         if len(mine) != 1 or not isinstance(reader.args[1 - mine[0]], fx.Node):
             return
         other = reader.args[1 - mine[0]]
@@ -293,7 +304,8 @@ class Recogniser:
 
     def _grouped_heads(self, draft: _Draft) -> _Draft | None:
         """Attention whose k and v were repeated for grouped heads: read them before the copy."""
-        sources, nodes = {}, []
+        sources: dict[str, fx.Node] = {}
+        nodes: list[fx.Node] = []
         for role in ("k", "v"):
             chain, node = [], draft.inputs[role]
             while node.op == "call_function" and node.target in (*RESHAPES, aten.clone.default, aten.expand.default):
@@ -305,7 +317,12 @@ class Recogniser:
                 return None
             groups, heads = node.meta["val"].shape[1], draft.inputs["q"].meta["val"].shape[1]
             repeated = chain[-2].meta["val"].shape
-            if len(node.meta["val"].shape) != 4 or len(repeated) != 5 or repeated[1] != groups or repeated[1] * repeated[2] != heads:
+            if (
+                len(node.meta["val"].shape) != 4
+                or len(repeated) != 5
+                or repeated[1] != groups
+                or repeated[1] * repeated[2] != heads
+            ):
                 return None
             if any(len(n.users) > 1 for n in chain):
                 return None
@@ -336,7 +353,9 @@ class Recogniser:
         roots = draft.nodes if draft.op == "merged_linear" else [draft.root]
         roles = tuple(draft.inputs)
         names = tuple(self.view.base(n).name for n in draft.inputs.values())
-        region = Region(draft.op, tuple(n.name for n in draft.nodes if n.target not in RESHAPES), names, tuple(r.name for r in roots))
+        region = Region(
+            draft.op, tuple(n.name for n in draft.nodes if n.target not in RESHAPES), names, tuple(r.name for r in roots)
+        )
         values = tuple(n.name for n in draft.inputs.values())  # what an emitter reads, before reshapes are stripped
         return SelectionContext(
             region=region, roles=roles, specs=tuple(self.view.spec(n) for n in draft.inputs.values()),

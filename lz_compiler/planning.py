@@ -25,9 +25,7 @@ log = logging.getLogger(__name__)
 DILUTION = 0.5
 
 
-def make_plan(
-    view: GraphView, options: Options, target: Target, store: TimingStore, *, fingerprint: str, kind: str
-) -> Plan:
+def make_plan(view: GraphView, options: Options, target: Target, store: TimingStore, *, fingerprint: str, kind: str) -> Plan:
     """Plan one functional ATen graph (`kind`: inference, forward or backward) for a target."""
     start = time.perf_counter()
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
@@ -77,7 +75,8 @@ def _decode(
     for candidate, cost in chosen:
         if candidate.kernel in (VIEW, CALL):
             continue
-        others, rejected = (), ()
+        others: tuple[tuple[Candidate, Cost], ...] = ()
+        rejected: tuple[Rejection, ...] = ()
         if candidate.kernel != LOOP:
             others = tuple(_alternatives(candidate, overlapping))
             rejected = tuple(_rejections(candidate, found.rejections))
@@ -91,7 +90,9 @@ def _decode(
     )  # fmt: skip
 
 
-def _alternatives(candidate: Candidate, overlapping: Mapping[str, list[tuple[Candidate, Cost]]]) -> list[tuple[Candidate, Cost]]:
+def _alternatives(
+    candidate: Candidate, overlapping: Mapping[str, list[tuple[Candidate, Cost]]]
+) -> list[tuple[Candidate, Cost]]:
     """Other candidates for the same region, cheapest first; then those for other regions around its first node."""
     seen = {id(other): (other, cost) for node in candidate.region.nodes for other, cost in overlapping[node]}
     rivals = [(o, c) for o, c in seen.values() if o is not candidate and o.kernel not in (LOOP, VIEW, CALL)]

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from . import torch_private
 from .backends import allowed_backends
-from .backends.base import SelectionContext, natural_layout
+from .backends.base import natural_layout
 from .capture import RESHAPES, VIEWS, GraphView
 from .cost_models import CostModel
 from .cost_models.roofline import Roofline
@@ -83,7 +83,9 @@ def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy:
                 found.add(Candidate(kernel, region, half[:1], half[1:]), cost)
 
 
-def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline) -> Iterable[tuple[str, tuple[str, str], Cost]]:
+def _ways(
+    view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline
+) -> Iterable[tuple[str, tuple[str, str], Cost]]:
     """(kernel, (layout of 4-d tensors, layout of the others), cost)."""
     moves = node.target in VIEWS or _is_getitem(node)
     fusable = torch_private.is_fusable(node.target) or _is_getitem(node)
@@ -208,7 +210,9 @@ def _colours(view: GraphView) -> dict[str, int]:
     for node in view.nodes:
         spec = view.spec(node) if isinstance(node.meta.get("val"), Tensor) else None
         arguments = str([a for a in node.args if not isinstance(a, (fx.Node, list, tuple))])
-        now[node] = colour((node.op, str(node.target) if node.op == "call_function" else "", spec, arguments, node in view.frozen))
+        now[node] = colour(
+            (node.op, str(node.target) if node.op == "call_function" else "", spec, arguments, node in view.frozen)
+        )
     for _ in range(TIE_RADIUS):
         now = {
             node: colour((now[node], tuple(now[i] for i in node.all_input_nodes), tuple(sorted(now[u] for u in node.users))))

@@ -407,8 +407,7 @@ class _Search:
         members = range(len(inst.members))
         self.spots = [[n for k in inst.members[d] for n in inst.nodes[k]] if d < inst.nx else [] for d in members]
         self.squares = [
-            math.fsum(inst.problem.candidates[k].epsilon ** 2 for k in inst.members[d]) if d < inst.nx else 0.0
-            for d in members
+            math.fsum(inst.problem.candidates[k].epsilon ** 2 for k in inst.members[d]) if d < inst.nx else 0.0 for d in members
         ]
         self.limit = inst.problem.error_budget**2 * (1 + BUDGET_SLACK)
 

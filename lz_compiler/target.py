@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +71,8 @@ def _best(run: Callable[[], object], device: str, seconds: float = 0.15) -> floa
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     run()
     sync()
-    samples, end = [], time.perf_counter() + seconds
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples) < 3:
         start = time.perf_counter()
         run()
@@ -79,7 +81,7 @@ def _best(run: Callable[[], object], device: str, seconds: float = 0.15) -> floa
     return min(samples)
 
 
-def measure_peaks(device: str) -> dict[str, object]:
+def measure_peaks(device: str) -> dict[str, Any]:
     """Bandwidth from a copy past the last-level cache, flop/s by dtype from a square product, exp/s, cost of one call."""
     with torch_private.real_tensors():
         elements = 4 * last_level_cache() // 4 if device == "cpu" else 256 << 20

@@ -42,9 +42,7 @@ def mode_names() -> tuple[str, ...]:
     return tuple(list_mode_options())
 
 
-def compile_with_inductor(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
-) -> Callable[..., Any]:
+def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration."""
     from torch._inductor.compile_fx import compile_fx
 
@@ -155,9 +153,8 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any], constant
     """`run(tensors, constants)` through Inductor's GEMM templates alone, constants frozen into the code: for measuring a
     kernel that exists only inside a compiled graph."""
     import torch._inductor.config as config
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     names = list(tensors)
     gm = make_fx(lambda *values: (run(dict(zip(names, values, strict=True)), constants),))(*tensors.values())
@@ -228,7 +225,12 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
 
     class Layout:
         contiguous = staticmethod(ir.ExternKernel.require_contiguous)
-        channels_last = staticmethod(ir.ExternKernel.require_channels_last)
+
+        @staticmethod
+        def channels_last(value: Any) -> Any:
+            """Exact strides, since kernels look at them: even a batch of one must not have stride 0."""
+            n, c, h, w = value.get_size()
+            return ir.ExternKernel.require_exact_strides(value, [h * w * c, 1, w * c, c])
 
         @staticmethod
         def weight(value: Any) -> Any:
@@ -236,7 +238,7 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
             name = value.get_name() if isinstance(getattr(value, "data", None), ir.StorageBox) else None
             constant = V.graph.constants.get(name) if name else None
             packed = constant is not None and constant.is_mkldnn
-            return value if packed else ir.ExternKernel.require_channels_last(value)
+            return value if packed else Layout.channels_last(value)
 
     call = lowering.fallback_handler(vendor, add_to_fallback_set=False)
 
@@ -282,3 +284,20 @@ def multi_grad_hook(tensors: Sequence[torch.Tensor], fn: Callable[[], None]) -> 
     from torch.autograd.graph import register_multi_grad_hook
 
     return register_multi_grad_hook(tensors, lambda grads: fn(), mode="all")
+
+
+def functional_graph(
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], take: Callable[[fx.GraphModule], None]
+) -> None:
+    """Run a model once through Dynamo and AOTAutograd, and hand over its inference graph, decomposed as Inductor would."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    from .passes.keep_attention import keep_attention_pass
+
+    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        take(gm)
+        return lambda *values: gm(*values)
+
+    lower = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=decompositions())
+    compiled = torch.compile(model, backend=lambda gm, inputs: lower(keep_attention_pass(gm), inputs))
+    compiled(*args, **kwargs)

@@ -3,7 +3,7 @@ convolutions and bfloat16), and MKL with a packed weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -45,7 +45,7 @@ def _mkl(emit: Emitter, t: Values, p: Values) -> object:
 
 class Aten:
     name = "aten"
-    kernels = {
+    kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (
             Kernel("aten.mm", _mm),

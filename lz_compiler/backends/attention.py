@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def _flash(emit: Emitter, t: Values, p: Values) -> Any:
 
 class Attention:
     name = "attention"
-    kernels = {
+    kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (
             Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *_args(t, p))),
@@ -60,7 +60,7 @@ class Attention:
         if ctx.region.op != "attention":
             return
         mask = ctx.spec("mask") if "mask" in ctx.roles else None
-        extra = {"mask_dtype": mask.dtype if mask else ""}
+        extra: dict[str, Any] = {"mask_dtype": mask.dtype if mask else ""}
         if ctx.default:
             yield ctx.candidate(self.kernels["aten.sdpa"], as_is=True, **extra)
             yield ctx.candidate(self.kernels["aten.sdpa_math"], **extra)
@@ -81,7 +81,7 @@ class Attention:
         elif both:
             yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
         else:
-            mask = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
+            mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
             yield ctx.candidate(self.kernels[name], q.dtype, **mask)
             if q.dtype == "float32" and ctx.options.error_budget > 0:
                 yield ctx.candidate(self.kernels[name], "bfloat16", **mask)

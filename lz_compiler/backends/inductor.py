@@ -4,7 +4,7 @@ it can fuse, and its C++ GEMM templates."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def _dense(emit: Emitter, t: Values, p: Values) -> Values:
 
 class Inductor:
     name = "inductor"
-    kernels = {
+    kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (
             Kernel("inductor.gemv", _gemv),
@@ -110,4 +110,3 @@ class Inductor:
         shapes: dict[str, Any] = {"q_shape": q.shape, "k_shape": k.shape, "v_size": v.shape[-1]}
         mask = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
         return ctx.candidate(self.kernels[name], mask_dtype=mask, **shapes)
-

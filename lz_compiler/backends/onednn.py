@@ -4,7 +4,7 @@ packed weights, in float32 and bfloat16, 1x1 convolutions as products, batch nor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -120,9 +120,7 @@ def _pack_conv(emit: Emitter, t: Values, p: Values) -> Values:
     def pack(weight: torch.Tensor) -> torch.Tensor:
         weight = weight.contiguous(memory_format=torch.channels_last)
         size = None if p["dynamic_rows"] else list(p["size"])
-        return torch.ops.mkldnn._reorder_convolution_weight(
-            weight, p["padding"], p["stride"], p["dilation"], p["groups"], size
-        )
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, p["padding"], p["stride"], p["dilation"], p["groups"], size)
 
     return _constants(emit, t, p, pack)
 
@@ -172,7 +170,7 @@ def _pack_conv1x1(emit: Emitter, t: Values, p: Values) -> Values:
 
 class OneDNN:
     name = "onednn"
-    kernels = {
+    kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (
             Kernel("onednn.linear", _linear, _plain),
@@ -219,7 +217,7 @@ class OneDNN:
         if ctx.params.get("binary") and ctx.params.get("act"):
             yield ctx.reject("onednn.linear", "epilogue", "a product ends with a residual or an activation, not both")
             return
-        extra = {"vector_dtype": ctx.spec("x").dtype}
+        extra: dict[str, Any] = {"vector_dtype": ctx.spec("x").dtype}
         frozen = all(r in ctx.frozen for r in weights)
         if not merged and frozen:
             yield ctx.reject("onednn.linear", "dominated", "frozen weights are packed at no run-time cost")
@@ -244,7 +242,7 @@ class OneDNN:
         pointwise = ctx.spec("w").shape[2:] == (1, 1) and set(ctx.params["padding"]) == {0} and ctx.params["groups"] == 1
         pointwise &= not (ctx.params["binary"] and ctx.params["act"])
         layouts = {"x": "channels_last", "other": "channels_last"}
-        extra = {"vector_dtype": ctx.spec("x").dtype}
+        extra: dict[str, Any] = {"vector_dtype": ctx.spec("x").dtype}
         constants = [r for r in ctx.roles if r not in ("x", "other")]
         frozen = all(r in ctx.frozen for r in constants)
         if frozen and ctx.params.get("absorbed"):

@@ -50,7 +50,8 @@ class GraphEmitter:
         with torch_private.real_tensors():
             tensor = make(*(k.detach() for k in known if k is not None))
         module = self.graph.owning_module
-        name = f"_layerzero_{sum(1 for key in module._buffers if key.startswith('_layerzero_'))}"
+        assert module is not None
+        name = f"_layerzero_{len([key for key in module._buffers if key.startswith('_layerzero_')])}"
         module.register_buffer(name, tensor)
         node = self.graph.get_attr(name)
         self.mode.allow_non_fake_inputs = True  # lowering runs shape rules on the constant itself
