@@ -51,6 +51,12 @@ class EagerEmitter:
         return make(*values)
 
 
+def measurable(ctx: SelectionContext) -> bool:
+    """Whether there is something to time and to check: elements, of a real floating-point type."""
+    specs = (*ctx.specs, *ctx.outputs)
+    return semantics.torch_dtype(specs[-1].dtype).is_floating_point and all(0 not in spec.shape for spec in specs)
+
+
 def inputs(ctx: SelectionContext, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {role: semantics.example(role, spec, generator) for role, spec in zip(ctx.roles, ctx.specs, strict=True)}

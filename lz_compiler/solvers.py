@@ -406,9 +406,8 @@ class _Search:
         self.stopped = False
         members = range(len(inst.members))
         self.spots = [[n for k in inst.members[d] for n in inst.nodes[k]] if d < inst.nx else [] for d in members]
-        self.squares = [
-            math.fsum(inst.problem.candidates[k].epsilon ** 2 for k in inst.members[d]) if d < inst.nx else 0.0 for d in members
-        ]
+        errors = [[inst.problem.candidates[k].epsilon for k in inst.members[d]] if d < inst.nx else [] for d in members]
+        self.squares = [math.fsum(e**2 for e in row) for row in errors]
         self.limit = inst.problem.error_budget**2 * (1 + BUDGET_SLACK)
 
     def options(self, p: int, produced: bool) -> list[int]:

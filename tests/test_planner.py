@@ -115,7 +115,9 @@ def problems(draw: st.DrawFn, low: int = 4, high: int = 9, groups: int = 5, tied
     conversions = [(t, f, g, draw(st.integers(0, 6))) for t in tensors
                    for f, g in draw(st.lists(st.sampled_from(MOVES), min_size=1, max_size=4, unique=True))]  # fmt: skip
     exits = [n for n in graph if not graph.succ[n]]
-    ends = exits if draw(st.booleans()) else [draw(st.sampled_from(list(graph)))]
+    ends = [(t, A if safe else draw(likely)) for t in exits if draw(st.booleans())]
+    # Also tensors that are read inside the graph, and one tensor in two formats.
+    ends += draw(st.lists(st.tuples(st.sampled_from(list(graph)), st.sampled_from((A, A, B))), min_size=1, max_size=2))
     classes = list(range(len(candidates)))
     index = st.integers(0, len(classes) - 1)
     for i, j in draw(st.lists(st.tuples(index, index), min_size=2, max_size=4)) if tied else []:
@@ -125,7 +127,7 @@ def problems(draw: st.DrawFn, low: int = 4, high: int = 9, groups: int = 5, tied
         candidates,
         conversions,
         {(t, A if safe else draw(likely)) for t in entries},
-        [(t, A if safe else draw(likely)) for t in ends],
+        ends,
         error_budget=draw(st.sampled_from(BUDGETS)),
         memory_limit=draw(st.sampled_from((None, None, 100))),
         candidate_class=tuple(classes) if tied else (),
@@ -333,6 +335,33 @@ def test_a_conversion_is_paid_once_for_all_readers() -> None:
         [(f"r{i}", A) for i in range(4)],
     )
     assert agree(given, "cp_sat", "highs", "dynamic").objective == 1 + 10 + 4
+
+
+@pytest.mark.parametrize("name", ["cp_sat", "highs", "dynamic", "exhaustive"])
+def test_a_tensor_is_read_and_returned_in_two_formats(name: str) -> None:
+    """Here one format stays in use while a conversion starts from it, which a flow would forbid."""
+    move, sources = ("a", A, B, 3), {("x", A)}
+    make = (kernel("a", {"x": A}, {"a": A}), 1)
+    returned = problem([make, (kernel("b", {"a": A}, {"b": A}), 1)], [move], sources, [("a", B), ("b", A)])
+    twice = Candidate("twice", Region("op", ("b",), ("a", "a", "a"), ("b", "b")), (A, B, A), (A, A))
+    other = (kernel("b", {"a": C}, {"b": A}), 1)
+    for each in (returned, problem([make, (twice, 1), other], [move], sources, [("b", A), ("b", A)])):
+        found = solve(each, name)
+        assert (found.chosen, found.converted, found.objective) == ((0, 1), (0,), 5)
+        assert check(each, found) == []
+
+
+def test_a_tied_conversion_starts_from_a_produced_format_everywhere() -> None:
+    given = problem(
+        [(kernel("a", {"x": A}, {"a": A}), 1), (kernel("b", {"a": B}, {"b": A}), 1)],
+        [("a", A, B, 1), ("z", A, B, 1)],
+        {("x", A), ("z", A)},
+        [("b", A)],
+        tensor_class={"a": 0, "z": 0},
+    )
+    assert agree(given, "cp_sat", "highs", "greedy").objective == 4  # z is converted along
+    without = replace(given, sources=frozenset({("x", A), ("z", B)}))
+    assert agree(without, "cp_sat", "highs", "greedy").status is Status.INFEASIBLE
 
 
 def test_greedy_loses_where_conversions_decide() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .. import backends
 from ..backends.base import SelectionContext
-from ..measure import measure, signature
+from ..measure import measurable, measure, signature
 from ..target import environment
 from ..timings import Timing, TimingStore
 from ..types import Candidate, Cost, Rejection, Target
@@ -34,6 +34,8 @@ class Measured:
         self.measured = 0
 
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
+        if not measurable(ctx):
+            return self.roofline.price(ctx, candidates)
         keys = [signature(ctx, c, self.environment, self.versions[c.kernel]) for c in candidates]
         known = self.store.get_many(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
