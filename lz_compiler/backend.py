@@ -13,7 +13,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,19 +111,17 @@ class _Session:
             self.record.notes.append("no kernel beats what TorchInductor does with this graph: compiled by it alone")
             self._finish({}, INDUCTOR)
             return planned
-        if not self.options.race:
-            return planned
-        finalists = {PLANNED: planned}
         lossy = any(plan.epsilon > 0 for plan in self.record.plans)
-        if lossy:
-            from dataclasses import replace
-
-            finalists[LOSSLESS] = self._planned(replace(self.options, error_budget=0.0), [])
-        finalists[INDUCTOR] = self._inductor()
-        finalists[EAGER] = self.gm.forward
+        if not self.options.race and not lossy:
+            return planned
+        finalists: dict[str, race.Finalist] = {PLANNED: planned}
         check = None
         if lossy:
+            finalists[LOSSLESS] = self._planned(replace(self.options, error_budget=0.0), [])
             check = race.over_budget(self.gm.forward, {PLANNED: planned}, self.options.error_budget, self._report_error)
+        if not self.options.race:
+            return race.Race(finalists, self._finish, PLANNED, check, rounds=0)
+        finalists |= {INDUCTOR: self._inductor(), EAGER: self.gm.forward}
         return race.Race(finalists, self._finish, PLANNED, check)
 
     def _from_verdict(self, verdict: Mapping[str, Any]) -> Callable[..., Any]:
@@ -140,8 +138,6 @@ class _Session:
         fresh: list[Plan] = []
         options = self.options
         if winner == LOSSLESS:
-            from dataclasses import replace
-
             options = replace(options, error_budget=0.0)
         compiled = self._planned(options, fresh, cached=verdict.get("digest"))
         if fresh:  # empty when Inductor's cache had the graph

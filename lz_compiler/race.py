@@ -32,10 +32,11 @@ class Race:
 
     def __init__(
         self, finalists: Mapping[str, Finalist], finish: Callable[[dict[str, float], str], None], leader: str,
-        check: Callable[[tuple[Any, ...]], list[str]] | None = None,
+        check: Callable[[tuple[Any, ...]], list[str]] | None = None, rounds: int = ROUNDS,
     ) -> None:  # fmt: skip
         self.finalists = dict(finalists)
         self.finish, self.leader, self.check = finish, leader, check
+        self.rounds = rounds
         self.forward: dict[str, list[tuple[float, float]]] = {name: [] for name in finalists}
         self.backward: dict[str, list[float]] = {name: [] for name in finalists}
         self.calls = dict.fromkeys(finalists, 0)
@@ -58,7 +59,7 @@ class Race:
         if shape != self.shape:
             return self.finalists[self.leader](*args)  # other sizes are not comparable; the verdict comes from the first
         self._drop_slow()
-        waiting = [n for n in self.finalists if self.calls[n] < WARMUP + ROUNDS]
+        waiting = [n for n in self.finalists if self.rounds and self.calls[n] < WARMUP + self.rounds]
         if not waiting or len(self.finalists) == 1:
             return self._decide()(*args)
         name = min(waiting, key=lambda n: self.calls[n])

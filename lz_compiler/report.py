@@ -17,8 +17,6 @@ from .types import Choice, Plan
 if TYPE_CHECKING:
     from .backend import GraphRecord
 
-MAX_REJECTIONS = 4
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -99,12 +97,13 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         up = r["runner_up"]
         if up:
             wider = "" if up["nodes"] == r["nodes"] else f" for {len(up['nodes'])} nodes instead of {len(r['nodes'])}"
-            yield f"        before {up['kernel']}{wider}  {milliseconds(up['cost_ns'])} ({up['source']})"
-        for x in r["rejections"][:MAX_REJECTIONS]:
-            yield f"        not {x['kernel']}: {x['code']}: {x['detail']}"
-        if len(r["rejections"]) > MAX_REJECTIONS:
-            yield f"        and {len(r['rejections']) - MAX_REJECTIONS} more rejections (see the JSON)"
+            yield f"        runner-up {up['kernel']}{wider}  {milliseconds(up['cost_ns'])} ({up['source']})"
+        names = dict.fromkeys(f"{x['kernel']} ({x['code']})" for x in r["rejections"])
+        if names:
+            yield f"        not {', '.join(names)}"
     yield f"    {d['fused_nodes']} nodes in loops fused by TorchInductor"
+    reasons = {x["code"]: x["detail"] for r in d["regions"] for x in r["rejections"]}
+    yield from (f"    {code}: {detail}" for code, detail in sorted(reasons.items()))
     for kind, count in d["conversions"]["kinds"].items():
         if "fused" not in kind:
             yield f"    {count}x conversion {kind}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -51,12 +52,20 @@ def traffic_ns(target: Target, nbytes: float) -> int:
     return round(nbytes / target.bandwidth * 1e9)
 
 
+def _assumed_error(candidate: Candidate, ctx: SelectionContext) -> Candidate:
+    """Nothing was run, so a kernel in a narrower dtype is charged that dtype's rounding of inputs and output."""
+    narrow = candidate.out_formats[0].dtype
+    if narrow == ctx.outputs[0].dtype:
+        return candidate
+    return replace(candidate, epsilon=torch.finfo(getattr(torch, narrow)).eps)
+
+
 class Roofline:
     def __init__(self, target: Target) -> None:
         self.target = target
 
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
-        return [(candidate, self.cost(ctx, candidate)) for candidate in candidates]
+        return [(_assumed_error(candidate, ctx), self.cost(ctx, candidate)) for candidate in candidates]
 
     def cost(self, ctx: SelectionContext, candidate: Candidate) -> Cost:
         formats = (*candidate.in_formats, *candidate.out_formats)
