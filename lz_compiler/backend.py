@@ -112,14 +112,15 @@ class _Session:
             self._finish({}, INDUCTOR)
             return planned
         lossy = any(plan.epsilon > 0 for plan in self.record.plans)
-        if not self.options.race and not lossy:
+        racing = self.options.race and not self.options.deterministic
+        if not racing and not lossy:
             return planned
         finalists: dict[str, race.Finalist] = {PLANNED: planned}
         check = None
         if lossy:
             finalists[LOSSLESS] = self._planned(replace(self.options, error_budget=0.0), [])
             check = race.over_budget(self.gm.forward, {PLANNED: planned}, self.options.error_budget, self._report_error)
-        if not self.options.race:
+        if not racing:
             return race.Race(finalists, self._finish, PLANNED, check, rounds=0)
         finalists |= {INDUCTOR: self._inductor(), EAGER: self.gm.forward}
         return race.Race(finalists, self._finish, PLANNED, check)

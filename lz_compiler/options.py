@@ -49,11 +49,11 @@ class Options:
     backends: tuple[str, ...] | None = _option(
         None, "kernel libraries that may be used (list, or names with commas); None is all"
     )
-    cudagraphs: bool = _option(False, "run inside CUDA graphs, and price plans without host overhead")
+    cudagraphs: bool = _option(False, "run inside TorchInductor's CUDA graphs")
     measure_budget_s: float = _option(30.0, "seconds that measuring one graph's kernels may take", plans=False)
     solve_budget_s: float = _option(10.0, "seconds that solving one graph may take", plans=False)
     memory_limit: int | None = _option(None, "bytes of scratch memory that a plan may use; None is no limit")
-    deterministic: bool = _option(False, "only kernels that give the same bits on each run")
+    deterministic: bool = _option(False, "no race: the plan follows from stored facts alone, so that every run gives the same bits")
     race: bool = _option(True, "compare plans end to end on the first real calls; False trusts the prices")
     cache_dir: str | None = _option(None, "directory of the timings store; None is the user's cache", plans=False)
     mode: str = _option("default", "torch.compile's `mode`", choices=MODES, own=False)

@@ -123,7 +123,8 @@ def describe_record(record: GraphRecord) -> dict[str, Any]:
 
 def _record_lines(record: GraphRecord) -> Iterator[str]:
     d = describe_record(record)
-    state = "runs" if record.decided else "race not decided yet (it runs over the first calls); in the lead:"
+    racing = record.options.race and not record.options.deterministic
+    state = "race not decided yet (it runs over the first calls); in the lead:" if racing and not record.decided else "runs"
     yield f"graph {record.compile_id}: {state} {record.winner}"
     for name, seconds in sorted(record.times.items(), key=lambda item: item[1]):
         yield f"  {name}: {seconds * 1e3:.3f} ms a call, measured end to end"

@@ -158,7 +158,7 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any], constant
 
     names = list(tensors)
     gm = make_fx(lambda *values: (run(dict(zip(names, values, strict=True)), constants),))(*tensors.values())
-    with config.patch(max_autotune=True, max_autotune_gemm_backends="CPP"):
+    with config.patch(max_autotune=True, max_autotune_gemm_backends="CPP", post_grad_custom_pre_pass=None):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
