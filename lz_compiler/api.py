@@ -81,13 +81,14 @@ def doctor(cache_dir: str | None = None) -> Report:
         missing = library.missing()
         libraries[name] = {"version": library.version(), "missing": missing, "kernels": sorted(library.kernels)}
         lines.append(f"    {name} {library.version()}: {missing or ', '.join(sorted(library.kernels))}")
-    rows = store.ls()
-    lines.append(f"  cache: {store.path or 'in memory only'}")
+    held = store.ls()
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(held.counts.items()))
+    lines.append(f"  cache: {held.path or 'in memory only'}, {held.bytes} bytes ({kinds or 'empty'})")
     data = {
         "torch": torch.__version__,
         "targets": targets,
         "libraries": libraries,
-        "cache": str(store.path),
-        "stored": len(rows),
+        "cache": str(held.path) if held.path else None,
+        "stored": dict(held.counts),
     }
     return Report(f"LayerZero on torch {torch.__version__}", data, tuple(lines))

@@ -114,19 +114,18 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
     from .options import Options
 
     store = open_store(cache_dir or Options.resolve().cache_dir)
-    counts: dict[str, int] = {}
-    for row in store.ls():
-        counts[row[0]] = counts.get(row[0], 0) + 1
+    held = store.ls()
     if as_json:
-        out.print(json.dumps({"path": str(store.path) if store.path else None, "counts": counts}), markup=False)
+        found = {"path": str(held.path) if held.path else None, "bytes": held.bytes, "counts": dict(held.counts)}
+        out.print(json.dumps(found), markup=False)
         return
-    out.print(f"{store.path or 'in memory only'}", markup=False)
-    for kind, count in sorted(counts.items()):
+    out.print(f"{held.path or 'in memory only'}, {held.bytes} bytes", markup=False)
+    for kind, count in sorted(held.counts.items()):
         out.print(f"  {kind}: {count}")
 
 
 @cache_app.command("clear")
-def cache_clear(kind: Annotated[str | None, typer.Argument(help="timings, verdict, peaks; all if left out")] = None,
+def cache_clear(kind: Annotated[str | None, typer.Argument(help="timing, verdict, peaks; all if left out")] = None,
                 cache_dir: CacheDir = None) -> None:  # fmt: skip
     """Forget stored facts, or one kind of them."""
     from .backend import open_store

@@ -105,6 +105,15 @@ def option_table() -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def parse_text(name: str, text: str) -> object:
+    """One option's text (of a command line, say) as the environment variable of that name would be read."""
+    settable = {f.name: f for f in dataclasses.fields(Options) if f.metadata["own"]}
+    if name not in settable:
+        raise OptionError(unknown("option", name, settable))
+    where = f"option {name!r}"
+    return _checked(settable[name], _parsed(settable[name], text.strip(), where), where)
+
+
 def _warn_unknown(settable: Mapping[str, object]) -> None:
     """A misspelt variable would be ignored silently. Only a warning: the name may be somebody else's."""
     allowed = [PREFIX + name.upper() for name in settable]

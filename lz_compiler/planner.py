@@ -390,7 +390,7 @@ def _exact(inst: Instance, backend: Backend, budget_s: float, hint: Solution | N
         log.info("no plan in %.3g s; falling back on the greedy solver", budget_s)
         rest = _greedy(inst, time.perf_counter() + REPAIR_S)
         if rest is None:
-            raise SolverError(f"no plan was found within {budget_s:g} s, nor proved not to exist. Raise solve_budget_s.")
+            raise SolverError(f"no plan was found within {budget_s:g} s, nor proved impossible. Raise solve_budget_s.")
         known = [rest]
     found = known if result.used is None else [result.used, *known]
     return replace(result, used=min(found, key=inst.objective))

@@ -354,12 +354,15 @@ def test_a_tensor_is_read_and_returned_in_two_formats(name: str) -> None:
 def test_a_tied_conversion_starts_from_a_produced_format_everywhere() -> None:
     given = problem(
         [(kernel("a", {"x": A}, {"a": A}), 1), (kernel("b", {"a": B}, {"b": A}), 1)],
-        [("a", A, B, 1), ("z", A, B, 1)],
+        [("a", A, B, 1), ("z", A, B, 1), ("z", B, A, 1)],
         {("x", A), ("z", A)},
         [("b", A)],
         tensor_class={"a": 0, "z": 0},
     )
     assert agree(given, "cp_sat", "highs", "greedy").objective == 4  # z is converted along
+    alone = Solution((0, 1), (0,), 3, 0, Status.FEASIBLE, "hand")
+    assert any("unlike the others" in line for line in check(given, alone))
+    assert check(replace(given, tensor_class={}), alone) == []
     without = replace(given, sources=frozenset({("x", A), ("z", B)}))
     assert agree(without, "cp_sat", "highs", "greedy").status is Status.INFEASIBLE
 
