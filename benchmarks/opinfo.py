@@ -305,9 +305,7 @@ class Worker:
         self.process.wait()
 
 
-def sweep(
-    ops: Sequence[str], limit: int | None, jobs: int, known: Iterable[Result], put: Callable[[Result], object]
-) -> None:
+def sweep(ops: Sequence[str], limit: int | None, jobs: int, known: Iterable[Result], put: Callable[[Result], object]) -> None:
     """All samples of the ops that are not among `known`; `put` is told each result, one at a time."""
     done: dict[str, set[int]] = {}
     for result in known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,10 +172,10 @@ def _qualified(target: Any) -> str:
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', str(target))}:{target}".split(" at 0x")[0]
 
 
-def propagate(node: fx.Node, run: Callable[..., Any] | None = None) -> None:
+def propagate(node: fx.Node) -> None:
     """Set `node.meta['val']` by running its target on its arguments' fake values."""
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
-    node.meta["val"] = (run or node.target)(*args, **kwargs)
+    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:

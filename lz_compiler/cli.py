@@ -94,9 +94,8 @@ def bench(factory: str, as_json: Json = False, option: Option = None, rounds: in
         out.print(json.dumps(rows, indent=2), markup=False)
     else:
         for name, row in rows.items():
-            out.print(
-                f"{name:12s} {row['median_ms']:9.3f} ms   {rows['inductor']['median_ms'] / row['median_ms']:.2f}x of inductor's speed"
-            )
+            speed = rows["inductor"]["median_ms"] / row["median_ms"]
+            out.print(f"{name:12s} {row['median_ms']:9.3f} ms   {speed:.2f}x of inductor's speed")
 
 
 @app.command()

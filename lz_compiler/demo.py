@@ -89,9 +89,7 @@ def run(out: Any, err: Any, rounds: int) -> None:
             ms = row["median_ms"]
             table.add_row(name, f"{ms:.2f}", f"{rows['inductor']['median_ms'] / ms:.2f}x", f"{floor / ms:.0%}", f"{error:.1e}")
     out.print(table)
-    out.print(
-        f"float32 limit: {floor:.2f} ms ({flops / 1e9:.1f} GFLOP of products at {target.flops['float32'] / 1e9:.0f} GFLOP/s)"
-    )
+    out.print(f"float32 limit: {floor:.2f} ms ({flops / 1e9:.1f} GFLOP of products at {target.flops['float32'] / 1e9:.0f} GFLOP/s)")
     for name in ("layerzero", "layerzero, freeze"):
         out.print(f"\nWhat {name} chose:")
         out.print(str(api.explain(calls[name])), markup=False)

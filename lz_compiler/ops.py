@@ -151,5 +151,6 @@ def register_lowerings() -> None:
     lower(
         conv_binary, mkldnn._convolution_pointwise.binary,
         lambda put, x, other, w, b, padding, stride, dilation, groups, attr, unary: (
-            put.channels_last(x), put.channels_last(other), put.weight(w), b, padding, stride, dilation, groups, attr, None, unary, [], ""),
+            put.channels_last(x), put.channels_last(other), put.weight(w), b, padding, stride, dilation, groups,
+            attr, None, unary, [], ""),
     )  # fmt: skip

@@ -46,9 +46,7 @@ class Options:
     )
     error_budget: float = _option(0.0, "relative error that a plan may add; 0 allows lossless kernels only", below=1.0)
     freeze: bool = _option(False, "weights never change, so they may be packed, merged and folded")
-    backends: tuple[str, ...] | None = _option(
-        None, "kernel libraries that may be used (list, or names with commas); None is all"
-    )
+    backends: tuple[str, ...] | None = _option(None, "kernel libraries that may be used (list, or names with commas); None is all")
     cudagraphs: bool = _option(False, "run inside TorchInductor's CUDA graphs")
     measure_budget_s: float = _option(30.0, "seconds that measuring one graph's kernels may take", plans=False)
     solve_budget_s: float = _option(10.0, "seconds that solving one graph may take", plans=False)

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import ops, semantics, torch_private
 from .backends.base import SelectionContext
-from .capture import RESHAPES, GraphView, dtype_name, is_dynamic, spec_of, tensor_value
+from .capture import RESHAPES, GraphView, is_dynamic, spec_of, tensor_value
 from .options import Options
 from .types import Region
 
@@ -44,9 +44,7 @@ def _traced(dtype: torch.dtype) -> tuple[tuple[str, fx.Node], ...]:
     """(name, output node) of each activation, decomposed as Inductor would for this dtype."""
     table = torch_private.decompositions()
     with torch_private.real_tensors():
-        graphs = [
-            (name, make_fx(_unary(fn), decomposition_table=table)(torch.ones(2, 3, dtype=dtype))) for name, fn in PATTERNS
-        ]
+        graphs = [(name, make_fx(_unary(fn), decomposition_table=table)(torch.ones(2, 3, dtype=dtype))) for name, fn in PATTERNS]
     return tuple((name, gm.graph.output_node().args[0]) for name, gm in graphs)  # type: ignore[misc]
 
 
@@ -161,14 +159,13 @@ class Recogniser:
         if right.target is aten.permute.default and right.args[1] == [1, 0]:
             inputs, transposed = {"x": x, "w": right.args[0]}, False  # type: ignore[dict-item]
         if bias:
-            value = tensor_value(bias[0])
-            if value is None or value.dim() != 1:
-                return None
             inputs["bias"] = bias[0]  # type: ignore[assignment]
         rows = x.meta["val"].shape[0]
         width = node.meta["val"].shape[1]
         if not isinstance(width, int):
             return None  # a weight has a fixed number of rows
+        if bias and ((value := tensor_value(bias[0])) is None or tuple(value.shape) != (width,)):
+            return None  # addmm broadcasts what it adds, a layer's bias is one value a column
         params = {
             "transposed": transposed,
             "rows": spec_of(x.meta["val"]).shape[0],
@@ -241,9 +238,7 @@ class Recogniser:
             return
         (reader,) = readers
         mine = [
-            i
-            for i, arg in enumerate(reader.args)
-            if isinstance(arg, fx.Node) and self.view.base(arg) is self.view.base(draft.root)
+            i for i, arg in enumerate(reader.args) if isinstance(arg, fx.Node) and self.view.base(arg) is self.view.base(draft.root)
         ]
         if len(mine) != 1 or not isinstance(reader.args[1 - mine[0]], fx.Node):
             return
@@ -363,7 +358,3 @@ class Recogniser:
             frozen=frozenset(r for r, n in draft.inputs.items() if self.view.is_constant(n)),
             options=self.options, default=default,
         )  # fmt: skip
-
-
-def dtype_of(node: fx.Node) -> str:
-    return dtype_name(node.meta["val"].dtype)

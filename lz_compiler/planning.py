@@ -90,9 +90,7 @@ def _decode(
     )  # fmt: skip
 
 
-def _alternatives(
-    candidate: Candidate, overlapping: Mapping[str, list[tuple[Candidate, Cost]]]
-) -> list[tuple[Candidate, Cost]]:
+def _alternatives(candidate: Candidate, overlapping: Mapping[str, list[tuple[Candidate, Cost]]]) -> list[tuple[Candidate, Cost]]:
     """Other candidates for the same region, cheapest first; then those for other regions around its first node."""
     seen = {id(other): (other, cost) for node in candidate.region.nodes for other, cost in overlapping[node]}
     rivals = [(o, c) for o, c in seen.values() if o is not candidate and o.kernel not in (LOOP, VIEW, CALL)]

@@ -83,9 +83,7 @@ def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy:
                 found.add(Candidate(kernel, region, half[:1], half[1:]), cost)
 
 
-def _ways(
-    view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline
-) -> Iterable[tuple[str, tuple[str, str], Cost]]:
+def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline) -> Iterable[tuple[str, tuple[str, str], Cost]]:
     """(kernel, (layout of 4-d tensors, layout of the others), cost)."""
     moves = node.target in VIEWS or _is_getitem(node)
     fusable = torch_private.is_fusable(node.target) or _is_getitem(node)
@@ -160,9 +158,7 @@ def build(view: GraphView, found: Enumeration, options: Options, roofline: Roofl
     colours = _colours(view)
     classes: dict[object, int] = {}
     tied = tuple(
-        classes.setdefault(
-            (c.kernel, c.in_formats, c.out_formats, c.key, tuple(colours[n] for n in c.region.nodes)), len(classes)
-        )
+        classes.setdefault((c.kernel, c.in_formats, c.out_formats, c.key, tuple(colours[n] for n in c.region.nodes)), len(classes))
         for c in found.candidates
     )
     return Problem(
@@ -210,9 +206,7 @@ def _colours(view: GraphView) -> dict[str, int]:
     for node in view.nodes:
         spec = view.spec(node) if isinstance(node.meta.get("val"), Tensor) else None
         arguments = str([a for a in node.args if not isinstance(a, (fx.Node, list, tuple))])
-        now[node] = colour(
-            (node.op, str(node.target) if node.op == "call_function" else "", spec, arguments, node in view.frozen)
-        )
+        now[node] = colour((node.op, str(node.target) if node.op == "call_function" else "", spec, arguments, node in view.frozen))
     for _ in range(TIE_RADIUS):
         now = {
             node: colour((now[node], tuple(now[i] for i in node.all_input_nodes), tuple(sorted(now[u] for u in node.users))))

@@ -93,7 +93,8 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     for r in d["regions"]:
         epilogue = f" + {' + '.join(r['epilogue'])}" if r["epilogue"] else ""
         times = f"{r['count']}x " if r["count"] > 1 else ""
-        yield f"    {times}{r['op']}{epilogue}: {r['kernel']}  {milliseconds(r['cost_ns'])} ({r['source']}, +-{milliseconds(r['spread_ns'])})"
+        cost = f"{milliseconds(r['cost_ns'])} ({r['source']}, +-{milliseconds(r['spread_ns'])})"
+        yield f"    {times}{r['op']}{epilogue}: {r['kernel']}  {cost}"
         up = r["runner_up"]
         if up:
             wider = "" if up["nodes"] == r["nodes"] else f" for {len(up['nodes'])} nodes instead of {len(r['nodes'])}"
@@ -129,7 +130,8 @@ def _record_lines(record: GraphRecord) -> Iterator[str]:
     for name, seconds in sorted(record.times.items(), key=lambda item: item[1]):
         yield f"  {name}: {seconds * 1e3:.3f} ms a call, measured end to end"
     if d["additive_error"] is not None:
-        yield f"  predicted {d['predicted_s'] * 1e3:.3f} ms, measured {d['measured_s'] * 1e3:.3f} ms: {d['additive_error']:+.1%} not explained by the prices"
+        predicted, measured = d["predicted_s"] * 1e3, d["measured_s"] * 1e3
+        yield f"  predicted {predicted:.3f} ms, measured {measured:.3f} ms: {d['additive_error']:+.1%} not explained by the prices"
     if record.error is not None:
         yield f"  measured error {record.error:.2e} within a budget of {record.options.error_budget:g}"
     yield from (f"  note: {note}" for note in record.notes)

@@ -36,17 +36,11 @@ def mode_patches(mode: str) -> dict[str, Any]:
     return {} if mode == "default" else dict(list_mode_options(mode))
 
 
-def mode_names() -> tuple[str, ...]:
-    from torch._inductor import list_mode_options
-
-    return tuple(list_mode_options())
-
-
 def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[return-value]
 
 
 def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | None]) -> Any:
@@ -57,7 +51,7 @@ def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | N
     from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 
     class Pass(CustomInferenceAwareGraphPass):  # type: ignore[misc]
-        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:  # type: ignore[override]
             run(graph, is_inference)
 
         def uuid(self) -> str | None:
@@ -185,7 +179,7 @@ def counters() -> Any:
 
 def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:
     """Put a text into TORCH_TRACE (tlparse); free when tracing is off."""
-    from torch._logging import trace_structured
+    from torch._logging import trace_structured  # type: ignore[attr-defined]
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
@@ -229,7 +223,7 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
         @staticmethod
         def channels_last(value: Any) -> Any:
             """Exact strides, since kernels look at them: even a batch of one must not have stride 0."""
-            n, c, h, w = value.get_size()
+            _, c, h, w = value.get_size()
             return ir.ExternKernel.require_exact_strides(value, [h * w * c, 1, w * c, c])
 
         @staticmethod
@@ -284,20 +278,3 @@ def multi_grad_hook(tensors: Sequence[torch.Tensor], fn: Callable[[], None]) -> 
     from torch.autograd.graph import register_multi_grad_hook
 
     return register_multi_grad_hook(tensors, lambda grads: fn(), mode="all")
-
-
-def functional_graph(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], take: Callable[[fx.GraphModule], None]
-) -> None:
-    """Run a model once through Dynamo and AOTAutograd, and hand over its inference graph, decomposed as Inductor would."""
-    from torch._dynamo.backends.common import aot_autograd
-
-    from .passes.keep_attention import keep_attention_pass
-
-    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        take(gm)
-        return lambda *values: gm(*values)
-
-    lower = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=decompositions())
-    compiled = torch.compile(model, backend=lambda gm, inputs: lower(keep_attention_pass(gm), inputs))
-    compiled(*args, **kwargs)

@@ -81,9 +81,6 @@ class Candidate:
     params: tuple[tuple[str, object], ...] = ()
     key: str = ""
 
-    def param(self, name: str) -> object:
-        return dict(self.params)[name]
-
 
 @dataclass(frozen=True, slots=True)
 class Cost:

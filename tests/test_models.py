@@ -55,6 +55,7 @@ def both(_: int) -> dict[str, Any]:
     return {"input_ids": ids(2, 9), "pixel_values": image()}
 
 
+GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128, "use_cache": False}
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 128, "use_cache": False}
 WHISPER = {
     "vocab_size": 128, "num_mel_bins": 20, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96,
@@ -70,7 +71,7 @@ CLIP = {
 Build = Callable[[], nn.Module]
 MODELS: dict[str, tuple[Build, Callable[[int], dict[str, Any]], int, int]] = {
     "bert": (lambda: hf.BertModel(hf.BertConfig(**TEXT, intermediate_size=96)), padded, 12, 19),
-    "gpt2": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=128, use_cache=False)), text, 12, 19),
+    "gpt2": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), text, 12, 19),
     "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), text, 12, 19),
     "qwen3": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=16)), text, 12, 19),
     "mistral": (lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER, sliding_window=4)), text, 12, 19),
@@ -115,9 +116,7 @@ def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def assert_lossless(
-    ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], slack: float = 32, strides: bool = True
-) -> None:
+def assert_lossless(ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], slack: float = 32, strides: bool = True) -> None:
     """Error against float64 at most twice eager's own, plus a few ulps of the output's scale."""
     assert len(ours) == len(eager) == len(exact)
     for y, e, x in zip(ours, eager, exact, strict=True):

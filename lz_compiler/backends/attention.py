@@ -33,9 +33,7 @@ def _mask(emit: Emitter, t: Values, p: Values) -> Any:
 
 def _flash(emit: Emitter, t: Values, p: Values) -> Any:
     options = {"attn_mask": _mask(emit, t, p), "scale": p["scale"]}
-    both = emit.call(
-        aten._scaled_dot_product_flash_attention_for_cpu.default, t["q"], t["k"], t["v"], 0.0, p["causal"], **options
-    )
+    both = emit.call(aten._scaled_dot_product_flash_attention_for_cpu.default, t["q"], t["k"], t["v"], 0.0, p["causal"], **options)
     return emit.item(both, 0)
 
 

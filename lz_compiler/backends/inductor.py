@@ -41,8 +41,13 @@ def _attention(emit: Emitter, t: Values, p: Values) -> Any:
         else:
             scores = emit.call(aten.add.Tensor, scores, mask)
     top = emit.call(aten.amax.default, scores, [-1], True)
+    if "mask" in t:  # a row masked out entirely is 0 in eager, not NaN
+        top = emit.call(aten.where.ScalarSelf, emit.call(aten.eq.Scalar, top, -math.inf), 0.0, top)
     weights = emit.call(aten.exp.default, emit.call(aten.sub.Tensor, scores, top))
-    weights = emit.call(aten.div.Tensor, weights, emit.call(aten.sum.dim_IntList, weights, [-1], True))
+    total = emit.call(aten.sum.dim_IntList, weights, [-1], True)
+    if "mask" in t:
+        total = emit.call(aten.where.ScalarSelf, emit.call(aten.eq.Scalar, total, 0.0), 1.0, total)
+    weights = emit.call(aten.div.Tensor, weights, total)
     out = emit.call(aten.bmm.default, flat(weights, length, keys), flat(v, keys, p["v_size"]))
     return emit.call(aten.reshape.default, out, [batch, heads, length, p["v_size"]])
 
@@ -63,7 +68,7 @@ class Inductor:
         kernel.name: kernel
         for kernel in (
             Kernel("inductor.gemv", _gemv),
-            Kernel("inductor.attention", _attention),
+            Kernel("inductor.attention", _attention, version=2),
             Kernel("inductor.cpp_gemm", _cpp_gemm, _dense, compiled=True),
         )
     }

@@ -74,9 +74,7 @@ def _pack_merged(emit: Emitter, t: Values, p: Values) -> Values:
 def _merged(emit: Emitter, t: Values, p: Values) -> tuple[Any, ...]:
     whole = emit.call(ops.linear, t["x"], t["w"], t["bias"], "none", "")
     stops = [sum(p["widths"][: i + 1]) for i in range(p["count"])]
-    return tuple(
-        emit.call(aten.slice.Tensor, whole, 1, stop - width, stop) for stop, width in zip(stops, p["widths"], strict=True)
-    )
+    return tuple(emit.call(aten.slice.Tensor, whole, 1, stop - width, stop) for stop, width in zip(stops, p["widths"], strict=True))
 
 
 def _folded(emit: Emitter, t: Values, p: Values) -> tuple[Any, Any]:

@@ -134,9 +134,9 @@ class _Rewriter:
             return node
         out = self._in_dtype(node, fmt.dtype)
         value: Tensor = out.meta["val"]
-        if fmt.layout == "channels_last" and value.dim() == 4:
-            if not value.is_contiguous(memory_format=torch.channels_last):
-                out = self.emit.call(aten.clone.default, out, memory_format=torch.channels_last)
+        last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+        if fmt.layout == "channels_last" and value.dim() == 4 and not last:
+            out = self.emit.call(aten.clone.default, out, memory_format=torch.channels_last)
         return out
 
     def _in_dtype(self, node: fx.Node, dtype: str) -> fx.Node:
