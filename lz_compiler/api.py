@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import backends
-from .backend import RECORDS, GraphRecord, open_store
+from .backend import RECORDS, GraphRecord, layerzero, open_store
 from .options import Options
 from .report import Report, explain_plan, explain_records
 from .target import detect, environment
@@ -19,21 +19,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compile(model: F, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> F:
-    """`torch.compile(model, backend="layerzero", ...)` with LayerZero's options as keyword arguments."""
+    """`torch.compile(model, backend="layerzero", ...)` with LayerZero's options as keyword arguments, beside a mode."""
     Options.resolve(options, mode)  # a wrong option is reported here, not at the first call
-    return torch.compile(  # type: ignore[return-value, call-overload]
-        model, backend="layerzero", mode=mode, options=options or None, dynamic=dynamic, fullgraph=fullgraph
-    ) if mode is None or not options else _with_mode(model, mode, dynamic, fullgraph, options)  # fmt: skip
-
-
-def _with_mode(model: Any, mode: str, dynamic: bool | None, fullgraph: bool, options: dict[str, Any]) -> Any:
-    """torch.compile takes a mode or options, not both; the backend takes both."""
-    from .backend import layerzero
 
     def backend(gm: Any, inputs: Any) -> Any:
         return layerzero(gm, inputs, mode=mode, options=options)
 
-    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)  # type: ignore[return-value, call-overload]
 
 
 def explain(compiled: Any = None) -> Report:

@@ -67,13 +67,6 @@ class GraphView:
             node = node.args[0]  # type: ignore[assignment]
         return node
 
-    def readers(self, node: fx.Node) -> list[fx.Node]:
-        """Who reads `node`'s elements, through reshapes."""
-        found: list[fx.Node] = []
-        for user in node.users:
-            found.extend(self.readers(user) if user.op == "call_function" and user.target in RESHAPES else [user])
-        return found
-
     def constant(self, node: fx.Node) -> Tensor | None:
         """The value of a node that depends on frozen weights alone, or None."""
         if node in self.frozen:

@@ -83,9 +83,9 @@ def run(out: Any, err: Any, rounds: int) -> None:
     for column in ("", "ms", "speed against Inductor", "of this machine's float32 limit", "relative error"):
         table.add_column(column, justify="left" if not column else "right")
     with torch.no_grad():
-        exact = _output(copy.deepcopy(model).double(), args, kwargs)
+        exact = copy.deepcopy(model).double()(*args, **kwargs)
         for name, row in rows.items():
-            error = float((_output(calls[name], args, kwargs).double() - exact).norm() / exact.norm())
+            error = float((calls[name](*args, **kwargs).double() - exact).norm() / exact.norm())
             ms = row["median_ms"]
             table.add_row(name, f"{ms:.2f}", f"{rows['inductor']['median_ms'] / ms:.2f}x", f"{floor / ms:.0%}", f"{error:.1e}")
     out.print(table)
@@ -93,10 +93,6 @@ def run(out: Any, err: Any, rounds: int) -> None:
     for name in ("layerzero", "layerzero, freeze"):
         out.print(f"\nWhat {name} chose:")
         out.print(str(api.explain(calls[name])), markup=False)
-
-
-def _output(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return model(*args, **kwargs)
 
 
 def _linear_flops(model: Any, args: tuple[Any, ...]) -> float:

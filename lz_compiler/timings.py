@@ -376,7 +376,6 @@ def _connect(database: str, wait_s: float = BUSY_S, *, uri: bool = False) -> sql
 
 def _open(path: Path) -> sqlite3.Connection:
     """A connection to a file with our tables, whatever is at `path` now. Called with the directory locked."""
-    kept = path.with_name(f"{path.name}.v{SCHEMA_VERSION}")
     for _ in range(3):  # at most: one of another version, a damaged one kept from before, a new one
         connection = _connect(str(path))
         try:
@@ -391,8 +390,6 @@ def _open(path: Path) -> sqlite3.Connection:
             return connection
         connection.close()
         _set_aside(path, f"v{version}", f"has schema version {version}, this LayerZero uses {SCHEMA_VERSION}")
-        if kept.exists():  # two versions used in turn would else lose their facts at each change
-            _rename(kept, path)
     raise OSError(f"{path} cannot be built anew")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from convnet import convnet
 from torch import nn
 
 from lz_compiler.backend import RECORDS
@@ -62,9 +63,7 @@ def test_every_solver_gives_a_plan_that_runs() -> None:
 
 def test_strict_layouts_keep_eagers() -> None:
     """layout_mode='strict' leaves every tensor in eager's strides."""
-    from lz_compiler import zoo
-
-    model, args, _ = zoo.convnet()
+    model, args, _ = convnet()
     plan, y = planned(model, args[0], layout_mode="strict")
     layouts = {f.layout for c in plan.choices for f in (*c.candidate.in_formats, *c.candidate.out_formats)}
     assert "channels_last" not in layouts

@@ -251,17 +251,17 @@ def test_moved_aside_by_another_process(tmp_path: Path) -> None:
     assert TimingStore.open(tmp_path).get("c") == row("c")
 
 
-def test_other_schema_versions_keep_their_facts(tmp_path: Path) -> None:
-    path, ours, theirs = tmp_path / FILE_NAME, SCHEMA_VERSION, SCHEMA_VERSION + 6
+def test_a_file_of_another_schema_version_is_set_aside_whole(tmp_path: Path) -> None:
+    path, theirs = tmp_path / FILE_NAME, SCHEMA_VERSION + 6
     store = TimingStore.open(tmp_path)
     store.put(row("ours"))
     store.close()
-    path.rename(tmp_path / f"{FILE_NAME}.v{ours}")  # as the other version left it
+    path.unlink()
     sql(path, f"PRAGMA user_version = {theirs}", "CREATE TABLE other (a)")
     with pytest.warns(UserWarning, match=f"schema version {theirs}, .* moved to .*{FILE_NAME}.v{theirs} ") as caught:
         store = TimingStore.open(tmp_path)
     assert len(caught) == 1
-    assert store.get("ours") == row("ours")
+    assert store.get("ours") is None
     assert sql(tmp_path / f"{FILE_NAME}.v{theirs}", "PRAGMA user_version") == [[(theirs,)]]
     store.close()
     path.unlink()
