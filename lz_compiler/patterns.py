@@ -279,7 +279,7 @@ class Recogniser:
 
     def _affine(self, draft: _Draft) -> Iterator[_Draft]:
         """Per-channel scale and shift after a convolution; yields only the whole chain (a batch norm is four steps)."""
-        channels, longest = self.view.spec(draft.root).shape[1], None
+        channels, dtype, longest = self.view.spec(draft.root).shape[1], draft.root.meta["val"].dtype, None
         names = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul"}
         while len(draft.root.users) == 1:
             (user,) = draft.root.users
@@ -288,8 +288,8 @@ class Recogniser:
             if value is None or user.kwargs or (user.target is aten.sub.Tensor and user.args[0] is not draft.root):
                 break
             shape = (1,) * (4 - value.dim()) + tuple(value.shape)
-            if value.dim() < 3 or shape != (1, channels, 1, 1) or value.dtype != user.meta["val"].dtype:
-                break
+            if value.dim() < 3 or shape != (1, channels, 1, 1) or len({value.dtype, user.meta["val"].dtype, dtype}) > 1:
+                break  # a step that promotes computes in another dtype than the convolution would
             count = len(draft.params["affine"])
             draft = longest = draft.extended(
                 [user], {f"c{count}": operand}, affine=(*draft.params["affine"], names[user.target])  # type: ignore

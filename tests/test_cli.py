@@ -1,0 +1,256 @@
+"""The command line: what a person types, what a program reads from it, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lz_compiler import backend, backends
+from lz_compiler.cli import app, load_factory, main, parse_options
+from lz_compiler.errors import LayerZeroError, OptionError
+from lz_compiler.options import parse_text
+from lz_compiler.timings import Timing
+
+FACTORY = '''
+import torch
+from torch import nn
+
+
+def tiny():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(33, 7), nn.GELU()).eval(), (torch.randn(5, 33),), None
+
+
+def two():
+    return nn.Linear(3, 3), (torch.ones(1, 3),)
+
+
+answer = 42
+'''
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module `lz_cli_models` in the working directory, as a user has one."""
+    (tmp_path / "lz_cli_models.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "lz_cli_models", raising=False)
+    return "lz_cli_models"
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args))
+
+
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
+    """What `lz ARGS` prints on stderr as it exits with 2, on one line."""
+    monkeypatch.setattr(sys, "argv", ["lz", *args])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return " ".join(printed.err.split())
+
+
+# --- reading --------------------------------------------------------------------------------------------------------------
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys; from lz_compiler.cli import main; sys.argv = ['lz', '--help']\n"
+    code += "try: main()\nexcept SystemExit as e: assert not e.code\n"
+    code += "assert 'torch' not in sys.modules, 'lz --help imports torch'"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("doctor", "demo", "explain", "bench", "cache"):
+        assert command in done.stdout
+    assert time.perf_counter() - start < 20  # a busy machine; about half a second on a quiet one
+
+
+def test_python_m(tmp_path: Path) -> None:
+    env = {**os.environ, "LAYERZERO_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "lz_compiler"]
+    done = subprocess.run([*command, "cache", "ls", "--json"], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["path"].startswith(str(tmp_path))
+    wrong = subprocess.run([*command, "explain", "nowhere"], capture_output=True, text=True, check=False, env=env)
+    assert wrong.returncode == 2
+    assert wrong.stdout == ""
+    assert "not MODULE:FACTORY" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_doctor(tmp_path: Path) -> None:
+    result = run("doctor", "--json", "--cache-dir", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert set(found["libraries"]) == set(backends.all_backends())
+    assert "onednn.linear" in found["libraries"]["onednn"]["kernels"]
+    assert found["targets"]["cpu"]["bandwidth"] > 0
+    assert found["cache"].startswith(str(tmp_path))
+    assert found["stored"] == {"peaks": 1}
+    text = run("doctor", "--cache-dir", str(tmp_path))
+    assert text.exit_code == 0, text.output
+    for word in ("GB/s", "onednn.linear", str(tmp_path), "1 peaks"):
+        assert word in text.stdout
+
+
+def test_explain_and_bench(models: str, tmp_path: Path) -> None:
+    options = ("-o", "measure_budget_s=0", "-o", "freeze=true", "-o", f"cache_dir={tmp_path}")
+    result = run("explain", f"{models}:tiny", "--json", "--calls", "1", *options)
+    assert result.exit_code == 0, result.output
+    (graph,) = json.loads(result.stdout)["graphs"]
+    (plan,) = graph["plans"]
+    (region,) = [r for r in plan["regions"] if r["op"] == "linear"]
+    assert plan["kind"] == "inference"
+    assert plan["status"] == "optimal"
+    assert "not_measured" in {r["code"] for r in region["rejections"]}
+    text = run("explain", f"{models}:tiny", "--calls", "1", *options)
+    assert text.exit_code == 0, text.output
+    assert "inference graph" in text.stdout
+    assert region["kernel"] in text.stdout
+
+    bench = run("bench", f"{models}:tiny", "--json", "--rounds", "3", *options)
+    assert bench.exit_code == 0, bench.output
+    rows = json.loads(bench.stdout)
+    assert list(rows) == ["eager", "inductor", "layerzero"]
+    assert all(row["median_ms"] > 0 for row in rows.values())
+
+
+def test_cache(tmp_path: Path) -> None:
+    where = ("--cache-dir", str(tmp_path))
+    store = backend.open_store(str(tmp_path))
+    store.put(Timing("key", "aten.mm", 5, 0, 9, None, 0.0, "linear"))
+    store.put_record("verdict", "graph", {"winner": "eager"})
+    listed = run("cache", "ls", "--json", *where)
+    found = json.loads(listed.stdout)
+    assert found["counts"] == {"timing": 1, "verdict": 1}
+    assert found["bytes"] > 0
+    assert Path(found["path"]) == store.path
+    text = run("cache", "ls", *where).stdout
+    assert "timing: 1" in text
+    assert "verdict: 1" in text
+    assert run("cache", "clear", "timing", *where).stdout == "1 removed\n"
+    assert json.loads(run("cache", "ls", "--json", *where).stdout)["counts"] == {"verdict": 1}
+    assert run("cache", "clear", *where).stdout == "1 removed\n"
+    assert json.loads(run("cache", "ls", "--json", *where).stdout)["counts"] == {}
+    assert run("cache", "clear", *where).stdout == "0 removed\n"
+
+
+def test_cache_dir_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERZERO_CACHE_DIR", str(tmp_path / "from-environment"))
+    assert "from-environment" in json.loads(run("cache", "ls", "--json").stdout)["path"]
+
+
+# --- options as text --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("freeze", "1", True),
+        ("freeze", "FALSE", False),
+        ("error_budget", "1e-2", 0.01),
+        ("measure_budget_s", " 3 ", 3.0),
+        ("memory_limit", "4096", 4096),
+        ("backends", "onednn, aten", ("onednn", "aten")),
+        ("solver", "greedy", "greedy"),
+        ("cache_dir", "a=b", "a=b"),
+    ],
+)
+def test_option_text_is_read_as_from_the_environment(name: str, text: str, value: object) -> None:
+    found = parse_text(name, text)
+    assert found == value
+    assert type(found) is type(value)
+    assert parse_options([f"{name}={text}"]) == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("frezee", "1", "unknown option 'frezee'. Did you mean 'freeze'?"),
+        ("mode", "default", "unknown option 'mode'"),
+        ("freeze", "yes", "option 'freeze' is 'yes'. Allowed: 1, 0, true, false."),
+        ("freeze", "", "option 'freeze' is ''"),
+        ("error_budget", "much", "option 'error_budget' is 'much'. Give a number"),
+        ("memory_limit", "1.5", "whole number"),
+        ("solver", "cpsat", "Did you mean 'cp_sat'?"),
+    ],
+)
+def test_wrong_option_text(name: str, text: str, message: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        parse_text(name, text)
+    assert message in str(raised.value)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["explain", "bench"])
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("nocolon", "'nocolon' is not MODULE:FACTORY, for example lz_compiler.zoo:llama"),
+        (":tiny", "is not MODULE:FACTORY"),
+        ("no_such_module_:f", "cannot load 'no_such_module_:f': No module named 'no_such_module_'"),
+        ("lz_cli_models:tony", "'tony'"),
+        ("lz_cli_models:answer", "is not a function"),
+        ("lz_cli_models:two", "must return (model, args, kwargs)"),
+    ],
+)
+def test_wrong_factory(
+    command: str, factory: str, message: str, models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert message in fails(capsys, monkeypatch, command, factory)
+
+
+def test_wrong_factory_name_gets_the_nearest(
+    models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Did you mean 'tiny'?" in fails(capsys, monkeypatch, "explain", f"{models}:tinny")
+
+
+def test_an_error_inside_the_users_module_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a wrong name is our message; a bug in the user's own code keeps its traceback."""
+    (tmp_path / "lz_cli_broken.py").write_text("def f():\n    return {}['missing']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(KeyError, match="missing"):
+        load_factory("lz_cli_broken:f")
+
+
+@pytest.mark.parametrize("command", ["explain", "bench"])
+def test_wrong_option(
+    command: str, models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(option: str) -> str:
+        return fails(capsys, monkeypatch, command, f"{models}:tiny", "-o", option)
+
+    assert "unknown option 'sovler'. Did you mean 'solver'?" in told("sovler=greedy")
+    assert "Did you mean 'greedy'?" in told("solver=gredy")
+    assert "option 'freeze' is ''" in told("freeze")
+    assert "unknown backend 'onednm'. Did you mean 'onednn'?" in told("backends=onednm")
+
+
+def test_every_error_of_ours_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise LayerZeroError("what was given, what is allowed, what to do")
+
+    monkeypatch.setattr("lz_compiler.backend.open_store", fail)
+    assert fails(capsys, monkeypatch, "cache", "ls") == "lz: what was given, what is allowed, what to do"
+
+
+def test_wrong_command() -> None:
+    assert run("explane").exit_code == 2
+    assert run("explain").exit_code == 2
+    assert run("cache", "clear", "--kind-of").exit_code == 2
