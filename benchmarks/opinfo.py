@@ -8,7 +8,7 @@ code 1 if one is missed. Right means: as eager within the op's own tolerance, wi
 ops, uninitialised memory) only shapes and dtypes count.
 
 LayerZero runs with `cost_model="roofline"` and without its race: nothing is timed, so a sweep does not depend on the
-machine's load. And kernels that the graph does not have already are priced at next to nothing (`prefer_kernels`), so that
+machine's load. And kernels that the graph does not have already are priced below what it has (`prefer_kernels`), so that
 wherever one is offered, one is placed: with honest prices nearly every graph of this size stays as it is, and the sweep
 would test nothing. The summary says in how many samples a kernel was placed. Where a layer's weight is an input there is
 nothing to freeze, so `freeze` has no part in it.
@@ -69,9 +69,12 @@ class Result:
 
 def op_infos() -> dict[str, Any]:
     """torch's op database by full name, float32 only."""
-    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal import common_methods_invocations as module
 
-    return {full_name(op): op for op in op_db if torch.float32 in op.dtypes}
+    # Attention, dropout and others are wrapped in a context that sets the seed; Dynamo breaks the graph there and would run
+    # all of it eagerly. `run` sets the seed itself.
+    module.wrapper_set_seed = lambda fn, *args, **kwargs: fn(*args, **kwargs)
+    return {full_name(op): op for op in module.op_db if torch.float32 in op.dtypes}
 
 
 def full_name(op: Any) -> str:
@@ -180,9 +183,7 @@ def attempt(
     return OK if why is None else f"wrong: {why}"
 
 
-def check_sample(
-    op: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[str], object] = str
-) -> Result:
+def check_sample(op: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[str], object] = str) -> Result:
     """One sample through both backends, none where eager itself does not run."""
     from torch._dynamo.utils import counters
 
@@ -215,14 +216,12 @@ def configure() -> None:
 
 
 def prefer_kernels() -> None:
-    """Price what the graph has as before, and every other kernel at 1 ns: a plan then uses all that is offered."""
+    """Price every kernel at 1 ns, and what the graph has already at a second: a plan then uses all that is offered."""
     from lz_compiler.cost_models.roofline import Roofline
     from lz_compiler.types import Cost
 
-    honest = Roofline.cost
-
     def cost(self: Any, ctx: Any, candidate: Any) -> Any:
-        return honest(self, ctx, candidate) if dict(candidate.params).get("as_is") else Cost(1, "assumed")
+        return Cost(10**9 if dict(candidate.params).get("as_is") else 1, "assumed")
 
     Roofline.cost = cost  # type: ignore[method-assign]
 
@@ -258,10 +257,8 @@ class Worker:
         command = [sys.executable, os.path.abspath(__file__), "--worker"]
         command += [] if limit is None else ["--limit-samples", str(limit)]
         env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env
-        )
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env)
         self.samples = 0
 
     def sweep(self, op: str, done: set[int], put: Callable[[Result], object]) -> bool:

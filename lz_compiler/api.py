@@ -20,7 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def compile(model: F, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> F:
     """`torch.compile(model, backend="layerzero", ...)` with LayerZero's options as keyword arguments, beside a mode."""
-    Options.resolve(options, mode)  # a wrong option is reported here, not at the first call
+    given = Options.resolve(options, mode)  # a wrong option is reported here, not at the first call
+    backends.allowed_backends(given.backends)
 
     def backend(gm: Any, inputs: Any) -> Any:
         return layerzero(gm, inputs, mode=mode, options=options)

@@ -77,10 +77,9 @@ def layerzero(
     chosen = Options.resolve(options, mode)
     device = _device(example_inputs, gm)
     store = open_store(chosen.cache_dir)
-    session = _Session(gm, list(example_inputs), chosen, store, device)
-    RECORDS.append(session.record)
-    torch_private.counters()["graphs"] += 1
-    return session.compile()
+    if chosen.freeze:
+        torch_private.guard_owned(gm)
+    return _Session(gm, list(example_inputs), chosen, store, device).compile()
 
 
 def _device(example_inputs: Sequence[Any], gm: fx.GraphModule) -> str:
@@ -101,8 +100,15 @@ class _Session:
         self.record = GraphRecord(
             self.key, torch_private.compile_id(), options, torch_private.node_source_lines(gm), tuple(map(weakref.ref, owned))
         )
+        RECORDS.append(self.record)
+        torch_private.counters()["graphs"] += 1
 
     def compile(self) -> Callable[..., Any]:
+        """Finalists in a race, or the one that is known to win; with frozen weights, for these weights only."""
+        compiled = self._compile()
+        return _for_weights(compiled, self.gm, self.real, self.options) if self.options.freeze else compiled
+
+    def _compile(self) -> Callable[..., Any]:
         verdict = self.store.get_record("verdict", self.key)
         if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
             return self._from_verdict(verdict)
@@ -143,7 +149,12 @@ class _Session:
         compiled = self._planned(options, fresh, cached=verdict.get("digest"))
         if fresh:  # empty when Inductor's cache had the graph
             self.record.plans = fresh
-        return compiled
+        if winner == LOSSLESS or not any(plan.epsilon > 0 for plan in self.record.plans):
+            return compiled
+        # The verdict's error was that of the weights and inputs of its time: the budget is kept for these too.
+        finalists = {PLANNED: compiled, LOSSLESS: self._planned(replace(options, error_budget=0.0), [])}
+        check = race.over_budget(self.gm.forward, {PLANNED: compiled}, options.error_budget, self._report_error)
+        return race.Race(finalists, lambda _, name: self._finish(dict(verdict["times"]), name), PLANNED, check, rounds=0)
 
     def _report_error(self, name: str, error: float) -> None:
         self.record.error = error
@@ -204,6 +215,28 @@ class _Session:
                     return {}
                 found[node] = value
         return found
+
+
+def _for_weights(
+    compiled: Callable[..., Any], gm: fx.GraphModule, real: Sequence[tuple[Tensor | None, bool]], options: Options
+) -> Callable[..., Any]:
+    """`compiled` for calls with the frozen weights. Dynamo shares a graph among modules of one class (weights are its
+    inputs), so a call may bring others: the graph is then compiled again, for these."""
+    frozen = [(i, value) for i, (value, owned) in enumerate(real) if owned]
+    others: list[Callable[..., Any]] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _Session(graph, list(inputs), options, open_store(options.cache_dir), _device(inputs, graph)).compile()
+
+    def call(*args: Any) -> Any:
+        for i, value in frozen:
+            if args[i] is not value:
+                if not others:
+                    others.append(torch.compile(gm.forward, backend=backend))
+                return others[0](*args)
+        return compiled(*args)
+
+    return call
 
 
 def _written(graph: fx.Graph) -> set[Any]:

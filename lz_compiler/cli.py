@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import LayerZeroError, OptionError
+from .errors import LayerZeroError, OptionError, unknown
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 cache_app = typer.Typer(no_args_is_help=True, help="Stored timings, device peaks and verdicts.")
@@ -37,15 +37,23 @@ def load_factory(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """MODULE:FACTORY, where FACTORY() returns (model, args, kwargs)."""
     from importlib import import_module
 
-    module, _, name = spec.partition(":")
-    if not module or not name:
+    path, _, name = spec.partition(":")
+    if not path or not name:
         raise OptionError(f"{spec!r} is not MODULE:FACTORY, for example lz_compiler.zoo:llama")
     sys.path.insert(0, "")
     try:
-        factory: Callable[[], Any] = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        module = import_module(path)
+    except ImportError as error:
         raise OptionError(f"cannot load {spec!r}: {error}") from error
-    model, args, kwargs = factory()
+    factory: Callable[[], Any] | None = getattr(module, name, None)
+    if not callable(factory):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        what = "is not a function" if hasattr(module, name) else "is not there"
+        raise OptionError(f"cannot load {spec!r}: {name!r} {what}; {unknown('factory', name, functions)}")
+    made = factory()
+    if not isinstance(made, tuple) or len(made) != 3:
+        raise OptionError(f"{spec!r} returned {type(made).__name__}; a factory must return (model, args, kwargs)")
+    model, args, kwargs = made
     return model, tuple(args), dict(kwargs or {})
 
 
@@ -53,7 +61,12 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs, read as an environment variable of that name would be."""
     from .options import parse_text
 
-    return {name: parse_text(name, value) for name, _, value in (p.partition("=") for p in pairs or [])}
+    found: dict[str, Any] = {name: parse_text(name, value) for name, _, value in (p.partition("=") for p in pairs or [])}
+    if "backends" in found:
+        from .backends import allowed_backends
+
+        allowed_backends(found["backends"])  # a wrong name is told now, not in the middle of a compilation
+    return found
 
 
 @app.command()

@@ -111,18 +111,14 @@ conv_binary = _define(
 _SDPA = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa"
 
 
-def _sdpa_run(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> Tensor:
+def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 sdpa = _define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run)
 
 
-def _sdpa_math(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> Tensor:
+def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         return _sdpa_run(q, k, v, mask, is_causal, scale, enable_gqa)
 

@@ -20,9 +20,7 @@ _BOOLS = {"1": True, "true": True, "0": False, "false": False}
 _warned: set[str] = set()
 
 
-def _option(
-    default: Any, text: str, *, choices: tuple[str, ...] = (), below: float = 1e9, plans: bool = True, own: bool = True
-) -> Any:
+def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), below: float = 1e9, plans: bool = True, own: bool = True) -> Any:
     """A field: `choices` are its allowed names, `below` a number's upper limit, `plans` whether it changes what is
     planned, `own` whether it can be set in the options dict and the environment."""
     metadata = {"help": text, "choices": choices, "below": below, "plans": plans, "own": own}
@@ -33,17 +31,13 @@ def _option(
 class Options:
     """What a user may ask for. Hashable; every instance is valid, whichever way it was made."""
 
-    cost_model: str = _option(
-        "measured", "where prices come from; plugins may register further names", choices=("measured", "roofline")
-    )
+    cost_model: str = _option("measured", "where prices come from; plugins may register further names", choices=("measured", "roofline"))
     solver: str = _option(
         "cp_sat",
         "what solves for the plan; `greedy`, `dynamic` and `exhaustive` are baselines",
         choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive"),
     )
-    layout_mode: str = _option(
-        "adapt", "`adapt` may convert layouts between kernels, `strict` keeps eager's", choices=("adapt", "strict")
-    )
+    layout_mode: str = _option("adapt", "`adapt` may convert layouts between kernels, `strict` keeps eager's", choices=("adapt", "strict"))
     error_budget: float = _option(0.0, "relative error that a plan may add; 0 allows lossless kernels only", below=1.0)
     freeze: bool = _option(False, "weights never change, so they may be packed, merged and folded")
     backends: tuple[str, ...] | None = _option(None, "kernel libraries that may be used (list, or names with commas); None is all")

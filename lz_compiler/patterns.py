@@ -111,6 +111,11 @@ class _Draft:
         return _Draft(self.op, [*self.nodes, *nodes], {**self.inputs, **(inputs or {})}, {**self.params, **params})
 
 
+def _pair(values: Any) -> tuple[int, int]:
+    """A number for each spatial dimension: one alone stands for both."""
+    return (*values, *values)[:2]
+
+
 class Recogniser:
     """Finds regions in one graph. `regions()` yields a SelectionContext for each; they overlap, the solver chooses."""
 
@@ -183,7 +188,7 @@ class Recogniser:
         inputs = {"x": x, "w": w, **({"bias": bias} if bias is not None else {})}
         rows = self.view.spec(node).shape
         params = {
-            "stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups,  # type: ignore[arg-type]
+            "stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation), "groups": groups,
             "size": spec_of(value).shape, "w_shape": self.view.spec(w).shape, "affine": (), "act": None, "binary": None,  # type: ignore[arg-type]
             "rows": rows[0] * rows[2] * rows[3], "dynamic_rows": is_dynamic(value),
         }  # fmt: skip
@@ -237,9 +242,7 @@ class Recogniser:
         if len(readers) != 1 or readers[0].target not in (aten.add.Tensor, aten.mul.Tensor) or readers[0].kwargs:
             return
         (reader,) = readers
-        mine = [
-            i for i, arg in enumerate(reader.args) if isinstance(arg, fx.Node) and self.view.base(arg) is self.view.base(draft.root)
-        ]
+        mine = [i for i, arg in enumerate(reader.args) if isinstance(arg, fx.Node) and self.view.base(arg) is self.view.base(draft.root)]
         if len(mine) != 1 or not isinstance(reader.args[1 - mine[0]], fx.Node):
             return
         other = reader.args[1 - mine[0]]
@@ -312,12 +315,7 @@ class Recogniser:
                 return None
             groups, heads = node.meta["val"].shape[1], draft.inputs["q"].meta["val"].shape[1]
             repeated = chain[-2].meta["val"].shape
-            if (
-                len(node.meta["val"].shape) != 4
-                or len(repeated) != 5
-                or repeated[1] != groups
-                or repeated[1] * repeated[2] != heads
-            ):
+            if len(node.meta["val"].shape) != 4 or len(repeated) != 5 or repeated[1] != groups or repeated[1] * repeated[2] != heads:
                 return None
             if any(len(n.users) > 1 for n in chain):
                 return None
@@ -348,9 +346,7 @@ class Recogniser:
         roots = draft.nodes if draft.op == "merged_linear" else [draft.root]
         roles = tuple(draft.inputs)
         names = tuple(self.view.base(n).name for n in draft.inputs.values())
-        region = Region(
-            draft.op, tuple(n.name for n in draft.nodes if n.target not in RESHAPES), names, tuple(r.name for r in roots)
-        )
+        region = Region(draft.op, tuple(n.name for n in draft.nodes if n.target not in RESHAPES), names, tuple(r.name for r in roots))
         values = tuple(n.name for n in draft.inputs.values())  # what an emitter reads, before reshapes are stripped
         return SelectionContext(
             region=region, roles=roles, specs=tuple(self.view.spec(n) for n in draft.inputs.values()),

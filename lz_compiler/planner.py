@@ -314,9 +314,7 @@ class _Result:
     bound: int
 
 
-def _branch_and_cut(
-    inst: Instance, rows: _Rows, costs: Sequence[int], backend: Backend, deadline: float, hint: frozenset[int]
-) -> _Result:
+def _branch_and_cut(inst: Instance, rows: _Rows, costs: Sequence[int], backend: Backend, deadline: float, hint: frozenset[int]) -> _Result:
     """Solve, cut off what the rows did not forbid (cycles; a budget missed by a tolerance), and solve again."""
     bound = 0
     while (left := deadline - time.perf_counter()) > 0:

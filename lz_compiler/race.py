@@ -68,7 +68,7 @@ class Race:
 
     def _timed(self, name: str, args: tuple[Any, ...], warm: bool) -> Any:
         tensors = tensors_in(args)
-        sync = torch.cuda.synchronize if any(t.is_cuda for t in tensors) else _nothing
+        sync = torch.cuda.synchronize if any(t.is_cuda for t in tensors) else (lambda: None)
         sync()
         cpu, start = time.process_time(), time.perf_counter()
         out = self.finalists[name](*args)
@@ -132,10 +132,6 @@ class Race:
         self.finish(times, name)
         self.finalists = {name: self.winner}
         return self.winner
-
-
-def _nothing() -> None:
-    return None
 
 
 def over_budget(

@@ -79,9 +79,7 @@ def conv(t: Tensors, p: Params) -> Tensor:
 
 def attention(t: Tensors, p: Params) -> Tensor:
     """softmax(q k^T * scale + mask) v; k and v may have fewer heads than q (`gqa`)."""
-    return F.scaled_dot_product_attention(
-        t["q"], t["k"], t["v"], t.get("mask"), 0.0, p["causal"], scale=p["scale"], enable_gqa=p["gqa"]
-    )
+    return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], t.get("mask"), 0.0, p["causal"], scale=p["scale"], enable_gqa=p["gqa"])
 
 
 REFERENCES: dict[str, Callable[[Tensors, Params], Any]] = {

@@ -20,14 +20,12 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .errors import SolverError
-from .types import Candidate, Format, Problem
+from .types import Candidate, Problem
 
 WEIGHT_SCALE = 1 << 36  # the error budget in integer units: rounding 10^4 candidates down loses less than 2e-7 of it
 BUDGET_SLACK = 1e-9  # relative; sums of squares that meet the budget exactly must not fail by float noise
 STATE_LIMIT = 20_000  # states of `dynamic` at one tensor, beyond which it gives up
 EXHAUSTIVE_LIMIT = 96  # decisions of `exhaustive`, beyond which it refuses
-
-Pair = tuple[str, Format]
 
 
 @dataclass(frozen=True, slots=True)

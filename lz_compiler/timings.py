@@ -31,15 +31,8 @@ _CHUNK = 500  # variables in one statement: SQLite's limit was 999 for a long ti
 # `epsilon` may be NULL because that is what SQLite makes of a NaN.
 _TABLES = (
     """CREATE TABLE IF NOT EXISTS timings (
-        key TEXT PRIMARY KEY NOT NULL,
-        kernel TEXT NOT NULL,
-        ns INTEGER,
-        spread INTEGER NOT NULL,
-        samples INTEGER NOT NULL,
-        error TEXT,
-        epsilon REAL,
-        detail TEXT NOT NULL,
-        created REAL NOT NULL
+        key TEXT PRIMARY KEY NOT NULL, kernel TEXT NOT NULL, ns INTEGER, spread INTEGER NOT NULL, samples INTEGER NOT NULL,
+        error TEXT, epsilon REAL, detail TEXT NOT NULL, created REAL NOT NULL
     ) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS records (
         kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, created REAL NOT NULL, PRIMARY KEY (kind, key)

@@ -121,6 +121,22 @@ def placeholder_tensors(gm: fx.GraphModule) -> list[tuple[torch.Tensor | None, b
     return found
 
 
+def guard_owned(gm: fx.GraphModule) -> None:
+    """Guard the identity of every parameter and buffer of a Dynamo graph: another model of the same class is recompiled.
+
+    Dynamo passes them as inputs and guards on their shapes alone, which is not enough where their values enter the code.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._guards import TracingContext
+
+    if TracingContext.try_get() is None:
+        return
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, (_, owned) in zip(inputs, placeholder_tensors(gm), strict=True):
+        if owned:
+            install_guard(node.meta["grapharg"].source.make_guard(GuardBuilder.ID_MATCH))
+
+
 def autocasts(gm: fx.GraphModule) -> bool:
     """Whether autocast is on around the graph, or entered inside it."""
     from torch.amp.autocast_mode import _enter_autocast

@@ -1,8 +1,7 @@
 """Small plain-torch models for tests, demos and planning benchmarks: random weights, no download.
 
-Each factory returns `(model, args, kwargs)` with the model in eval mode, so that `model(*args, **kwargs)` runs.
-The models are written the way public ones are (float32 norms, `cat(-x2, x1)` rotary, `repeat_kv` in front of
-attention), because those are the shapes of graph that a planner has to recognise.
+Each factory returns `(model, args, kwargs)`, in eval mode. The models are written the way public ones are (float32 norms,
+`cat(-x2, x1)` rotary, `repeat_kv` before attention): those are the graphs that a planner has to recognise.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from lz_compiler.errors import LayerZeroError, OptionError
 from lz_compiler.options import parse_text
 from lz_compiler.timings import Timing
 
-FACTORY = '''
+FACTORY = """
 import torch
 from torch import nn
 
@@ -34,7 +34,7 @@ def two():
 
 
 answer = 42
-'''
+"""
 
 
 @pytest.fixture
@@ -215,9 +215,7 @@ def test_wrong_factory(
     assert message in fails(capsys, monkeypatch, command, factory)
 
 
-def test_wrong_factory_name_gets_the_nearest(
-    models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_factory_name_gets_the_nearest(models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Did you mean 'tiny'?" in fails(capsys, monkeypatch, "explain", f"{models}:tinny")
 
 
@@ -230,10 +228,8 @@ def test_an_error_inside_the_users_module_is_not_hidden(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("command", ["explain", "bench"])
-def test_wrong_option(
-    command: str, models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def told(option: str) -> str:
+def test_wrong_option(command: str, models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(option: str) -> str:  # before anything is compiled
         return fails(capsys, monkeypatch, command, f"{models}:tiny", "-o", option)
 
     assert "unknown option 'sovler'. Did you mean 'solver'?" in told("sovler=greedy")

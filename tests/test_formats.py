@@ -68,3 +68,24 @@ def test_strict_layouts_keep_eagers() -> None:
     layouts = {f.layout for c in plan.choices for f in (*c.candidate.in_formats, *c.candidate.out_formats)}
     assert "channels_last" not in layouts
     torch.testing.assert_close(y, model(args[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_over_its_budget_is_not_used() -> None:
+    """The estimate allows bfloat16; the error measured on the real input is over the budget, so the lossless plan runs."""
+    torch.manual_seed(0)
+    wide = nn.Linear(512, 512)
+    model = nn.Sequential(wide, nn.Linear(512, 64)).eval()
+    x = torch.randn(8, 512)
+    with torch.no_grad():
+        # The second layer takes differences of nearly equal numbers: what bfloat16 rounds away is what remains.
+        wide.weight[256:] = wide.weight[:256] * (1 + 1e-3)
+        wide.bias[256:] = wide.bias[:256]
+        model[1].weight[:, 256:] = -model[1].weight[:, :256]
+        model[1].bias.zero_()
+        expected = model(x)
+    plan, y = planned(model, x, error_budget=2e-2, freeze=True)
+    record = RECORDS[-1]
+    assert "bfloat16" in dtypes(plan)
+    assert (record.error or 0) > 2e-2
+    assert record.winner == "layerzero-lossless"
+    assert float((y - expected).norm() / expected.norm()) < 1e-3

@@ -555,6 +555,14 @@ def test_every_kernel_is_placed() -> None:
     assert set(PLACED) | AS_IS | {"inductor.cpp_gemm"} == known
 
 
+@pytest.mark.parametrize("shapes", [((4, 3, 8), (4, 4, 6, 8)), ((2, 3, 7, 8), (1, 3, 5, 8)), ((2, 3, 7, 8), (2, 1, 5, 8))], ids=str)
+def test_attention_that_broadcasts_stays_as_it_is(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """The kernels behind torch's operator take equal batches only."""
+    q, k = (rand(*shape) for shape in shapes)
+    (ctx,) = trace(Case("", lambda q, k, v: ops.sdpa(q, k, v, None, False, None, False), (q, k, k))).contexts
+    assert {a.kernel for a in answers(ctx) if isinstance(a, Candidate)} == {"aten.sdpa"}
+
+
 @functools.cache
 def _library_names() -> tuple[str, ...]:
     return tuple(backends.all_backends())

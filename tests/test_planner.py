@@ -30,9 +30,7 @@ def cost(ns: int) -> Cost:
     return Cost(ns, "assumed")
 
 
-def kernel(
-    nodes: str, inputs: dict[str, Format], outputs: dict[str, Format], epsilon: float = 0.0, workspace: int = 0
-) -> Candidate:
+def kernel(nodes: str, inputs: dict[str, Format], outputs: dict[str, Format], epsilon: float = 0.0, workspace: int = 0) -> Candidate:
     region = Region("op", tuple(nodes.split()), tuple(inputs), tuple(outputs))
     ins, outs = tuple(inputs.values()), tuple(outputs.values())
     return Candidate(f"k_{nodes.replace(' ', '_')}", region, ins, outs, epsilon, workspace)

@@ -37,6 +37,13 @@ def _flash(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.item(both, 0)
 
 
+def _broadcasts(ctx: SelectionContext) -> bool:
+    """Whether batches, or heads that are not grouped, are equal only after broadcasting (which torch does for its own op)."""
+    q, k, v = (ctx.spec(role).shape for role in ("q", "k", "v"))
+    end = -3 if ctx.params["gqa"] else -2
+    return len({len(q), len(k), len(v)}) > 1 or not q[:end] == k[:end] == v[:end]
+
+
 class Attention:
     name = "attention"
     kernels: Mapping[str, Kernel] = {
@@ -61,6 +68,11 @@ class Attention:
         extra: dict[str, Any] = {"mask_dtype": mask.dtype if mask else ""}
         if ctx.default:
             yield ctx.candidate(self.kernels["aten.sdpa"], as_is=True, **extra)
+        if _broadcasts(ctx):
+            for name in ("aten.sdpa_math", "aten.flash_attention_cpu"):
+                yield ctx.reject(name, "shape", "q, k and v have different batch dimensions")
+            return
+        if ctx.default:
             yield ctx.candidate(self.kernels["aten.sdpa_math"], **extra)
         yield from self._flash(ctx, mask is not None and ctx.params["causal"])
 
