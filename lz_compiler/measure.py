@@ -1,6 +1,6 @@
 """Measuring a region's candidates against each other, and checking each against float64.
 
-Method (design, section 5): inputs rotated past the last-level cache, warm, interleaved rounds, medians; on a CPU rounds in
+Method: inputs rotated past the last-level cache, warm, interleaved rounds, medians; on a CPU rounds in
 which the process did not get its cores are discarded (wall time well above CPU time per thread, compared with the best).
 """
 

@@ -1,6 +1,6 @@
 """Recognition: which regions of a graph have a meaning that some kernel computes whole.
 
-Activations are patterns in the sense of design: small Python functions, traced with Inductor's own decompositions so that
+Activations are small Python functions, traced with Inductor's own decompositions so that
 they look like the graph they are searched in. What surrounds them (products, convolutions, per-channel steps, residuals,
 attention with grouped heads) is read off the graph by following edges.
 """
@@ -319,8 +319,15 @@ class Recogniser:
                 return None
             if any(len(n.users) > 1 for n in chain):
                 return None
+            # As text, since comparing symbolic sizes would guard on the answer: nothing but the heads may be repeated.
+            batch, _, *rest = map(str, node.meta["val"].shape)
+            wide, used = ([str(n) for n in v.meta["val"].shape] for v in (chain[-2], draft.inputs[role]))
+            if (wide[0], *wide[3:]) != (batch, *rest) or used != [batch, str(heads), *rest]:
+                return None
             sources[role] = node
             nodes += reversed(chain)
+        if sources["k"].meta["val"].shape[1] != sources["v"].meta["val"].shape[1]:
+            return None  # kernels take one number of groups for both, and read past the smaller
         order = sorted(nodes, key=self.view.position.__getitem__)
         return _Draft("attention", [*order, draft.root], {**draft.inputs, **sources}, {**draft.params, "gqa": True})
 

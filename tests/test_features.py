@@ -389,6 +389,34 @@ def test_attention_with_fully_masked_rows_and_nan(kind: str) -> None:
         same(y, e)
 
 
+def repeated(x: Tensor, groups: int, times: int) -> Tensor:
+    batch, _, length, size = x.shape
+    return x[:, :, None].expand(batch, groups, times, length, size).reshape(batch, groups * times, length, size)
+
+
+@pytest.mark.parametrize("kind", ["alike", "k_and_v_unlike", "reshaped", "tiled"])
+def test_repeated_heads_are_read_once_only_where_that_is_the_same(kind: str) -> None:
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if kind == "alike":
+            k, v = repeated(k, 2, 2), repeated(v, 2, 2)
+        elif kind == "k_and_v_unlike":
+            k, v = repeated(k, 2, 2), repeated(v[:, :1], 1, 4)
+        elif kind == "reshaped":
+            k, v = (repeated(t, 2, 2).reshape(2, 4, 18, 8) for t in (k, v))
+            q = q[..., :8]
+        else:
+            k, v = (t[:, None].expand(2, 2, 2, 9, 16).reshape(2, 4, 9, 16) for t in (k, v))
+        return attention(q, k, v)
+
+    with torch.no_grad():
+        same(compiled(f, backends=["attention"])(q, k, v), f(q, k, v))
+    (choice,) = [c for c in RECORDS[-1].plans[0].choices if c.candidate.region.op == "attention"]
+    grouped = dict(choice.candidate.params)["gqa"]
+    assert grouped == (kind == "alike")
+
+
 def test_dropout_in_training() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64, bias=False)).train()

@@ -559,8 +559,11 @@ def test_every_kernel_is_placed() -> None:
 def test_attention_that_broadcasts_stays_as_it_is(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     """The kernels behind torch's operator take equal batches only."""
     q, k = (rand(*shape) for shape in shapes)
-    (ctx,) = trace(Case("", lambda q, k, v: ops.sdpa(q, k, v, None, False, None, False), (q, k, k))).contexts
-    assert {a.kernel for a in answers(ctx) if isinstance(a, Candidate)} == {"aten.sdpa"}
+    own = rand(*q.shape[:-2], *k.shape[-2:])
+    for keys, values in ((k, k), (k, own), (own, k)):
+        case = Case("", lambda q, k, v: ops.sdpa(q, k, v, None, False, None, False), (q, keys, values))
+        (ctx,) = trace(case).contexts
+        assert {a.kernel for a in answers(ctx) if isinstance(a, Candidate)} == {"aten.sdpa"}
 
 
 @functools.cache

@@ -106,7 +106,7 @@ class Inductor:
     def _attention(self, ctx: SelectionContext) -> Candidate | Rejection:
         q, k, v = ctx.spec("q"), ctx.spec("k"), ctx.spec("v")
         name = "inductor.attention"
-        if q.dtype != "float32" or len(q.shape) != 4 or q.shape[:2] != k.shape[:2] or ctx.params["causal"]:
+        if q.dtype != "float32" or len(q.shape) != 4 or not q.shape[:2] == k.shape[:2] == v.shape[:2] or ctx.params["causal"]:
             return ctx.reject(name, "shape", "float32, four dimensions, equal heads, no is_causal")
         if ctx.params["dynamic_rows"] or any(0 in spec.shape for spec in ctx.specs):
             return ctx.reject(name, "dynamic_shape", "the formula is written out for fixed, non-empty shapes")
