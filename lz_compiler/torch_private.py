@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -38,9 +39,27 @@ def mode_patches(mode: str) -> dict[str, Any]:
 
 def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[return-value]
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        token = _is_inference.set(bool(kwargs.get("is_inference")))
+        try:
+            return compile_fx_inner(gm, inputs, **kwargs)
+        finally:
+            _is_inference.reset(token)
+
+    known = {} if _passes_know_inference() else {"inner_compile": inner}
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches), **known)  # type: ignore[return-value,arg-type]
+
+
+_is_inference: ContextVar[bool] = ContextVar("is_inference", default=False)
+
+
+def _passes_know_inference() -> bool:
+    """Whether Inductor tells a custom pass what kind of graph it is given (torch 2.11 does not)."""
+    from torch._inductor import custom_graph_pass
+
+    return hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass")
 
 
 def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | None]) -> Any:
@@ -48,11 +67,14 @@ def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | N
 
     `uuid` enters Inductor's cache keys; None keeps the compiled graph out of its caches.
     """
-    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+    from torch._inductor import custom_graph_pass
 
-    class Pass(CustomInferenceAwareGraphPass):  # type: ignore[misc]
-        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:  # type: ignore[override]
-            run(graph, is_inference)
+    known = _passes_know_inference()
+    base: Any = custom_graph_pass.CustomInferenceAwareGraphPass if known else custom_graph_pass.CustomGraphPass
+
+    class Pass(base):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
+            run(graph, _is_inference.get() if is_inference is None else is_inference)
 
         def uuid(self) -> str | None:
             return uuid()
