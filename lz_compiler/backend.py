@@ -179,7 +179,7 @@ class _Session:
     def _planned(self, options: Options, plans: list[Plan], cached: str | None = None) -> Callable[..., Any]:
         """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
         gm = keep_attention_pass(torch_private.copy_graph_module(self.gm))
-        target = detect(self.device, self.store)
+        target = detect(self.device, self.store, options.graphs)
 
         def run(graph: fx.Graph, is_inference: bool) -> None:
             plan = plan_and_apply(graph, options, target, self.store, self._frozen(graph, is_inference), is_inference)

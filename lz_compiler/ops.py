@@ -106,6 +106,41 @@ conv_binary = _define(
 )
 
 
+# --- CUDA: products that end in an activation, convolutions that end in relu (channels last) ---------------------------
+
+addmm_activation = _define(
+    "addmm_activation(Tensor bias, Tensor x, Tensor weight, bool gelu) -> Tensor",
+    lambda bias, x, weight, gelu: aten._addmm_activation(bias, x.contiguous(), weight.t(), use_gelu=gelu),
+    lambda bias, x, weight, gelu: x.new_empty((x.shape[0], weight.shape[0])),
+)
+
+
+def _cudnn_fake(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:  # fmt: skip
+    return _conv_fake(x, weight, None, padding, stride, dilation)
+
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+cudnn_conv = _define(
+    f"cudnn_conv(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor",
+    lambda x, w, stride, padding, dilation, groups: aten.convolution(
+        _nhwc(x), _nhwc(w), None, stride, padding, dilation, False, [0, 0], groups
+    ),
+    _cudnn_fake,
+)
+cudnn_conv_relu = _define(
+    f"cudnn_conv_relu(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    lambda x, w, bias, *geometry: aten.cudnn_convolution_relu(_nhwc(x), _nhwc(w), bias, *geometry),
+    lambda x, w, bias, *geometry: _cudnn_fake(x, w, *geometry),
+)
+cudnn_conv_add_relu = _define(
+    f"cudnn_conv_add_relu(Tensor x, Tensor weight, Tensor other, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    lambda x, w, other, bias, *geometry: aten.cudnn_convolution_add_relu(_nhwc(x), _nhwc(w), _nhwc(other), 1.0, bias, *geometry),
+    lambda x, w, other, bias, *geometry: _cudnn_fake(x, w, *geometry),
+)
+
+
 # --- attention: q (B, H, Q, D), k and v (B, G, K, D); kept whole until the plan decides --------------------------------
 
 _SDPA = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa"
@@ -149,4 +184,24 @@ def register_lowerings() -> None:
         lambda put, x, other, w, b, padding, stride, dilation, groups, attr, unary: (
             put.channels_last(x), put.channels_last(other), put.weight(w), b, padding, stride, dilation, groups,
             attr, None, unary, [], ""),
+    )  # fmt: skip
+    fake(aten.cudnn_convolution_relu.default, lambda x, w, bias, *geometry: _cudnn_fake(x, w, *geometry))
+    fake(aten.cudnn_convolution_add_relu.default, lambda x, w, other, alpha, bias, *geometry: _cudnn_fake(x, w, *geometry))
+    lower(
+        addmm_activation, aten._addmm_activation.default,
+        lambda put, bias, x, w, gelu: ((bias, put.contiguous(x), put.transposed(w)), {"use_gelu": gelu}),
+    )  # fmt: skip
+    lower(
+        cudnn_conv, aten.convolution.default,
+        lambda put, x, w, stride, padding, dilation, groups: (
+            put.channels_last(x), put.weight(w), None, stride, padding, dilation, False, [0, 0], groups),
+    )  # fmt: skip
+    lower(
+        cudnn_conv_relu, aten.cudnn_convolution_relu.default,
+        lambda put, x, w, bias, *geometry: (put.channels_last(x), put.weight(w), bias, *geometry),
+    )  # fmt: skip
+    lower(
+        cudnn_conv_add_relu, aten.cudnn_convolution_add_relu.default,
+        lambda put, x, w, other, bias, *geometry: (
+            put.channels_last(x), put.weight(w), put.channels_last(other), 1.0, bias, *geometry),
     )  # fmt: skip

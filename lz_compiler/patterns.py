@@ -198,7 +198,12 @@ class Recogniser:
         q, k, v, mask, causal, scale, gqa = node.args
         inputs = {"q": q, "k": k, "v": v, **({"mask": mask} if mask is not None else {})}
         dynamic = any(is_dynamic(n.meta["val"]) for n in inputs.values())  # type: ignore[union-attr]
-        return _Draft("attention", [node], inputs, {"causal": causal, "scale": scale, "gqa": gqa, "dynamic_rows": dynamic})  # type: ignore[arg-type]
+        (queries,), (keys,) = (self.view.spec(n).shape[-2:-1] for n in (q, k))  # type: ignore[arg-type]
+        params = {
+            "causal": causal, "scale": scale, "gqa": gqa, "dynamic_rows": dynamic, "queries": queries, "keys": keys,
+            "shift": 0, "window": 0, "uniform": False,
+        }  # fmt: skip
+        return _Draft("attention", [node], inputs, params)  # type: ignore[arg-type]
 
     # What may follow, absorbed step by step; each step yields a longer region.
 
@@ -281,22 +286,30 @@ class Recogniser:
                     yield last
 
     def _affine(self, draft: _Draft) -> Iterator[_Draft]:
-        """Per-channel scale and shift after a convolution; yields only the whole chain (a batch norm is four steps)."""
+        """Per-channel scale and shift after a convolution; yields only the whole chain (a batch norm is four steps, in
+        float32 also after a bfloat16 convolution, and then a conversion back)."""
         channels, dtype, longest = self.view.spec(draft.root).shape[1], draft.root.meta["val"].dtype, None
         names = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul"}
+        wide = {dtype} if dtype in (torch.float32, torch.float64) else {dtype, torch.float32}
         while len(draft.root.users) == 1:
             (user,) = draft.root.users
+            now = user.meta["val"].dtype if isinstance(user.meta.get("val"), Tensor) else None
+            if user.target is prims.convert_element_type.default and now in wide:
+                draft = draft.extended([user])
+                if now is dtype and draft.params["affine"]:
+                    longest = draft
+                continue
             operand = user.args[1 - user.args.index(draft.root)] if user.target in names and draft.root in user.args else None
             value = tensor_value(operand)
             if value is None or user.kwargs or (user.target is aten.sub.Tensor and user.args[0] is not draft.root):
                 break
             shape = (1,) * (4 - value.dim()) + tuple(value.shape)
-            if value.dim() < 3 or shape != (1, channels, 1, 1) or len({value.dtype, user.meta["val"].dtype, dtype}) > 1:
+            if value.dim() < 3 or shape != (1, channels, 1, 1) or value.dtype not in wide or now not in wide:
                 break  # a step that promotes computes in another dtype than the convolution would
             count = len(draft.params["affine"])
-            draft = longest = draft.extended(
-                [user], {f"c{count}": operand}, affine=(*draft.params["affine"], names[user.target])  # type: ignore
-            )  # fmt: skip
+            draft = draft.extended([user], {f"c{count}": operand}, affine=(*draft.params["affine"], names[user.target]))  # type: ignore
+            if now is dtype:
+                longest = draft
         if longest is not None:
             yield longest
 

@@ -94,8 +94,26 @@ def real_tensors() -> Iterator[None]:
 
 @contextmanager
 def _no_autocast() -> Iterator[None]:
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+def capture(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `run` called several times; raises RuntimeError where it synchronises or cannot be captured.
+
+    Warmed up on a side stream first, as torch asks for.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(calls):
+            run()
+    return graph
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
@@ -202,6 +220,41 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any], constant
     return lambda values: compiled([values[name] for name in names])[0]
 
 
+@functools.cache
+def kernel_errors() -> tuple[type[Exception], ...]:
+    """What a kernel that cannot run here may raise."""
+    errors: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return errors
+    return (*errors, TritonError)
+
+
+def is_triton_op(op: Any) -> bool:
+    """Whether the operator was made by torch.library.triton_op."""
+    from torch._library.triton import triton_ops_to_kernels
+
+    return isinstance(op, torch._ops.OpOverload) and op.name().removesuffix(".default") in triton_ops_to_kernels
+
+
+def trace_triton(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
+    """A triton_op on fake tensors as a functional graph of ATen calls and kernel launches, which Inductor compiles inline.
+
+    One placeholder for each tensor of `args`, in order.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+
+    def run(*values: torch.Tensor) -> Any:
+        given = iter(values)
+        return op(*(next(given) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+
+    return make_fx(dispatch_functionalize(run, FunctionalTensorMode()))(*tensors).graph
+
+
 def is_fake(value: object) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -249,8 +302,9 @@ def is_fusable(target: Any) -> bool:
 def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> None:
     """Make Inductor emit a direct call of `vendor` wherever the graph holds `op`.
 
-    `arrange(layout, *args)` maps the operator's arguments to the vendor's; `layout` offers `contiguous`,
-    `channels_last` and `weight`, which realise an input in that layout (the explicit layout contract of an opaque kernel).
+    `arrange(layout, *args)` maps the operator's arguments to the vendor's: a tuple, or (tuple, keyword arguments). `layout`
+    offers `contiguous`, `channels_last`, `transposed` and `weight`, which realise an input in that layout (the explicit
+    layout contract of an opaque kernel).
     """
     from torch._inductor import ir, lowering
     from torch._inductor.virtualized import V
@@ -272,10 +326,18 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
             packed = constant is not None and constant.is_mkldnn
             return value if packed else Layout.channels_last(value)
 
+        @staticmethod
+        def transposed(value: Any) -> Any:
+            """A matrix's transpose, as a view of contiguous memory."""
+            return lowering.lowerings[torch.ops.aten.permute.default](Layout.contiguous(value), [1, 0])
+
     call = lowering.fallback_handler(vendor, add_to_fallback_set=False)
 
     def lowered(*args: Any) -> Any:
-        return call(*arrange(Layout, *args))
+        arranged = arrange(Layout, *args)
+        if isinstance(arranged[-1], dict):  # keyword arguments, where the vendor's schema asks for them
+            return call(*arranged[0], **arranged[1])
+        return call(*arranged)
 
     lowering.register_lowering(op, type_promotion_kind=None)(lowered)
 

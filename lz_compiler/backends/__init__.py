@@ -9,13 +9,15 @@ from ..errors import OptionError, unknown
 from .aten import Aten
 from .attention import Attention
 from .base import Backend, Kernel
+from .cublas import Cublas
+from .cudnn import Cudnn
 from .inductor import Inductor
 from .onednn import OneDNN
 
 
 @functools.cache
 def all_backends() -> dict[str, Backend]:
-    found: dict[str, Backend] = {b.name: b for b in (Aten(), OneDNN(), Attention(), Inductor())}
+    found: dict[str, Backend] = {b.name: b for b in (Aten(), OneDNN(), Attention(), Inductor(), Cublas(), Cudnn())}
     for entry in entry_points(group="lz_compiler.backends"):
         found[entry.name] = entry.load()()
     return found
