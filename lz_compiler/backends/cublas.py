@@ -9,7 +9,7 @@ import torch
 
 from .. import ops, semantics
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values, split_columns
+from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, split_columns
 from .folding import fold_constants, folded, folding_candidate, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -43,25 +43,50 @@ def _merged(emit: Emitter, t: Values, p: Values) -> tuple[Any, ...]:
     return split_columns(emit, emit.call(aten.addmm.default, t["bias"], t["x"], t["w"]), p["widths"])
 
 
-def _fold(emit: Emitter, t: Values, p: Values) -> Values:
-    if p["is_frozen"]:
-        t = fold_constants(emit, t, p, torch.clone)
-        return {**t, "w": emit.call(aten.reshape.default, t["w"], list(p["w_shape"][:2]))}
-    weight, bias = folded(emit, t, p)
-    if bias is not None:
-        bias = emit.call(prims.convert_element_type.default, bias, semantics.torch_dtype(p["dtype"]))
-    return {**t, "w": emit.call(aten.reshape.default, weight, list(p["w_shape"][:2])), "bias": bias}
-
-
 def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
     """A 1x1 convolution on channels-last data is a product over the channels."""
-    batch, _, height, width = p["out_shape"]
     x = emit.call(aten.reshape.default, rows_of(emit, t["x"], p["stride"]), [p["rows"], p["w_shape"][1]])
+    return _finished(emit, x, t, p)
+
+
+def _patch_weight(emit: Emitter, t: Values, p: Values) -> Values:
+    """(N, C, H, W) filters as rows: constants where frozen."""
+    if p["is_frozen"]:
+        t = fold_constants(emit, t, p, lambda w: w.contiguous())
+        weight, bias = t["w"], t["bias"]
+    else:
+        weight, bias = folded(emit, t, p)
+        bias = None if bias is None else emit.call(prims.convert_element_type.default, bias, semantics.torch_dtype(p["dtype"]))
+    return {"x": t["x"], "w": emit.call(aten.reshape.default, weight, [p["w_shape"][0], -1]), "bias": bias}
+
+
+def _im2col(emit: Emitter, t: Values, p: Values) -> Any:
+    """A convolution as a product over gathered windows, (N*H*W, C*h*w): the gathering is one pass, which pays for windows
+    that do not overlap, and for few channels (which tensor cores do not take in a convolution)."""
+    (high, wide), (above, left) = p["w_shape"][2:], p["padding"]
+    x = t["x"]
+    if above or left:
+        x = emit.call(aten.constant_pad_nd.default, x, [left, left, above, above])
+    for dim, length, step in ((2, high, p["stride"][0]), (3, wide, p["stride"][1])):
+        x = emit.call(aten.unfold.default, x, dim, length, step)  # (N, C, H, W, h, w)
+    inner = p["w_shape"][1] * high * wide
+    x = emit.call(aten.reshape.default, emit.call(aten.permute.default, x, [0, 2, 3, 1, 4, 5]), [p["rows"], inner])
+    if inner % 8:  # rows start at multiples of 16 bytes
+        x = emit.call(aten.constant_pad_nd.default, x, [0, -inner % 8])
+        t = {**t, "w": emit.call(aten.constant_pad_nd.default, t["w"], [0, -inner % 8])}
+    return _finished(emit, x, t, p)
+
+
+def _finished(emit: Emitter, x: Any, t: Values, p: Values) -> Any:
+    """x @ w^T + bias and the activation, as a channels-last image."""
     if p["act"]:
         y = emit.call(ops.addmm_activation, t["bias"], x, t["w"], p["act"] != "relu")
     else:
-        y = emit.call(aten.addmm.default, t["bias"], x, emit.call(aten.permute.default, t["w"], [1, 0]))
-    return emit.call(aten.permute.default, emit.call(aten.reshape.default, y, [batch, height, width, -1]), [0, 3, 1, 2])
+        weight = emit.call(aten.permute.default, t["w"], [1, 0])
+        bias = t["bias"]
+        y = emit.call(aten.mm.default, x, weight) if bias is None else emit.call(aten.addmm.default, bias, x, weight)
+    batch, channels, height, width = p["out_shape"]
+    return emit.call(aten.permute.default, emit.call(aten.reshape.default, y, [batch, height, width, channels]), [0, 3, 1, 2])
 
 
 def _quantized(w: torch.Tensor, p: Values) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +119,8 @@ class Cublas:
         for kernel in (
             Kernel("cublas.addmm_activation", _activated),
             Kernel("cublas.merged", _merged, _merge),
-            Kernel("cublas.conv1x1", _conv1x1, _fold),
+            Kernel("cublas.conv1x1", _conv1x1, _patch_weight),
+            Kernel("cublas.im2col", _im2col, _patch_weight),
             Kernel("cublas.fp8_rowwise", _fp8, _fp8_weight),
         )
     }
@@ -120,7 +146,7 @@ class Cublas:
         elif ctx.region.op == "merged_linear":
             yield ctx.candidate(self.kernels["cublas.merged"], layouts={r: "packed" for r in ctx.roles if r != "x"})
         else:
-            yield self._conv1x1(ctx)
+            yield from self._conv(ctx)
 
     def _activated(self, ctx: SelectionContext) -> Candidate | Rejection:
         name = "cublas.addmm_activation"
@@ -138,10 +164,16 @@ class Cublas:
             return ctx.reject(name, "shape", "needs 16 rows, and inner and output sizes that are multiples of 16")
         return ctx.candidate(self.kernels[name], layouts={"w": "packed"}, lossy=True)
 
-    def _conv1x1(self, ctx: SelectionContext) -> Candidate | Rejection:
-        name, p = "cublas.conv1x1", ctx.params
-        if ctx.spec("w").shape[2:] != (1, 1) or set(p["padding"]) != {0} or p["groups"] != 1 or p["dynamic_rows"]:
-            return ctx.reject(name, "shape", "not an unpadded, ungrouped 1x1 convolution of a fixed shape")
-        if p["binary"] or p["act"] not in (None, *ACTS) or not ("bias" in ctx.roles or p["affine"]):
-            return ctx.reject(name, "epilogue", "needs a bias (or per-channel steps) and at most relu or gelu")
-        return folding_candidate(ctx, self.kernels[name], out_shape=ctx.outputs[0].shape)
+    def _conv(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        p, (channels, *filters) = ctx.params, ctx.spec("w").shape[1:]
+        pointwise = filters == [1, 1] and not any(p["padding"])
+        name = "cublas.conv1x1" if pointwise else "cublas.im2col"
+        if p["groups"] != 1 or set(p["dilation"]) != {1} or not (pointwise or tuple(filters) == p["stride"] or channels <= 4):
+            yield ctx.reject(name, "shape", "not of one group with 1x1 or disjoint windows, or at most 4 channels")
+        elif p["dynamic_rows"]:
+            yield ctx.reject(name, "dynamic_shape", "the reshape is written out for fixed shapes")
+        elif p["binary"] or p["act"] not in (None, *ACTS) or (p["act"] and not ("bias" in ctx.roles or p["affine"])):
+            yield ctx.reject(name, "epilogue", "ends with a bias, and then relu or gelu, nothing else")
+        else:
+            eager = {} if pointwise else {"layouts": {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}}
+            yield folding_candidate(ctx, self.kernels[name], out_shape=ctx.outputs[0].shape, **eager)

@@ -15,17 +15,10 @@ from .folding import fold_constants, folded, folding_candidate
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def _pad(w: torch.Tensor, p: Values) -> torch.Tensor:
-    w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, p["pad"]))
-    return w.contiguous(memory_format=torch.channels_last)
-
-
 def _fold(emit: Emitter, t: Values, p: Values) -> Values:
     if p["is_frozen"]:
-        return fold_constants(emit, t, p, lambda w: _pad(w, p))
+        return fold_constants(emit, t, p, lambda w: w.contiguous(memory_format=torch.channels_last))
     weight, bias = folded(emit, t, p)
-    if p["pad"]:
-        weight = emit.call(aten.constant_pad_nd.default, weight, [0, 0, 0, 0, 0, p["pad"]])
     if bias is not None:
         bias = emit.call(prims.convert_element_type.default, bias, semantics.torch_dtype(p["dtype"]))
     return {**t, "w": emit.call(aten.clone.default, weight, memory_format=torch.channels_last), "bias": bias}
@@ -33,9 +26,6 @@ def _fold(emit: Emitter, t: Values, p: Values) -> Values:
 
 def _conv(emit: Emitter, t: Values, p: Values) -> Any:
     x = t["x"]
-    if p["pad"]:  # tensor cores take channels by eight
-        x = emit.call(aten.constant_pad_nd.default, x, [0, 0, 0, 0, 0, p["pad"]])
-        x = emit.call(aten.clone.default, x, memory_format=torch.channels_last)
     geometry = (list(p["stride"]), list(p["padding"]), list(p["dilation"]), p["groups"])
     if p["act"] is None:
         y = emit.call(ops.cudnn_conv, x, t["w"], *geometry)
@@ -68,7 +58,4 @@ class Cudnn:
         elif p.get("absorbed") and p["act"] is None and not p["affine"]:
             yield ctx.reject(name, "dominated", "the per-channel steps that follow fold into the weight")
         else:
-            kernel, channels = self.kernels[name], ctx.spec("w").shape[1]
-            yield folding_candidate(ctx, kernel, pad=0)
-            if p["groups"] == 1 and channels % 8 and channels < 32:
-                yield folding_candidate(ctx, kernel, pad=-channels % 8, layouts={"x": "strided"})
+            yield folding_candidate(ctx, self.kernels[name])
