@@ -18,9 +18,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-MAX_ROWS = 8
-# The tensor cores' smallest operand; rows of x beyond M are zero.
-DOT_ROWS = 16
+MAX_ROWS = 8  # and the tensor cores' smallest operand: with `dot`, rows of x beyond M are zero
 ACTIVATIONS = ("", "relu", "silu", "gelu", "gelu_tanh")
 RELU: tl.constexpr = tl.constexpr(1)
 SILU: tl.constexpr = tl.constexpr(2)
@@ -208,25 +206,28 @@ def gemv(
     common["CHUNK"] = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k  # of K, per split
     grid = (triton.cdiv(n, block_n), splits)
     if dot:
-        wrap_triton(_gemv_dot_kernel)[grid](*args, BLOCK_M=DOT_ROWS, **common)
+        wrap_triton(_gemv_dot_kernel)[grid](*args, BLOCK_M=MAX_ROWS, **common)
     else:
         wrap_triton(_gemv_kernel)[grid](*args, VEC=16 // w.element_size(), **common)
     return y if splits == 1 else _epilogue(y.sum(0), bias, other, scale, act, gated).to(x.dtype)
 
 
-def variants(m: int, n: int, k: int) -> list[dict[str, Any]]:
-    """Keyword arguments of `gemv` worth measuring for m rows and a w of (n, k)."""
-    # Two blocks per SM of a large card, else K is shared: short rows blocks keep all SMs busy.
-    small = n < 2048
-    choices = [
-        {"block_n": 1 if small else 4, "block_k": 1024, "splits": 1, "warps": 4, "stages": 1},
-        {"block_n": 2 if small else 8, "block_k": 1024, "splits": 1, "warps": 4, "stages": 1},
-        {"block_n": 4 if small else 8, "block_k": 1024, "splits": 2 if small else 1, "warps": 4, "stages": 3},
-        {"block_n": 2 if small else 4, "block_k": 2048, "splits": 1, "warps": 8, "stages": 1},
+def variants(m: int, n: int, k: int, weight_bytes: int = 2) -> list[dict[str, Any]]:
+    """Keyword arguments of `gemv` worth measuring for m rows of 16-bit x and a w of (n, k) with elements of `weight_bytes`."""
+    wide = 2048 // weight_bytes  # 128 threads times 16 bytes: one load per thread and row
+    splits = 4 if n <= 2048 else 1
+    choices: list[dict[str, Any]] = [
+        {"block_n": 4, "block_k": wide, "splits": splits, "warps": 4, "stages": 1},
+        {"block_n": 8, "block_k": wide, "splits": splits, "warps": 4, "stages": 3},
     ]
-    if m >= 2:
-        splits = 4 if small else 1
-        choices[2:] = [
+    if m == 1:
+        choices += [
+            {"block_n": 2, "block_k": wide, "splits": 1, "warps": 4, "stages": 1},
+            {"block_n": 4, "block_k": wide, "splits": splits, "warps": 4, "stages": 4},
+            {"block_n": 4, "block_k": 2 * wide, "splits": splits, "warps": 8, "stages": 1},
+        ]
+    else:
+        choices += [
             {"dot": True, "block_n": 16, "block_k": 256, "splits": splits, "warps": 1, "stages": 4},
             {"dot": True, "block_n": 32, "block_k": 256, "splits": splits, "warps": 2, "stages": 4},
             {"dot": True, "block_n": 64, "block_k": 128, "splits": 2 * splits, "warps": 4, "stages": 5},
