@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from .types import TensorSpec
 
+aten = torch.ops.aten
+
 Tensors = Mapping[str, Tensor]
 Params = Mapping[str, Any]
 
@@ -51,6 +53,14 @@ def merged_linear(t: Tensors, p: Params) -> tuple[Tensor, ...]:
     return tuple(out)
 
 
+def gated_linear(t: Tensors, p: Params) -> Tensor:
+    """act(x w0^T + b0) * (x w1^T + b1)."""
+    gate, up = (t["x"] @ t[f"w{i}"].t() for i in (0, 1))
+    if "b0" in t:
+        gate, up = gate + t["b0"], up + t["b1"]
+    return ACTIVATIONS[p["act"]](gate) * up
+
+
 def bmm(t: Tensors, p: Params) -> Tensor:
     """a (B, M, K) @ b (B, K, N)."""
     return torch.bmm(t["a"], t["b"])
@@ -77,21 +87,44 @@ def conv(t: Tensors, p: Params) -> Tensor:
     return _finish(y.to(t["x"].dtype), t, p)
 
 
-def visible(t: Tensors, p: Params, like: Tensor) -> Tensor | None:
-    """Which keys each query sees, (B or 1, 1, Q, K) on `like`'s device, or None where a kernel's own arguments say it all.
+def mask_inputs(call: Callable[..., Any], t: Tensors, p: Params) -> tuple[Any, Any]:
+    """The tensors that an understood mask reads (masks.Reading), computed through `call(op, *args)`: the KV position (B or 1,)
+    and which keys are visible at all (B or 1, K), or None."""
+    position = keys = None
+    for role, index, shift, negated in p.get("reads", ()):
+        value = t[role]
+        for dim in reversed(range(len(index))):
+            if index[dim] == "key":
+                value = call(aten.slice.Tensor, value, dim, shift, shift + p["keys"])
+            elif index[dim] != "batch":
+                value = call(aten.select.int, value, dim, index[dim])
+        if role == "position":
+            position = call(aten.reshape.default, value, [-1])
+            continue
+        order = [entry for entry in index if entry in ("batch", "key")]
+        value = call(aten.permute.default, value, [1, 0]) if order == ["key", "batch"] else value
+        value = call(aten.reshape.default, value, [-1, p["keys"]]) if order == ["key"] else value
+        value = call(aten.logical_not.default, value) if negated else value
+        keys = value if keys is None else call(aten.logical_and.default, keys, value)
+    return position, keys
+
+
+def visible(t: Tensors, p: Params) -> Tensor | None:
+    """Which keys each query sees, (B or 1, 1, Q, K), or None where a kernel's own arguments say it all.
 
     Key j is visible to query i if j <= i + offset (causal; offset = position + shift), j > i + offset - window, and keys[j].
     """
-    if not p["window"] and not p["shift"] and "position" not in t and "keys" not in t:
+    position, keys = mask_inputs(lambda op, *args: op(*args), t, p)
+    if not p["window"] and not p["shift"] and position is None and keys is None:
         return None
-    device = like.device
+    device = t["q"].device
     i, j = torch.arange(p["queries"], device=device)[:, None], torch.arange(p["keys"], device=device)[None, :]
-    last = i + p["shift"] + (t["position"].reshape(-1, 1, 1, 1) if "position" in t else 0)
+    last = i + p["shift"] + (0 if position is None else position.reshape(-1, 1, 1, 1))
     seen = (j <= last) if p["causal"] else torch.ones((), dtype=torch.bool, device=device)
     if p["window"]:
         seen = seen & (j > last - p["window"])
-    if "keys" in t:
-        seen = seen & t["keys"].bool()[:, None, None, :]
+    if keys is not None:
+        seen = seen & keys[:, None, None, :]
     return seen.expand(*((1, 1) if seen.dim() < 4 else seen.shape[:2]), p["queries"], p["keys"])
 
 
@@ -102,7 +135,7 @@ def attention(t: Tensors, p: Params) -> Tensor:
     largest number) the mean of v.
     """
     mask = t.get("mask")
-    seen = visible(t, p, t["q"])
+    seen = visible(t, p)
     if seen is not None:
         mask = torch.where(seen, 0.0, torch.finfo(t["q"].dtype).min).to(t["q"].dtype) if p["uniform"] else seen
     causal = p["causal"] and seen is None
@@ -112,6 +145,7 @@ def attention(t: Tensors, p: Params) -> Tensor:
 REFERENCES: dict[str, Callable[[Tensors, Params], Any]] = {
     "linear": linear,
     "merged_linear": merged_linear,
+    "gated_linear": gated_linear,
     "bmm": bmm,
     "conv": conv,
     "attention": attention,

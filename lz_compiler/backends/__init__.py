@@ -13,11 +13,12 @@ from .cublas import Cublas
 from .cudnn import Cudnn
 from .inductor import Inductor
 from .onednn import OneDNN
+from .triton_kernels import Triton
 
 
 @functools.cache
 def all_backends() -> dict[str, Backend]:
-    found: dict[str, Backend] = {b.name: b for b in (Aten(), OneDNN(), Attention(), Inductor(), Cublas(), Cudnn())}
+    found: dict[str, Backend] = {b.name: b for b in (Aten(), OneDNN(), Attention(), Inductor(), Cublas(), Cudnn(), Triton())}
     for entry in entry_points(group="lz_compiler.backends"):
         found[entry.name] = entry.load()()
     return found

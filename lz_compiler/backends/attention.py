@@ -39,22 +39,20 @@ def _mask(emit: Emitter, t: Values, p: Values) -> Any:
 def _added(emit: Emitter, t: Values, p: Values) -> Any:
     """What to add to the scores for the given mask or predicate, broadcast over batch, heads or queries where it may be; None
     where the kernel's `is_causal` says it all."""
-    like, dtype = t["q"], semantics.torch_dtype(p["dtype"])
     if "mask" in t:
         return _mask(emit, t, p)
-    seen = emit.call(aten.reshape.default, t["keys"], [-1, 1, 1, p["keys"]]) if "keys" in t else None
-    if "position" in t:
-        device = like.device if isinstance(like, torch.Tensor) else like.meta["val"].device
-        keys = emit.call(aten.arange.default, p["keys"], device=device)
-        last = emit.call(aten.add.Tensor, emit.call(aten.reshape.default, t["position"], [-1, 1, 1, 1]), p["shift"])
-        bounds = [emit.call(aten.le.Tensor, keys, last)]
+    position, keys = semantics.mask_inputs(emit.call, t, p)
+    seen = None if keys is None else emit.call(aten.reshape.default, keys, [-1, 1, 1, p["keys"]])
+    if position is not None:
+        device = position.device if isinstance(position, torch.Tensor) else position.meta["val"].device
+        every = emit.call(aten.arange.default, p["keys"], device=device)
+        last = emit.call(aten.add.Tensor, emit.call(aten.reshape.default, position, [-1, 1, 1, 1]), p["shift"])
+        bounds = [emit.call(aten.le.Tensor, every, last)]
         if p["window"]:
-            bounds.append(emit.call(aten.gt.Tensor, keys, emit.call(aten.sub.Tensor, last, p["window"])))
+            bounds.append(emit.call(aten.gt.Tensor, every, emit.call(aten.sub.Tensor, last, p["window"])))
         for bound in bounds:
             seen = bound if seen is None else emit.call(aten.logical_and.default, seen, bound)
-    if seen is None:
-        return None
-    return _mask(emit, {"mask": seen}, {**p, "mask_dtype": "bool", "dtype": str(dtype).removeprefix("torch.")})
+    return None if seen is None else _mask(emit, {"mask": seen}, {**p, "mask_dtype": "bool"})
 
 
 def _cudnn(emit: Emitter, t: Values, p: Values) -> Any:
@@ -89,6 +87,13 @@ def _broadcasts(ctx: SelectionContext) -> bool:
     return len({len(q), len(k), len(v)}) > 1 or not q[:end] == k[:end] == v[:end]
 
 
+def _own_arguments(ctx: SelectionContext) -> bool:
+    """Whether `is_causal`, which is for as many queries as keys, says the whole predicate."""
+    p = ctx.params
+    square = not p["causal"] or p["queries"] == p["keys"] or ctx.default
+    return square and len(ctx.roles) == 3 and not p["window"] and not p["shift"]
+
+
 def _unfit(ctx: SelectionContext) -> tuple[str, str] | None:
     """Why none of torch's GPU kernels can compute this attention (code, detail), or None."""
     q, k, v, p = ctx.spec("q"), ctx.spec("k"), ctx.spec("v"), ctx.params
@@ -102,10 +107,9 @@ def _unfit(ctx: SelectionContext) -> tuple[str, str] | None:
         return "stride", "the head dimension must be contiguous"
     if "mask" in ctx.roles:
         return None if len(ctx.spec("mask").shape) == 4 else ("shape", "the mask needs four dimensions")
-    bounds = p["causal"] or p["window"] or p["shift"]
-    own = p["queries"] == p["keys"] and not p["window"] and not p["shift"] and len(ctx.roles) == 3  # is_causal is square
     row = p["queries"] == 1 and "position" in ctx.roles
-    if p["uniform"] or (bounds and not own and not row):
+    bounded = p["causal"] or p["window"] or p["shift"]
+    if p["uniform"] or not (_own_arguments(ctx) or row or not bounded):
         return "mask", "is_causal cannot say this predicate, and written out it would be the mask again"
     return None
 
@@ -156,7 +160,7 @@ class Attention:
             for name in (cudnn, flash, efficient):
                 yield ctx.reject(name, *why)
             return
-        masked = any(role in ctx.roles for role in ("mask", "keys", "position"))
+        masked = len(ctx.roles) > 3
         half = q.dtype != "float32"
         yield ctx.candidate(self.kernels[cudnn], **extra) if half else ctx.reject(cudnn, "dtype", "16-bit types only")
         if masked or not half:
@@ -182,6 +186,8 @@ class Attention:
             yield ctx.reject(name, "stride", "the head dimension must be contiguous")
         elif both:
             yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
+        elif "mask" not in ctx.roles and not _own_arguments(ctx):
+            yield ctx.reject(name, "mask", "is_causal cannot say this predicate")
         else:
             mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
             yield ctx.candidate(self.kernels[name], q.dtype, **mask)

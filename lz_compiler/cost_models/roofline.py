@@ -38,6 +38,8 @@ def flops_of(ctx: SelectionContext) -> int:
             return 2 * out * ctx.spec("x").shape[-1]
         case "merged_linear":
             return 2 * ctx.spec("x").shape[0] * ctx.spec("x").shape[-1] * sum(ctx.params["widths"])
+        case "gated_linear":
+            return 4 * out * ctx.spec("x").shape[-1]
         case "bmm":
             return 2 * out * ctx.spec("a").shape[-1]
         case "conv":
