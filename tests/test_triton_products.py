@@ -21,6 +21,8 @@ if INTERPRETED:
     if not torch.__version__ >= "2.13":
         # Older wrap_triton refuses interpreted kernels; outside of tracing it changes nothing.
         torch.library.wrap_triton = lambda kernel: kernel
+    from lz_compiler.kernels import depthwise_conv as depthwise
+    from lz_compiler.kernels import gemv as products
     from lz_compiler.kernels.depthwise_conv import depthwise_conv
     from lz_compiler.kernels.gemv import gemv, quantize_rows
 
@@ -86,6 +88,19 @@ def _strided_product() -> None:
     _check(gemv(x, w, **BLOCKS), x.double() @ w.double().T, 1e-6)
 
 
+def _every_variant(m: int, n: int, weight_bytes: int) -> None:
+    x, w = torch.randn(m, 2100).half(), torch.randn(n, 2100).half()
+    for variant in products.variants(m, n, 2100, weight_bytes):
+        _check(gemv(x, w, **variant), x.double() @ w.double().T, TOLERANCE[torch.float16])
+
+
+def _every_depthwise_variant(width: int) -> None:
+    x, w = torch.randn(1, 70, 3, width).contiguous(memory_format=torch.channels_last), torch.randn(70, 1, 7, 7)
+    for variant in depthwise.variants(width):
+        y = depthwise_conv(x, w, None, 1, 3, **variant)
+        _check(y, torch.nn.functional.conv2d(x.double(), w.double(), None, 1, 3, groups=70), 1e-6)
+
+
 def _relu_keeps_nan(splits: int) -> None:
     x, w = torch.ones(1, 64), torch.ones(9, 64)
     w[2, 5], w[3], w[4] = float("nan"), -1.0, float("inf")
@@ -142,6 +157,10 @@ for quantized in (torch.int8, torch.float8_e4m3fn):
 _case(_product, torch.float16, 1, 37, 1000, dot=True)
 _case(_product, torch.float16, 8, 40, 1024, act="silu", gated=True, bias=True, other=True, dot=True)
 _case(_product, torch.float16, 3, 20, 4100, gated=True, act="gelu_tanh", splits=3, dot=True)
+for m, n, weight_bytes in ((1, 50, 2), (3, 20, 1), (2, 2049, 2)):
+    _case(_every_variant, m, n, weight_bytes)
+for width in (7, 16):
+    _case(_every_depthwise_variant, width)
 _case(_strided_product)
 _case(_relu_keeps_nan, 1)
 _case(_relu_keeps_nan, 2)
