@@ -157,7 +157,7 @@ for quantized in (torch.int8, torch.float8_e4m3fn):
 _case(_product, torch.float16, 1, 37, 1000, dot=True)
 _case(_product, torch.float16, 8, 40, 1024, act="silu", gated=True, bias=True, other=True, dot=True)
 _case(_product, torch.float16, 3, 20, 4100, gated=True, act="gelu_tanh", splits=3, dot=True)
-for m, n, weight_bytes in ((1, 50, 2), (3, 20, 1), (2, 2049, 2)):
+for m, n, weight_bytes in ((1, 30, 2), (3, 20, 1)):
     _case(_every_variant, m, n, weight_bytes)
 for width in (7, 16):
     _case(_every_depthwise_variant, width)
