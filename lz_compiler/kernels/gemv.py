@@ -215,7 +215,7 @@ def gemv(
 def variants(m: int, n: int, k: int, weight_bytes: int = 2) -> list[dict[str, Any]]:
     """Keyword arguments of `gemv` worth measuring for m rows of 16-bit x and a w of (n, k) with elements of `weight_bytes`."""
     wide = 2048 // weight_bytes  # 128 threads times 16 bytes: one load per thread and row
-    splits = 4 if n <= 2048 else 1
+    splits = min(4, triton.cdiv(k, 2 * wide)) if n <= 2048 else 1
     choices: list[dict[str, Any]] = [
         {"block_n": 4, "block_k": wide, "splits": splits, "warps": 4, "stages": 1},
         {"block_n": 8, "block_k": wide, "splits": splits, "warps": 4, "stages": 3},
