@@ -182,7 +182,7 @@ class Attention:
             yield ctx.reject(name, "shape", "needs (batch, heads, length, size) with equal head sizes of q and v")
         elif any(0 in spec.shape for spec in ctx.specs):
             yield ctx.reject(name, "empty", "an input has no elements")
-        elif any(spec.stride[-1] != 1 for role, spec in zip(ctx.roles, ctx.specs, strict=True) if role != "mask"):
+        elif any(spec.stride[-1] != 1 for role, spec in zip(ctx.roles, ctx.specs, strict=True) if role in "qkv"):
             yield ctx.reject(name, "stride", "the head dimension must be contiguous")
         elif both:
             yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
