@@ -104,6 +104,18 @@ def symbolic_range(value: Any) -> str:
     return f"{node.expr}{'' if bounds is None else f'[{bounds.lower},{bounds.upper}]'}"
 
 
+def size_expr(value: Any) -> Any:
+    """A SymInt as a sympy expression: comparing expressions adds no guard, comparing SymInts would."""
+    return value.node.expr
+
+
+def lower_bound(value: torch.Tensor, symbol: Any) -> int | None:
+    """The guarded lower bound of a symbol in the sizes of a fake tensor's graph, or None where there is none."""
+    mode = getattr(value, "fake_mode", None)
+    bounds = mode.shape_env.var_to_range.get(symbol) if mode is not None and mode.shape_env is not None else None
+    return int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else None
+
+
 def placeholder_tensors(gm: fx.GraphModule) -> list[tuple[torch.Tensor | None, bool]]:
     """For each placeholder of a Dynamo graph: the real tensor behind it (None if unknown), and whether it is a parameter
     or buffer of a module (a source through `_parameters` or `_buffers`, or an nn.Parameter)."""
