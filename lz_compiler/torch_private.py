@@ -264,7 +264,7 @@ def trace_triton(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.
         given = iter(values)
         return op(*(next(given) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
 
-    return make_fx(dispatch_functionalize(run, FunctionalTensorMode()))(*tensors).graph
+    return make_fx(dispatch_functionalize(run, FunctionalTensorMode()), decomposition_table=decompositions())(*tensors).graph
 
 
 def is_fake(value: object) -> bool:
