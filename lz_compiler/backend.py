@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from . import __version__, ops, race, torch_private
+from .backends import set_up
 from .capture import GraphView, fingerprint, tensors_in
 from .options import Options
 from .passes.apply import apply_plan
@@ -138,6 +139,7 @@ class _Session:
         self.record.error = verdict.get("error")
         stored = [plan_from_dict(p) for p in verdict["plans"]]
         self.record.plans = stored
+        set_up({c.candidate.kernel for plan in stored for c in plan.choices})
         if winner == EAGER:
             return self.gm.forward
         if winner == INDUCTOR:

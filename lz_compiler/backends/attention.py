@@ -1,4 +1,4 @@
-"""Attention as torch implements it on a CPU: the flash kernel, the unfused one, and TorchInductor's fusion of the formula."""
+"""Attention on a CPU: torch's flash kernel, torch's unfused one, and a kernel of our own over oneDNN's small products."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def _flash(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.item(both, 0)
 
 
+def _brgemm(emit: Emitter, t: Values, p: Values) -> Any:
+    scale = p["scale"] if p["scale"] is not None else 1.0 / math.sqrt(p["size"])
+    return emit.call(ops.attention_brgemm(), t["q"], t["k"], t["v"], _mask(emit, t, p), p["causal"], scale)
+
+
 def _broadcasts(ctx: SelectionContext) -> bool:
     """Whether batches, or heads that are not grouped, are equal only after broadcasting (which torch does for its own op)."""
     q, k, v = (ctx.spec(role).shape for role in ("q", "k", "v"))
@@ -51,6 +56,7 @@ class Attention:
         for kernel in (
             Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *_args(t, p))),
             Kernel("aten.flash_attention_cpu", _flash),
+            Kernel("attention.brgemm", _brgemm, setup=ops.attention_brgemm),
             Kernel("aten.sdpa_math", lambda emit, t, p: emit.call(ops.sdpa_math, *_args(t, p))),
         )
     }
@@ -74,9 +80,26 @@ class Attention:
             return
         if ctx.default:
             yield ctx.candidate(self.kernels["aten.sdpa_math"], **extra)
-        yield from self._flash(ctx, mask is not None and ctx.params["causal"])
+        if "mask" in ctx.roles and ctx.params["causal"]:
+            for name in ("aten.flash_attention_cpu", "attention.brgemm"):
+                yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
+            return
+        yield from self._flash(ctx)
+        yield self._brgemm(ctx, extra)
 
-    def _flash(self, ctx: SelectionContext, both: bool) -> Iterable[Candidate | Rejection]:
+    def _brgemm(self, ctx: SelectionContext, extra: dict[str, Any]) -> Candidate | Rejection:
+        name, q = "attention.brgemm", ctx.spec("q")
+        if q.device != "cpu" or q.dtype != "float32" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+            return ctx.reject(name, "device", "float32 on a CPU with AVX-512, which torch's brgemm needs")
+        if len(q.shape) != 4 or ctx.params["dynamic_rows"] or any(0 in spec.shape for spec in ctx.specs):
+            return ctx.reject(name, "shape", "four dimensions, fixed and not empty: oneDNN generates code for each shape")
+        if any(spec.stride[-1] != 1 for spec in ctx.specs):
+            return ctx.reject(name, "stride", "the last dimension of each input must be contiguous")
+        if "mask" in ctx.roles and ctx.spec("mask").shape[-1] != ctx.spec("k").shape[-2]:
+            return ctx.reject(name, "mask", "a mask must have a column for each key")
+        return ctx.candidate(self.kernels[name], size=q.shape[-1], **extra)
+
+    def _flash(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name, q, v = "aten.flash_attention_cpu", ctx.spec("q"), ctx.spec("v")
         if q.device != "cpu":
             yield ctx.reject(name, "device", f"runs on cpu, not {q.device}")
@@ -88,8 +111,6 @@ class Attention:
             yield ctx.reject(name, "empty", "an input has no elements")
         elif any(spec.stride[-1] != 1 for role, spec in zip(ctx.roles, ctx.specs, strict=True) if role != "mask"):
             yield ctx.reject(name, "stride", "the head dimension must be contiguous")
-        elif both:
-            yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
         else:
             mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
             yield ctx.candidate(self.kernels[name], q.dtype, **mask)
