@@ -495,8 +495,9 @@ class Attentions(nn.Module):
         return plain.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1), added
 
 
-def _attention_args(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (*(rand(2, 7, 3, 64 + i, dtype=dtype)[..., :64].contiguous().transpose(1, 2) for i in range(3)), rand(7, 7, dtype=dtype))
+def _attention_args(dtype: torch.dtype, length: int = 7) -> tuple[Tensor, ...]:
+    qkv = (rand(2, length, 3, 64 + i, dtype=dtype)[..., :64].contiguous().transpose(1, 2) for i in range(3))
+    return (*qkv, rand(length, length, dtype=dtype))
 
 
 PLACED: dict[str, tuple[Callable[[torch.dtype], nn.Module], Callable[[torch.dtype], tuple[Tensor, ...]], dict[str, Any], int]] = {
@@ -510,7 +511,7 @@ PLACED: dict[str, tuple[Callable[[torch.dtype], nn.Module], Callable[[torch.dtyp
     "onednn.conv1x1": (lambda d: Convs(d, 1), lambda d: (rand(2, 8, 9, 7, dtype=d),), {}, 2),
     "aten.conv": (lambda d: Convs(d, 3), lambda d: (rand(2, 8, 9, 7, dtype=d),), {}, 3),
     "aten.flash_attention_cpu": (lambda d: Attentions(), _attention_args, {}, 2),
-    "attention.brgemm": (lambda d: Attentions(), _attention_args, {}, 2),
+    "attention.brgemm": (lambda d: Attentions(), lambda d: _attention_args(d, 77), {}, 2),
     "aten.sdpa_math": (lambda d: Attentions(), _attention_args, {}, 2),
     "inductor.attention": (lambda d: Attentions(), _attention_args, {}, 2),
 }  # fmt: skip

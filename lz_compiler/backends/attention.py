@@ -93,6 +93,8 @@ class Attention:
             return ctx.reject(name, "device", "float32 on a CPU with AVX-512, which torch's brgemm needs")
         if len(q.shape) != 4 or ctx.params["dynamic_rows"] or any(0 in spec.shape for spec in ctx.specs):
             return ctx.reject(name, "shape", "four dimensions, fixed and not empty: oneDNN generates code for each shape")
+        if ctx.spec("k").shape[-2] < 16:
+            return ctx.reject(name, "nan", "with fewer keys than a vector holds, eager turns a row of NaN into 0")
         if any(spec.stride[-1] != 1 for spec in ctx.specs):
             return ctx.reject(name, "stride", "the last dimension of each input must be contiguous")
         if "mask" in ctx.roles and ctx.spec("mask").shape[-1] != ctx.spec("k").shape[-2]:
