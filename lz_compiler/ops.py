@@ -7,7 +7,9 @@ Importing this module registers them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +23,12 @@ mkldnn = torch.ops.mkldnn
 aten = torch.ops.aten
 
 _lib = torch.library.Library("lz", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], layout: torch.Tag = torch.Tag.flexible_layout) -> Any:
+    """`flexible_layout`: the operator's lowering says which layouts it needs (Inductor would copy for any other tag first)."""
     name = schema.split("(")[0]
-    _lib.define(schema, tags=_TAGS)
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))
     # Every backend key: a packed weight is an opaque oneDNN tensor and dispatches on its own key.
     _lib.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lz::{name}", fake, lib=_lib)
@@ -150,7 +152,8 @@ def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-sdpa = _define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run)
+_FIXED = torch.Tag.needs_fixed_stride_order
+sdpa = _define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run, _FIXED)
 
 
 def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
@@ -158,7 +161,20 @@ def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: 
         return _sdpa_run(q, k, v, mask, is_causal, scale, enable_gqa)
 
 
-sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])))
+sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])), _FIXED)
+
+
+@functools.cache
+def attention_brgemm() -> Any:
+    """attention_brgemm(q, k, v, mask, causal, scale): the operator of backends/attention.cpp, compiled on first use."""
+    torch_private.load_cpp(str(Path(__file__).with_name("backends") / "attention.cpp"))
+
+    def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        batch, heads, length = q.shape[:3]
+        return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+
+    torch.library.register_fake("lz::attention_brgemm", fake, lib=_lib)
+    return torch.ops.lz.attention_brgemm.default
 
 
 def register_lowerings() -> None:

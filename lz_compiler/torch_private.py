@@ -321,19 +321,33 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
     from torch._inductor import ir, lowering
     from torch._inductor.virtualized import V
 
+    def in_memory(value: Any) -> Any:
+        """Written once, for this kernel and all other readers: a required layout alone makes a copy, and others recompute."""
+        if isinstance(value.data, ir.StorageBox):
+            value.realize()
+        return value
+
     class Layout:
-        contiguous = staticmethod(ir.ExternKernel.require_contiguous)
+        @staticmethod
+        def contiguous(value: Any) -> Any:
+            view = value.data
+            if isinstance(view, ir.PermuteView) and isinstance(view.data, ir.StorageBox):
+                view.data.realize()
+                if isinstance(view.data.get_layout(), ir.FlexibleLayout):  # laid out so that the view is contiguous
+                    strides = dict(zip(view.dims, ir.FlexibleLayout.contiguous_strides(value.get_size()), strict=True))
+                    view.data.data.freeze_layout_with_exact_strides([strides[i] for i in range(len(strides))])
+            return ir.ExternKernel.require_contiguous(in_memory(value))
 
         @staticmethod
         def channels_last(value: Any) -> Any:
             """Exact strides, since kernels look at them: even a batch of one must not have stride 0."""
             _, c, h, w = value.get_size()
-            return ir.ExternKernel.require_exact_strides(value, [h * w * c, 1, w * c, c])
+            return ir.ExternKernel.require_exact_strides(in_memory(value), [h * w * c, 1, w * c, c])
 
         @staticmethod
         def weight(value: Any) -> Any:
             """A convolution's weight: channels last, unless it is packed already."""
-            name = value.get_name() if isinstance(getattr(value, "data", None), ir.StorageBox) else None
+            name = in_memory(value).get_name() if isinstance(getattr(value, "data", None), ir.StorageBox) else None
             constant = V.graph.constants.get(name) if name else None
             packed = constant is not None and constant.is_mkldnn
             return value if packed else Layout.channels_last(value)
@@ -352,6 +366,16 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
         return call(*arranged)
 
     lowering.register_lowering(op, type_promotion_kind=None)(lowered)
+
+
+@functools.cache
+def load_cpp(path: str) -> None:
+    """Compile a C++ file as Inductor compiles its loops, and load it; both once, Inductor keeps the result on disk."""
+    from pathlib import Path
+
+    from torch._inductor.codecache import CppCodeCache
+
+    CppCodeCache.load(Path(path).read_text())
 
 
 def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:

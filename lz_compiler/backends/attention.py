@@ -1,5 +1,5 @@
-"""Attention as torch implements it: on a CPU the flash kernel, on a GPU cuDNN, flash and memory-efficient, and the unfused
-formula.
+"""Attention as torch implements it (on a CPU the flash kernel, on a GPU cuDNN, flash and memory-efficient; the unfused formula),
+and on a CPU a kernel of our own over oneDNN's small products.
 
 A mask that was understood (masks.py) reaches a kernel as its own arguments; what these cannot say is written out as the
 smallest tensor to add.
@@ -80,6 +80,11 @@ def _flash(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.item(both, 0)
 
 
+def _brgemm(emit: Emitter, t: Values, p: Values) -> Any:
+    scale = p["scale"] if p["scale"] is not None else 1.0 / math.sqrt(p["size"])
+    return emit.call(ops.attention_brgemm(), t["q"], t["k"], t["v"], _mask(emit, t, p), p["causal"], scale)
+
+
 def _broadcasts(ctx: SelectionContext) -> bool:
     """Whether batches, or heads that are not grouped, are equal only after broadcasting (which torch does for its own op)."""
     q, k, v = (ctx.spec(role).shape for role in ("q", "k", "v"))
@@ -124,6 +129,7 @@ class Attention:
             Kernel("cudnn.attention", _cudnn),
             Kernel("aten.flash_attention", _flash_cuda),
             Kernel("aten.efficient_attention", _efficient),
+            Kernel("attention.brgemm", _brgemm, setup=ops.attention_brgemm),
             Kernel("aten.sdpa_math", lambda emit, t, p: emit.call(ops.sdpa_math, *_args(t, p))),
         )
     }
@@ -149,8 +155,15 @@ class Attention:
             yield ctx.candidate(self.kernels["aten.sdpa_math"], **extra)
         if ctx.spec("q").device == "cuda":
             yield from self._gpu(ctx, extra)
+        elif "mask" in ctx.roles and ctx.params["causal"]:
+            for name in ("aten.flash_attention_cpu", "attention.brgemm"):
+                yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
+        elif "mask" not in ctx.roles and not _own_arguments(ctx):
+            for name in ("aten.flash_attention_cpu", "attention.brgemm"):
+                yield ctx.reject(name, "mask", "is_causal cannot say this predicate")
         else:
-            yield from self._flash(ctx, mask is not None and ctx.params["causal"])
+            yield from self._flash(ctx)
+            yield self._brgemm(ctx, extra)
 
     def _gpu(self, ctx: SelectionContext, extra: dict[str, Any]) -> Iterable[Candidate | Rejection]:
         q, p, grouped = ctx.spec("q"), ctx.params, ctx.spec("q").shape[1] != ctx.spec("k").shape[1]
@@ -172,7 +185,21 @@ class Attention:
         else:
             yield ctx.candidate(self.kernels[efficient], scores=[*q.shape[:3], p["keys"]], **extra)
 
-    def _flash(self, ctx: SelectionContext, both: bool) -> Iterable[Candidate | Rejection]:
+    def _brgemm(self, ctx: SelectionContext, extra: dict[str, Any]) -> Candidate | Rejection:
+        name, q = "attention.brgemm", ctx.spec("q")
+        if q.device != "cpu" or q.dtype != "float32" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+            return ctx.reject(name, "device", "float32 on a CPU with AVX-512, which torch's brgemm needs")
+        if len(q.shape) != 4 or ctx.params["dynamic_rows"] or any(0 in spec.shape for spec in ctx.specs):
+            return ctx.reject(name, "shape", "four dimensions, fixed and not empty: oneDNN generates code for each shape")
+        if ctx.spec("k").shape[-2] < 16:
+            return ctx.reject(name, "nan", "with fewer keys than a vector holds, eager turns a row of NaN into 0")
+        if any(spec.stride[-1] != 1 for spec in ctx.specs):
+            return ctx.reject(name, "stride", "the last dimension of each input must be contiguous")
+        if "mask" in ctx.roles and ctx.spec("mask").shape[-1] != ctx.spec("k").shape[-2]:
+            return ctx.reject(name, "mask", "a mask must have a column for each key")
+        return ctx.candidate(self.kernels[name], size=q.shape[-1], **extra)
+
+    def _flash(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name, q, v = "aten.flash_attention_cpu", ctx.spec("q"), ctx.spec("v")
         if q.device != "cpu":
             yield ctx.reject(name, "device", f"runs on cpu, not {q.device}")
@@ -184,10 +211,6 @@ class Attention:
             yield ctx.reject(name, "empty", "an input has no elements")
         elif any(spec.stride[-1] != 1 for role, spec in zip(ctx.roles, ctx.specs, strict=True) if role in "qkv"):
             yield ctx.reject(name, "stride", "the head dimension must be contiguous")
-        elif both:
-            yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
-        elif "mask" not in ctx.roles and not _own_arguments(ctx):
-            yield ctx.reject(name, "mask", "is_causal cannot say this predicate")
         else:
             mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
             yield ctx.candidate(self.kernels[name], q.dtype, **mask)

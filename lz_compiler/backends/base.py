@@ -42,6 +42,7 @@ class Kernel:
     run: Callable[[Emitter, Values, Values], Any]
     prepare: Callable[[Emitter, Values, Values], Values] | None = None
     version: int = 1
+    setup: Callable[[], object] | None = None  # makes the kernel's operator exist, where a compiled graph is loaded from a cache
     compiled: bool = False  # exists only inside a graph that TorchInductor compiles, and is measured so
 
 

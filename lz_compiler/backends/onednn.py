@@ -113,13 +113,6 @@ def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(aten.permute.default, y, [0, 3, 1, 2])
 
 
-def _pack_conv1x1(emit: Emitter, t: Values, p: Values) -> Values:
-    rows = None if p["dynamic_rows"] else p["rows"]
-    return fold_constants(
-        emit, t, p, lambda w: torch.ops.mkldnn._reorder_linear_weight(w.flatten(1).contiguous(), rows)
-    )  # fmt: skip
-
-
 class OneDNN:
     name = "onednn"
     kernels: Mapping[str, Kernel] = {
@@ -131,7 +124,6 @@ class OneDNN:
             Kernel("onednn.conv", _conv, _fold),
             Kernel("onednn.conv_packed", _conv, _pack_conv),
             Kernel("onednn.conv1x1", _conv1x1, _fold_1x1),
-            Kernel("onednn.conv1x1_packed", _conv1x1, _pack_conv1x1),
         )
     }
 
@@ -200,18 +192,16 @@ class OneDNN:
         if frozen and ctx.params.get("absorbed"):
             yield ctx.reject("onednn.conv_packed", "dominated", "the per-channel steps that follow fold into a frozen weight")
             return
-        for name, fits in (("onednn.conv", True), ("onednn.conv1x1", pointwise)):
-            if not fits:
-                yield ctx.reject(name, "shape", "not an unpadded, ungrouped 1x1 convolution with at most one epilogue")
-                continue
-            if frozen:
-                packed = self.kernels[f"{name}_packed"]
-                yield ctx.candidate(packed, dtype, {**layouts, "w": "packed"}, "channels_last", **extra)
-                yield ctx.reject(name, "dominated", "frozen weights are packed at no run-time cost")
-                continue
-            yield ctx.reject(f"{name}_packed", "weight_not_frozen", "a packed weight needs freeze=True and parameters")
-            weight = {} if name == "onednn.conv1x1" else {"w": "channels_last"}
-            size = 4 if dtype == "float32" else 2
-            scaled = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
-            plain = self.kernels[name]
-            yield ctx.candidate(plain, dtype, {**layouts, **weight}, "channels_last", traffic=scaled, **extra)
+        if frozen:
+            packed = self.kernels["onednn.conv_packed"]
+            yield ctx.candidate(packed, dtype, {**layouts, "w": "packed"}, "channels_last", **extra)
+            yield ctx.reject("onednn.conv", "dominated", "frozen weights are packed at no run-time cost")
+            return
+        yield ctx.reject("onednn.conv_packed", "weight_not_frozen", "a packed weight needs freeze=True and parameters")
+        size = 4 if dtype == "float32" else 2
+        extra["traffic"] = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
+        yield ctx.candidate(self.kernels["onednn.conv"], dtype, {**layouts, "w": "channels_last"}, "channels_last", **extra)
+        if pointwise:
+            yield ctx.candidate(self.kernels["onednn.conv1x1"], dtype, layouts, "channels_last", **extra)
+        else:
+            yield ctx.reject("onednn.conv1x1", "shape", "not an unpadded, ungrouped 1x1 convolution with at most one epilogue")
