@@ -185,11 +185,11 @@ def _copied(args: Sequence[Any], places: Iterable[int]) -> list[Any]:
                 made[id(value)] = fresh.requires_grad_(value.requires_grad)
         return made[id(value)]
 
-    for i in places:
-        if has_memory(args[i]):
-            memory[args[i].untyped_storage()._cdata] = args[i].untyped_storage().clone()
-        elif isinstance(args[i], Tensor):
-            made[id(args[i])] = args[i].clone()
+    for value in (args[i] for i in places):
+        if not has_memory(value):
+            made[id(value)] = value.clone() if isinstance(value, Tensor) else value
+        elif value.untyped_storage()._cdata not in memory:
+            memory[value.untyped_storage()._cdata] = value.untyped_storage().clone()
     with torch.no_grad():
         return [copy(a) if has_memory(a) and a.untyped_storage()._cdata in memory else made.get(id(a), a) for a in args]
 
