@@ -13,9 +13,11 @@ wherever one is offered, one is placed: with honest prices nearly every graph of
 would test nothing. The summary says in how many samples a kernel was placed. Where a layer's weight is an input there is
 nothing to freeze, so `freeze` has no part in it.
 
-Time: the first sample of each of 677 ops took about ten minutes with one worker on a machine with two busy cores, so about
-a second each. All 18,762 samples were never run in one go; at that rate they take five hours with one worker. Interrupt it
-at any time and go on with the same --resume file.
+Samples of an op are compiled in groups, as one graph: most of a sample's time is what any graph costs (a run of the C++
+compiler, tracing). A group counts only if everything in it is right with both backends and LayerZero changed nothing.
+Else its samples are run in smaller groups; where LayerZero placed a kernel, or a process died, each alone.
+
+Interrupt it at any time and go on with the same --resume file.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ ATOL, RTOL = 1e-5, 1e-5  # as torch's own tests of Inductor, with room for anoth
 OPTIONS = {"race": False, "measure_budget_s": 0.0, "cost_model": "roofline"}
 UNSET = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 SAMPLE_TIMEOUT_S = 300.0
+GROUP = 12  # samples in one graph
 WORKER_SAMPLES = 500  # then a fresh process: compiled code is never unloaded
 OK, SKIPPED = "ok", "skipped"
 
@@ -160,51 +163,88 @@ def _dense(x: Tensor) -> bool:
     return x.numel() > 0
 
 
-def compiled(fn: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """`fn` as one function of its own (builtins are not compiled by themselves)."""
+def compiled(fn: Callable[..., Any], backend: str, count: int = 1) -> Callable[..., Any]:
+    """`fn` called `count` times, as one function of its own (builtins are not compiled by themselves).
+
+    Its calls are written out, since Dynamo does not compile a loop in which its graph breaks.
+    """
     torch._dynamo.reset()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
-
+    calls = ", ".join(f"fn(*args[{i}], **kwargs[{i}])" for i in range(count))
+    scope: dict[str, Any] = {"fn": fn}
+    exec(f"def call(args, kwargs): return [{calls}]", scope)
     options = dict(OPTIONS) if backend == "layerzero" else None
-    return torch.compile(call, backend=backend, options=options)
+    return torch.compile(scope["call"], backend=backend, options=options)
 
 
-def attempt(
-    fn: Callable[..., Any], backend: str, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any,
-    tolerances: tuple[float, float], values: bool,
-) -> str:  # fmt: skip
+def attempt(op: Any, backend: str, group: Sequence[Sample]) -> str:
     """ "ok", or what went wrong. Whatever a compiler raises is a result of the sweep, hence the wide except."""
     try:
-        found = run(compiled(fn, backend), args, kwargs)
+        call = compiled(op.get_op(), backend, len(group))
+        inputs = copy.deepcopy([(s.args, s.kwargs) for s in group])
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outputs = call([args for args, _ in inputs], [kwargs for _, kwargs in inputs])
     except Exception as error:
         return f"error: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    why = difference(found, expected, *tolerances, values=values)
-    return OK if why is None else f"wrong: {why}"
+    for sample, found in zip(group, zip(outputs, inputs, strict=True), strict=True):
+        why = difference(found, sample.expected, *tolerance(op), values=sample.values)
+        if why is not None:
+            return f"wrong: {why}"
+    return OK
 
 
-def check_sample(op: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[str], object] = str) -> Result:
-    """One sample through both backends, none where eager itself does not run."""
-    from torch._dynamo.utils import counters
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sample and what eager makes of it; `values` is False where two runs of eager differ."""
 
-    fn, name = op.get_op(), full_name(op)
-    begin("eager")
+    index: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    expected: Any = None
+    values: bool = True
+    failed: str | None = None
+
+
+def run_eagerly(op: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sample:
+    fn = op.get_op()
     try:
         expected = run(fn, args, kwargs)
         again = run(fn, args, kwargs, seed=1)
     except Exception as error:
-        return Result(name, index, f"eager: {type(error).__name__}: {' '.join(str(error).split())[:200]}", SKIPPED)
-    tolerances = tolerance(op)
-    values = op.name not in UNSET and difference(again, expected, *tolerances) is None
-    begin("inductor")
-    inductor = attempt(fn, "inductor", args, kwargs, expected, tolerances, values)
-    if inductor != OK:
-        return Result(name, index, inductor, SKIPPED)
-    begin("layerzero")
-    before = counters["layerzero"]["kernels"]
-    layerzero = attempt(fn, "layerzero", args, kwargs, expected, tolerances, values)
-    return Result(name, index, inductor, layerzero, counters["layerzero"]["kernels"] - before)
+        failed = f"eager: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Sample(index, args, kwargs, failed=failed)
+    values = op.name not in UNSET and difference(again, expected, *tolerance(op)) is None
+    return Sample(index, args, kwargs, expected, values)
+
+
+def check_sample(op: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
+    """One sample through both backends, none where eager itself does not run."""
+    (result,) = check_samples(op, [run_eagerly(op, index, args, kwargs)], lambda indices, phase: None)
+    return result
+
+
+def check_samples(op: Any, group: list[Sample], begin: Callable[[list[int], str], None]) -> list[Result]:
+    """The samples' results, from one graph if that says enough. `begin` is told which samples go into which backend."""
+    from torch._dynamo.utils import counters
+
+    name = full_name(op)
+    failed = [Result(name, s.index, s.failed, SKIPPED) for s in group if s.failed is not None]
+    group = [s for s in group if s.failed is None]
+    if not group:
+        return failed
+    begin([s.index for s in group], "inductor")
+    inductor = attempt(op, "inductor", group)
+    layerzero, kernels = SKIPPED, 0
+    if inductor == OK:
+        begin([s.index for s in group], "layerzero")
+        before = counters["layerzero"]["kernels"]
+        layerzero = attempt(op, "layerzero", group)
+        kernels = counters["layerzero"]["kernels"] - before
+    if len(group) == 1 or (layerzero == OK and not kernels):
+        return failed + [Result(name, s.index, inductor, layerzero, kernels) for s in group]
+    size = 1 if kernels else len(group) // 2
+    parts = [group[i : i + size] for i in range(0, len(group), size)]
+    return failed + [result for part in parts for result in check_samples(op, part, begin)]
 
 
 def configure() -> None:
@@ -239,15 +279,29 @@ def work(limit: int | None) -> None:
     infos = op_infos()
     for line in sys.stdin:
         task = json.loads(line)
-        op, done = infos[task["op"]], set(task["done"])
+        op, done, alone = infos[task["op"]], set(task["done"]), set(task["alone"])
+
+        def begin(indices: list[int], phase: str) -> None:
+            out.write(json.dumps({"begin": indices, "phase": phase}) + "\n")
+
+        def finish(group: list[Sample], op: Any = op) -> None:
+            for result in check_samples(op, group, begin):
+                out.write(json.dumps({"result": asdict(result)}) + "\n")
+
+        group: list[Sample] = []
         for index, (args, kwargs) in enumerate(samples(op, limit)):
             if index in done:
                 continue
-
-            def begin(phase: str, index: int = index) -> None:
-                out.write(json.dumps({"begin": index, "phase": phase}) + "\n")
-
-            out.write(json.dumps({"result": asdict(check_sample(op, index, args, kwargs, begin))}) + "\n")
+            begin([index], "eager")
+            sample = run_eagerly(op, index, args, kwargs)
+            if index in alone:
+                finish([sample])
+                continue
+            group.append(sample)
+            if len(group) == GROUP:
+                finish(group)
+                group = []
+        finish(group)
         out.write(json.dumps({"end": True}) + "\n")
 
 
@@ -262,14 +316,15 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env)
         self.samples = 0
 
-    def sweep(self, op: str, done: set[int], put: Callable[[Result], object]) -> bool:
-        """Whether the op was finished; False after a crash, which is one sample's result."""
+    def sweep(self, op: str, done: set[int], alone: set[int], put: Callable[[Result], object]) -> bool:
+        """Whether the op was finished; False after a crash, which is one sample's result, or leaves a group to be run one by one."""
         source, sink = self.process.stdout, self.process.stdin
         assert source is not None
         assert sink is not None
-        at, phase = -1, "start"
+        at: list[int] = []
+        phase = "start"
         with suppress(BrokenPipeError):
-            sink.write(json.dumps({"op": op, "done": sorted(done)}) + "\n")
+            sink.write(json.dumps({"op": op, "done": sorted(done), "alone": sorted(alone)}) + "\n")
             sink.flush()
         while line := self._line(source):
             told = json.loads(line)
@@ -282,12 +337,15 @@ class Worker:
             self.samples += 1
             done.add(result.index)
             put(result)
-        done.add(at)
         died = f"crash: exit code {self.process.wait()}"
         if phase == "start" or self.process.returncode > 0:  # an exception of this file's own, no op's
             self.log.seek(0)
             raise RuntimeError(f"a worker failed ({died}): {self.log.read()[-2000:]}")
-        put(Result(op, at, OK, died) if phase == "layerzero" else Result(op, at, f"{phase} {died}", SKIPPED))
+        if len(at) > 1:
+            alone.update(at)
+            return False
+        done.update(at)
+        put(Result(op, at[0], OK, died) if phase == "layerzero" else Result(op, at[0], f"{phase} {died}", SKIPPED))
         return False
 
     def _line(self, source: IO[str]) -> str:
@@ -322,7 +380,8 @@ def sweep(ops: Sequence[str], limit: int | None, jobs: int, known: Iterable[Resu
         try:
             while True:
                 name = waiting.get_nowait()
-                while not worker.sweep(name, done.setdefault(name, set()), store):
+                alone: set[int] = set()
+                while not worker.sweep(name, done.setdefault(name, set()), alone, store):
                     worker = Worker(limit)
                 if worker.samples > WORKER_SAMPLES:
                     worker.stop()

@@ -36,7 +36,7 @@ def explain(compiled: Any = None) -> Report:
     """
     if isinstance(compiled, Plan):
         return explain_plan(compiled)
-    return explain_records([r for r in RECORDS if compiled is None or _belongs(r, compiled)])
+    return explain_records([r for r in list(RECORDS) if compiled is None or _belongs(r, compiled)])
 
 
 def _belongs(record: GraphRecord, compiled: Any) -> bool:

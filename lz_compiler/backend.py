@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 PLANNED, LOSSLESS, INDUCTOR, EAGER = "layerzero", "layerzero-lossless", "inductor", "eager"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class GraphRecord:
     """What happened to one captured graph: what `lz.explain` shows."""
 
@@ -54,7 +54,7 @@ class GraphRecord:
     notes: list[str] = field(default_factory=list)
 
 
-RECORDS: list[GraphRecord] = []
+RECORDS: list[GraphRecord] = []  # of the compiled graphs that are still there
 
 
 @functools.cache
@@ -101,11 +101,18 @@ class _Session:
         self.record = GraphRecord(
             self.key, torch_private.compile_id(), options, torch_private.node_source_lines(gm), tuple(map(weakref.ref, owned))
         )
-        RECORDS.append(self.record)
+        self.lossless: list[Plan] = []  # instead of the record's, should its error be over the budget
+        self.written: list[int] | None = None
         torch_private.counters()["graphs"] += 1
 
     def compile(self) -> Callable[..., Any]:
         """Finalists in a race, or the one that is known to win; with frozen weights, Dynamo guards that they are the same."""
+        compiled = functools.partial(self._compile())
+        RECORDS.append(self.record)
+        weakref.finalize(compiled, RECORDS.remove, self.record)
+        return compiled
+
+    def _compile(self) -> Callable[..., Any]:
         verdict = self.store.get_record("verdict", self.key)
         if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
             return self._from_verdict(verdict)
@@ -121,8 +128,8 @@ class _Session:
         finalists: dict[str, race.Finalist] = {PLANNED: planned}
         check = None
         if lossy:
-            finalists[LOSSLESS] = self._planned(replace(self.options, error_budget=0.0), [])
-            check = race.over_budget(self.gm.forward, {PLANNED: planned}, self.options.error_budget, self._report_error)
+            self.written = torch_private.written_inputs(len(self.inputs))
+            finalists[LOSSLESS], check = self._within_budget(planned)
         if not racing:
             return race.Race(finalists, self._finish, PLANNED, check, rounds=0)
         finalists |= {INDUCTOR: self._inductor(), EAGER: self.gm.forward}
@@ -150,9 +157,16 @@ class _Session:
         if winner == LOSSLESS or not any(plan.epsilon > 0 for plan in self.record.plans):
             return compiled
         # The verdict's error was that of the weights and inputs of its time: the budget is kept for these too.
-        finalists = {PLANNED: compiled, LOSSLESS: self._planned(replace(options, error_budget=0.0), [])}
-        check = race.over_budget(self.gm.forward, {PLANNED: compiled}, options.error_budget, self._report_error)
+        self.written = verdict.get("written")
+        lossless, check = self._within_budget(compiled)
+        finalists = {PLANNED: compiled, LOSSLESS: lossless}
         return race.Race(finalists, lambda _, name: self._finish(dict(verdict["times"]), name), PLANNED, check, rounds=0)
+
+    def _within_budget(self, planned: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[tuple[Any, ...]], list[str]]]:
+        """The lossless plan, compiled, and the check that tells whether it is needed."""
+        lossless = self._planned(replace(self.options, error_budget=0.0), self.lossless)
+        budget = self.options.error_budget
+        return lossless, race.over_budget(self.gm.forward, {PLANNED: planned}, budget, self._report_error, self.written)
 
     def _report_error(self, name: str, error: float) -> None:
         self.record.error = error
@@ -164,15 +178,25 @@ class _Session:
     def _finish(self, times: dict[str, float], winner: str) -> None:
         record = self.record
         record.times, record.winner, record.decided = times, winner, True
+        if winner == LOSSLESS:
+            record.plans = self.lossless
         log.info("verdict for graph %s: %s (%s)", record.compile_id, winner, {n: f"{t * 1e3:.2f} ms" for n, t in times.items()})
         torch_private.counters()[f"winner:{winner}"] += 1
         plans = [plan_to_dict(p) for p in record.plans]
-        value = {"winner": winner, "times": times, "plans": plans, "error": record.error, "digest": _digest(record.plans)}
+        value = {
+            "winner": winner, "times": times, "plans": plans, "error": record.error, "written": self.written,
+            "digest": _digest(record.plans),
+        }  # fmt: skip
         self.store.put_record("verdict", self.key, value)
 
     def _inductor(self) -> Callable[..., Any]:
         gm = torch_private.copy_graph_module(self.gm)
-        return torch_private.compile_with_inductor(gm, self.inputs, torch_private.mode_patches(self.options.mode))
+        return torch_private.compile_with_inductor(gm, self.inputs, self._patches())
+
+    def _patches(self) -> dict[str, Any]:
+        """Inductor's configuration, the same for every finalist."""
+        graphs = {"triton.cudagraphs": True} if self.options.cudagraphs else {}
+        return torch_private.mode_patches(self.options.mode) | graphs
 
     def _planned(self, options: Options, plans: list[Plan], cached: str | None = None) -> Callable[..., Any]:
         """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
@@ -184,11 +208,9 @@ class _Session:
             plans.append(plan)
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
-        uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{cached}"
-        patches = torch_private.mode_patches(options.mode)
+        uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"
+        patches = self._patches()
         patches["post_grad_custom_pre_pass"] = torch_private.graph_pass(run, lambda: uuid)
-        if options.cudagraphs:
-            patches["triton.cudagraphs"] = True
         if not torch.is_grad_enabled():
             patches["layout_optimization"] = False  # layouts are the plan's decision
         return torch_private.compile_with_inductor(gm, self.inputs, patches)

@@ -53,7 +53,7 @@ def measure_columns(
                 wall = time.perf_counter() - start
                 samples[name].append((wall, wall / max(time.process_time() - cpu, 1e-9)))
     for name, taken in samples.items():
-        best = statistics.quantiles([ratio for _, ratio in taken], n=10)[0]
+        best = sorted(ratio for _, ratio in taken)[len(taken) // 10]
         kept = [wall for wall, ratio in taken if ratio <= CONTENDED * best]
         rows[name] |= {"median_ms": statistics.median(kept) * 1e3, "dropped": len(taken) - len(kept)}
     return rows, calls

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,26 +135,63 @@ class Race:
 
 
 def over_budget(
-    reference: Finalist, lossy: Mapping[str, Finalist], budget: float, report: Callable[[str, float], None]
-) -> Callable[[tuple[Any, ...]], list[str]]:
-    """A check for Race: run the reference and each lossy finalist once on copies of the first real inputs, and name those
-    whose relative error (L2, worst output) is over the budget."""
+    reference: Finalist, lossy: Mapping[str, Finalist], budget: float, report: Callable[[str, float], None], written: Sequence[int] | None,
+) -> Callable[[tuple[Any, ...]], list[str]]:  # fmt: skip
+    """A check for Race: run the reference and each lossy finalist once on the first real inputs, and name those whose
+    relative error (L2, worst of the outputs and changed inputs) is over the budget.
+
+    The runs leave no trace: inputs at the positions `written` (None: any may be) are copied, and the state of the random
+    number generators is put back.
+    """
 
     def check(args: tuple[Any, ...]) -> list[str]:
-        def copies() -> list[Any]:
-            keep = (torch.nn.Parameter,)
-            return [a.clone() if isinstance(a, Tensor) and not isinstance(a, keep) else a for a in args]
+        places = range(len(args)) if written is None else written
+        devices = {t.device.index for t in tensors_in(args) if t.is_cuda}
+
+        def trial(run: Finalist) -> list[Tensor]:
+            values = _copied(args, places)
+            with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+                return tensors_in([run(*values), [values[i] for i in places]])
 
         failed = []
-        expected = tensors_in([reference(*copies())])
+        expected = trial(reference)
         for name, run in lossy.items():
-            error = max((_relative(y, e) for y, e in zip(tensors_in([run(*copies())]), expected, strict=True)), default=0.0)
+            error = max((_relative(y, e) for y, e in zip(trial(run), expected, strict=True)), default=0.0)
             report(name, error)
             if not error <= budget:
                 failed.append(name)
         return failed
 
     return check
+
+
+def _copied(args: Sequence[Any], places: Iterable[int]) -> list[Any]:
+    """`args` with the memory behind those at `places` copied, once each: what shared memory, or was one tensor, still does."""
+    memory: dict[int, torch.UntypedStorage] = {}
+    made: dict[int, Any] = {}
+
+    def has_memory(value: Any) -> bool:
+        plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
+        return plain and not (value.is_conj() or value.is_neg())
+
+    def copy(value: Any) -> Tensor:
+        if id(value) not in made:
+            base, place = value._base, (value.shape, value.stride(), value.storage_offset())
+            if base is not None and base.dtype == value.dtype:  # AOTAutograd looks at the base of views
+                made[id(value)] = copy(base).as_strided(*place)
+            else:
+                fresh = torch.empty(0, dtype=value.dtype, device=value.device)
+                fresh.set_(memory[value.untyped_storage()._cdata], place[2], *place[:2])
+                made[id(value)] = fresh.requires_grad_(value.requires_grad)
+        return made[id(value)]
+
+    for value in (args[i] for i in places):
+        if not has_memory(value):
+            made[id(value)] = value.clone() if isinstance(value, Tensor) else value
+        elif value.untyped_storage()._cdata not in memory:
+            memory[value.untyped_storage()._cdata] = value.untyped_storage().clone()
+    with torch.no_grad():
+        return [copy(a) if has_memory(a) and a.untyped_storage()._cdata in memory else made.get(id(a), a) for a in args]
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:

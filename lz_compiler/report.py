@@ -133,7 +133,7 @@ def _record_lines(record: GraphRecord) -> Iterator[str]:
         predicted, measured = d["predicted_s"] * 1e3, d["measured_s"] * 1e3
         yield f"  predicted {predicted:.3f} ms, measured {measured:.3f} ms: {d['additive_error']:+.1%} not explained by the prices"
     if record.error is not None:
-        yield f"  measured error {record.error:.2e} within a budget of {record.options.error_budget:g}"
+        yield f"  measured error {record.error:.2e}, budget {record.options.error_budget:g}"
     yield from (f"  note: {note}" for note in record.notes)
     for plan in record.plans:
         yield from _plan_lines(plan)

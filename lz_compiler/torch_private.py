@@ -62,6 +62,17 @@ def _passes_know_inference() -> bool:
     return hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass")
 
 
+def written_inputs(count: int) -> list[int] | None:
+    """Which of its `count` inputs the graph that AOTAutograd just compiled changes; None if it merged some, or did not say."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    found = context.fw_metadata if context is not None else None
+    if found is None or len(found.input_info) != count:
+        return None
+    return [i for i, info in enumerate(found.input_info) if info.mutates_data or info.mutates_metadata]
+
+
 def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | None]) -> Any:
     """`run(graph, is_inference)` as an Inductor pass before its own post-grad passes.
 

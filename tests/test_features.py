@@ -4,6 +4,7 @@ the race, caches that fail, and the report. Each compares with eager on the same
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import os
@@ -185,27 +186,80 @@ def test_mutated_inputs_and_buffers_are_seen_by_the_caller() -> None:
     assert other.calls == model.calls == 6
 
 
-def test_a_budget_check_runs_the_model_once_for_the_caller() -> None:
-    """Checking a lossy plan runs the graph on copies: buffers must not move three times on the first call."""
+class Counting(nn.Module):
+    """Wide products for which bfloat16 pays, behind state that each call changes."""
 
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, _ = wide()
-            self.register_buffer("total", torch.zeros(512))
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, (self.body, _) = nn.BatchNorm1d(512, momentum=0.3), wide()
+        self.register_buffer("calls", torch.tensor(0))
+        self.drift = nn.Parameter(torch.zeros(512), requires_grad=False)
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.total.add_(x[0])
-            return self.body(x)
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.drift.add_(x[0])
+        return self.body(self.norm(x)) + self.drift
 
-    model, x = Counting(), torch.randn(8, 512)
-    run = compiled(model, error_budget=1e-2, freeze=True)
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_budget_check_leaves_no_trace(stored: bool, tmp_path: Path) -> None:
+    """Checking a lossy plan runs the graph again and again: parameters, buffers and random numbers must not notice."""
+    options = {"error_budget": 2e-2, "freeze": True, "cache_dir": str(tmp_path)}
+    x = torch.randn(8, 512)
     with torch.no_grad():
-        for _ in range(3):
-            run(x)
+        if stored:
+            compiled(Counting().train(), **options)(x)
+            torch._dynamo.reset()
+        model = Counting().train()
+        other = copy.deepcopy(model)
+        run, state = compiled(model, **options), torch.get_rng_state()
+        for _ in range(2):
+            same(run(x), other(x), 5e-2, 5e-2)
+            same(model.state_dict(), other.state_dict())
+    assert torch.equal(torch.get_rng_state(), state)
     assert "bfloat16" in dtypes()
     assert RECORDS[-1].error is not None
-    torch.testing.assert_close(model.total, 3 * x[0])
+
+
+def test_a_budget_check_draws_no_random_numbers() -> None:
+    """Nor does the plan get others than the reference: dropout would look like an error."""
+    body, x = wide()
+
+    def f(x: Tensor) -> Tensor:
+        return body(x) * (1 + torch.rand(8, 512))
+
+    with torch._inductor.config.patch(fallback_random=True), torch.no_grad():
+        torch.manual_seed(5)
+        expected = f(x)
+        after = torch.get_rng_state()
+        torch.manual_seed(5)
+        same(compiled(f, error_budget=2e-2, freeze=True)(x), expected, 5e-2, 5e-2)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert "bfloat16" in dtypes()
+    assert 0 < (RECORDS[-1].error or 0) < 2e-2
+
+
+def test_a_budget_check_keeps_what_inputs_share() -> None:
+    body, _ = wide()
+
+    def f(whole: Tensor, part: Tensor) -> Tensor:
+        part.add_(1)  # seen through `whole`
+        return body(whole)
+
+    ours = torch.randn(4096, 512)  # enough rows for bfloat16 to pay with weights that are not frozen
+    theirs = ours.clone()
+    with torch.no_grad():
+        y, expected = compiled(f, error_budget=2e-2)(ours[:-4], ours[4:]), f(theirs[:-4], theirs[4:])
+    same(y, expected, 5e-2, 5e-2)
+    same(ours, theirs)
+    assert "bfloat16" in dtypes()
+    assert 0 < (RECORDS[-1].error or 0) < 2e-2
+    whole, part, same_part, apart = race._copied((ours[:8], ours[4:], ours[4:], x := torch.ones(3)), [1])
+    assert apart is x
+    part.fill_(7)
+    assert (whole[4:] == 7).all()
+    assert (same_part == 7).all()
+    same(ours, theirs)
 
 
 def test_outputs_alias_what_eagers_alias() -> None:
@@ -725,6 +779,23 @@ def test_explain_shows_what_was_chosen_and_what_was_not(tmp_path: Path) -> None:
         assert part in text
     for kernel, code in codes:
         assert f"{kernel} ({code})" in text
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze": True}, {"race": True}, {"backends": ["inductor"]}])
+def test_records_live_as_long_as_their_graphs(options: dict[str, Any]) -> None:
+    gc.collect()
+    before = len(RECORDS)
+    model, x = linear(16, 24), torch.randn(4, 16)
+    run = compiled(model, **options)
+    with torch.no_grad():
+        run(x)
+    gc.collect()
+    assert len(RECORDS) == before + 1
+    assert len(lz.explain(run).data["graphs"]) == 1
+    torch._dynamo.reset()  # the compiled graph goes, its model stays
+    gc.collect()
+    assert len(RECORDS) == before
+    assert not lz.explain(run).data["graphs"]
 
 
 def test_explain_knows_its_model() -> None:

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import opinfo
+from torch.utils import _pytree as pytree
 
 FIRST = {"addmm.decomposed": 3}  # samples of an op that must stay as it is; 2 where not said
 # Ops of which some sample must get a kernel of LayerZero's (by full name), and the samples to run.
@@ -113,6 +114,28 @@ def test_a_missed_sample_is_reported() -> None:
     assert (found["samples"], found["inductor"], found["layerzero"], found["with_kernels"]) == (3, 2, 1, 1)
     assert [m["index"] for m in found["missed"]] == [0]
     assert found["inductor_failures"] == {"error": 1}
+
+
+def test_a_group_is_one_graph_unless_something_is_wrong() -> None:
+    add = infos()["add"]
+    group = [opinfo.run_eagerly(add, i, args, kwargs) for i, (args, kwargs) in enumerate(opinfo.samples(add, 5))]
+    graphs: list[tuple[str, list[int]]] = []
+
+    def begin(indices: list[int], phase: str) -> None:
+        graphs.append((phase, indices))
+
+    assert all(r.layerzero == opinfo.OK for r in opinfo.check_samples(add, group, begin))
+    assert graphs == [("inductor", [0, 1, 2, 3, 4]), ("layerzero", [0, 1, 2, 3, 4])]
+    group[3] = replace(group[3], expected=pytree.tree_map_only(torch.Tensor, lambda t: t + 1, group[3].expected))
+    found = opinfo.check_samples(add, group, begin)
+    assert sorted(r.index for r in found) == [0, 1, 2, 3, 4]
+    assert [r.index for r in found if r.inductor.startswith("wrong")] == [3]
+
+
+def test_a_kernel_is_tested_alone() -> None:
+    mm = infos()["mm"]
+    group = [opinfo.run_eagerly(mm, i, args, kwargs) for i, (args, kwargs) in enumerate(opinfo.samples(mm, 2))]
+    assert [(r.index, r.kernels) for r in opinfo.check_samples(mm, group, lambda indices, phase: None)] == [(0, 1), (1, 1)]
 
 
 def test_a_wrong_kernel_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
