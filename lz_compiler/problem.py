@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 
 from . import torch_private
@@ -22,6 +23,10 @@ from .cost_models.roofline import Roofline
 from .options import Options
 from .patterns import Recogniser
 from .types import Candidate, Conversion, Cost, Format, Problem, Region, Rejection
+
+aten = torch.ops.aten
+
+_UPDATES = (aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.scatter.src)
 
 LOOP = "inductor.loop"
 VIEW = "aten.view"
@@ -86,6 +91,11 @@ def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy:
 def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline) -> Iterable[tuple[str, tuple[str, str], Cost]]:
     """(kernel, (layout of 4-d tensors, layout of the others), cost)."""
     moves = node.target in VIEWS or _is_getitem(node)
+    updated = _updates(node)
+    if updated is not None:
+        back = node.target is aten.copy_.default
+        yield CALL, ("", ""), Cost(0, "assumed") if back else roofline.extern([view.spec(updated)] * 2)
+        return
     fusable = torch_private.is_fusable(node.target) or _is_getitem(node)
     images = convolutional and _is_image(node)
     if moves:
@@ -98,6 +108,18 @@ def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Rooflin
     if not moves and not fusable:
         tensors = [n for n in (*node.all_input_nodes, node) if isinstance(n.meta.get("val"), Tensor)]
         yield CALL, ("", ""), roofline.extern([view.spec(n) for n in tensors])
+
+
+def _updates(node: fx.Node) -> fx.Node | None:
+    """The values that a node writes into a buffer which the graph was given (a KV cache): Inductor does it in place, so
+    that neither the rest of the buffer nor the copy back at the end of the graph moves."""
+    if node.target is aten.copy_.default:
+        source = node.args[1]
+        return _updates(source) if isinstance(source, fx.Node) and source.op == "call_function" else None
+    if node.target not in _UPDATES or not isinstance(node.args[0], fx.Node) or node.args[0].op != "placeholder":
+        return None
+    back = any(u.target is aten.copy_.default and u.args[0] is node.args[0] for u in node.users)
+    return next(a for a in reversed(node.args) if isinstance(a, fx.Node)) if back else None
 
 
 def _entry(view: GraphView, node: fx.Node, image_layout: str, layout: str) -> Format:
