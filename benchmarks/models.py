@@ -1,9 +1,12 @@
 """Whole models under eager, TorchInductor and LayerZero, side by side in one interleaved run.
 
     python benchmarks/models.py --device cpu [--models llama,bert] [--columns eager,inductor] [--rounds 30]
+    python benchmarks/models.py --device cuda --models decode_1x4096,bert_large --limit 200 --json results.jsonl
+    python benchmarks/models.py --report results.jsonl more.jsonl
 
 Public model definitions with random weights; nothing is downloaded. Each model runs in a process of its own, so that
-the memory and the threads of one do not disturb another. Progress goes to stderr, the tables to stdout.
+the memory and the threads of one do not disturb another. Progress goes to stderr, the tables to stdout. Only columns of
+one process are compared; a long benchmark may be split over calls by model and put together with --report.
 """
 
 from __future__ import annotations
@@ -18,24 +21,30 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
 import torch._inductor.config
-from timing import Stats, geomean, interleave, ratio
+import workloads_cpu
+import workloads_cuda
+from tables import Cell, Row, reason, report, row_from
+from timing import interleave
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 from torch.overrides import TorchFunctionMode
+from workloads import Column, Suite, Workload, converted
 
-# LayerZero races its finalists over its first real calls: before these are over, a call may still be any of them.
-# The other compiled columns have settled after far fewer.
-WARMUP = 40
-WARMUP_OTHERS = 5
+import lz_compiler as lz
+
+SUITES: dict[str, Suite] = {"cpu": workloads_cpu.SUITE, "cuda": workloads_cuda.SUITE}
+WARMUP_OTHERS = 5  # calls: the columns that are not LayerZero's have settled by then
 
 # By default glibc hands large buffers back to the kernel after each call, until some larger buffer was freed, which
 # raises its thresholds for good. So a column that once needed a large buffer (autotuning does) would save all columns
@@ -45,145 +54,147 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str
 
 
 @dataclass(frozen=True)
-class Column:
-    backend: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    # options={"freezing": True} alone does not freeze: whether parameters become constants is decided by Dynamo while
-    # it traces, and Dynamo reads the global config (and wants no_grad). It is needed all the same, since without it
-    # this column equals plain `inductor` to Dynamo, and a graph compiled for that one would be reused.
-    freezing: bool = False
+class Prepared:
+    """One column, compiled and warmed up."""
+
+    model: nn.Module
+    run: Callable[..., Any]
+    call: Callable[[], Any]
+    graphs: int
+    first_s: float | None
 
 
-COLUMNS: dict[str, Column] = {
-    "eager": Column(),
-    "inductor": Column("inductor"),
-    "inductor+freeze": Column("inductor", {"freezing": True}, freezing=True),
-    "inductor+freeze+max-autotune": Column("inductor", {"freezing": True, "max_autotune": True}, freezing=True),
-    "layerzero": Column("layerzero"),
-    "layerzero+freeze": Column("layerzero", {"freeze": True}),
-    "layerzero+freeze+budget": Column("layerzero", {"freeze": True, "error_budget": 1e-2}),
-}
-BASELINES = tuple(COLUMNS)[:4]
+class Bench:
+    """All columns of one model: compiled one after the other, then timed in turn."""
+
+    def __init__(self, name: str, suite: Suite, device: str, folder: Path, limit: float = float("inf")) -> None:
+        self.name, self.suite, self.device, self.folder = name, suite, device, folder
+        self.last_start = time.monotonic() + limit * 0.6  # what is compiled must still be timed
+        torch.manual_seed(0)
+        self.workload: Workload = suite.models[name](device)
+        # The columns share the code objects of the model's classes, and Dynamo counts its limit per code object.
+        torch._dynamo.config.recompile_limit = 1024
+        torch._dynamo.config.accumulated_recompile_limit = 4096
+
+    def measure(self, columns: Sequence[str], rounds: int, accuracy: bool) -> Row:
+        wanted = [c for c in columns if self.name in (self.suite.columns[c].models or (self.name,))]
+        cold = next((c for c in self.suite.cold if c in wanted), None)
+        cells: dict[str, Cell] = {}
+        with torch.set_grad_enabled(self.workload.trains):
+            prepared = self.prepare_all(sorted(wanted, key=lambda c: c != cold), cells)
+            progress(f"{self.name}: {rounds} rounds of {len(prepared)} columns")
+            compiled = graph_count()
+            calls = {column: prepared[column].call for column in wanted if column in prepared}
+            stats = interleave(calls, rounds, device=self.device, before=self.before) if calls else {}
+            if graph_count() != compiled:
+                progress(f"{self.name}: WARNING: {graph_count() - compiled} graphs were compiled while timing")
+            errors = self.errors(calls) if accuracy and not self.workload.trains else {}
+            for column, done in prepared.items():
+                plan = what_was_planned(done.run) if self.suite.columns[column].backend == "layerzero" else None
+                cells[column] = Cell(stats[column], errors.get(column), done.graphs, first_s=done.first_s, plan=plan)
+            if cold in prepared:
+                progress(f"{self.name}: {cold} again, with its timings and verdict")
+                torch._dynamo.reset()
+                with self.compiling(self.suite.columns[cold]):
+                    _, _, stored_s = self.first_call(prepared[cold].model, self.suite.columns[cold])
+                cells[cold] = replace(cells[cold], stored_s=stored_s)
+        return Row(self.name, {column: cells[column] for column in wanted}, self.workload.floors)
+
+    def prepare_all(self, columns: Sequence[str], cells: dict[str, Cell]) -> dict[str, Prepared]:
+        """The columns that compile, in this order; into `cells` why others do not."""
+        prepared: dict[str, Prepared] = {}
+        if self.suite.cold:  # what the first compilation in a process costs is nobody's
+            for backend in {self.suite.columns[c].backend for c in columns} - {None}:
+                torch.compile(torch.nn.functional.silu, backend=backend)(torch.ones(4, 4, device=self.device))
+        for column in columns:
+            progress(f"{self.name}: {column}")
+            if time.monotonic() > self.last_start:
+                cells[column] = Cell(failed="left out, the time limit was near")
+                continue
+            try:
+                prepared[column] = self.prepare(copy.deepcopy(self.workload.model), self.suite.columns[column])
+            except Exception as error:  # Whatever a compiler raises is this column's result, and not the end of the run.
+                cells[column] = Cell(failed=reason(error))
+                progress(f"{self.name}: {column} failed: {error}")
+        return prepared
+
+    def prepare(self, model: nn.Module, column: Column) -> Prepared:
+        before = graph_count()
+        with self.compiling(column):
+            run, call, first_s = self.first_call(model, column)
+            for _ in range(self.suite.warmup if column.backend == "layerzero" else WARMUP_OTHERS):
+                self.before()
+                call()
+        if column.backend is not None and graph_count() == before:
+            raise RuntimeError("no graph of its own was compiled: it would be timed with another column's")
+        return Prepared(model, run, call, graph_count() - before, first_s if column.backend else None)
+
+    def first_call(self, model: nn.Module, column: Column) -> tuple[Callable[..., Any], Callable[[], Any], float]:
+        """What was compiled, one call of it, and the seconds that the first call took."""
+        run: Callable[..., Any] = model
+        if column.backend is not None:
+            run = torch.compile(model, backend=column.backend, options=dict(column.options) or None, mode=column.mode)
+        call = self.workload.call(model, run)
+        self.before()
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return run, call, time.perf_counter() - start
+
+    def before(self) -> None:
+        self.workload.rewind()
+        torch.compiler.cudagraph_mark_step_begin()
+
+    @contextmanager
+    def compiling(self, column: Column) -> Iterator[None]:
+        empty = fresh_cache(dir=str(self.folder), delete=False) if self.suite.cold else nullcontext()
+        with empty, torch._inductor.config.patch(freezing=True) if column.freezing else nullcontext():
+            yield
+
+    def synchronize(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def errors(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        """Relative L2 error of each column's output against eager's, with the same weights, in the suite's exact dtype."""
+        self.before()
+        inputs = converted(self.workload.inputs, self.suite.exact)
+        # float32 means float32: cuDNN's convolutions would take tf32.
+        with Float64() if self.suite.exact is torch.float64 else torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = first(copy.deepcopy(self.workload.model).to(self.suite.exact)(**inputs)).double()
+        errors = {}
+        for column, call in calls.items():
+            self.before()
+            errors[column] = ((first(call()).double() - exact).norm() / exact.norm()).item()
+        return errors
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One model under one column: `stats`, or the reason why there are none."""
-
-    stats: Stats | None = None
-    error: float | None = None
-    graphs: int = 0
-    failed: str | None = None
-
-
-Row = dict[str, Cell]
-Inputs = dict[str, Tensor]
-
-
-def llama() -> tuple[nn.Module, Inputs]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        intermediate_size=1536,
-        vocab_size=8000,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config), {"input_ids": torch.randint(8000, (1, 256))}
-
-
-def bert() -> tuple[nn.Module, Inputs]:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048)
-    lengths = torch.tensor([128, 96, 64, 32])
-    mask = (torch.arange(128) < lengths[:, None]).long()
-    return BertModel(config), {"input_ids": torch.randint(config.vocab_size, (4, 128)), "attention_mask": mask}
-
-
-def vit() -> tuple[nn.Module, Inputs]:
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536)
-    return ViTModel(config), image()
-
-
-def resnet50() -> tuple[nn.Module, Inputs]:
-    from transformers import ResNetConfig, ResNetModel
-
-    return ResNetModel(ResNetConfig()), image()
-
-
-def convnext() -> tuple[nn.Module, Inputs]:
-    from transformers import ConvNextConfig, ConvNextModel
-
-    return ConvNextModel(ConvNextConfig()), image()
-
-
-def image() -> Inputs:
-    return {"pixel_values": torch.randn(1, 3, 224, 224)}
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
-    "llama": llama,
-    "bert": bert,
-    "vit": vit,
-    "resnet50": resnet50,
-    "convnext": convnext,
-}
-
-
-@torch.no_grad()
-def measure(name: str, columns: Sequence[str], rounds: int, accuracy: bool) -> Row:
-    """All columns of one model, compiled one after the other and then timed in turn."""
-    torch.manual_seed(0)
-    model, inputs = MODELS[name]()
-    model.eval()
-    # The columns share the code objects of the model's classes, and Dynamo counts its limit per code object.
-    torch._dynamo.config.recompile_limit = 1024
-    torch._dynamo.config.accumulated_recompile_limit = 4096
-    calls: dict[str, Callable[[], Any]] = {}
-    row: Row = {}
-    for column in columns:
-        progress(f"{name}: {column}")
-        try:
-            calls[column], graphs = prepare(copy.deepcopy(model), inputs, COLUMNS[column])
-            row[column] = Cell(graphs=graphs)
-        except Exception as error:  # Whatever a compiler raises is this column's result, and not the end of the run.
-            row[column] = Cell(failed=reason(error))
-            progress(f"{name}: {column} failed: {error}")
-    progress(f"{name}: {rounds} rounds of {len(calls)} columns")
-    compiled = graph_count()
-    stats = interleave(calls, rounds) if calls else {}
-    if graph_count() != compiled:
-        progress(f"{name}: WARNING: {graph_count() - compiled} graphs were compiled while timing")
-    reference = exact_output(model, inputs) if accuracy else None
-    for column, call in calls.items():
-        error = None if reference is None else relative_error(call()[0], reference)
-        row[column] = Cell(stats[column], error, row[column].graphs)
-    return row
-
-
-def prepare(model: nn.Module, inputs: Inputs, column: Column) -> tuple[Callable[[], Any], int]:
-    """The warmed-up call of one column, and the number of graphs that were compiled for it."""
-    if column.backend is None:
-        model(**inputs)
-        return lambda: model(**inputs), 0
-    compiled = torch.compile(model, backend=column.backend, options=dict(column.options) or None)
-    before = graph_count()
-    with torch._inductor.config.patch(freezing=True) if column.freezing else nullcontext():
-        for _ in range(WARMUP if column.backend == "layerzero" else WARMUP_OTHERS):
-            compiled(**inputs)
-    if graph_count() == before:
-        raise RuntimeError("no graph of its own was compiled: it would be timed with another column's")
-    return lambda: compiled(**inputs), graph_count() - before
+def first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def graph_count() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def what_was_planned(compiled: Any) -> dict[str, Any]:
+    """Of all graphs together: predicted and measured times, planning time, winners of the races, kernels that were planned."""
+    graphs = json.loads(lz.explain(compiled).to_json())["graphs"]
+    plans = [plan for graph in graphs for plan in graph["plans"]]
+    kernels: Counter[str] = Counter()
+    for region in (region for plan in plans for region in plan["regions"]):
+        kernels[region["kernel"]] += region["count"]
+    measured = [graph["measured_s"] for graph in graphs]
+    return {
+        "predicted_ms": 1e3 * sum(graph["predicted_s"] for graph in graphs),
+        "measured_ms": None if None in measured else 1e3 * sum(measured),
+        "plan_s": sum(plan["plan_s"] for plan in plans),
+        "winners": [graph["winner"] for graph in graphs],
+        "kernels": dict(kernels.most_common()),
+        "times_s": [graph["times_s"] for graph in graphs],
+        "notes": [note for graph in graphs for note in graph["notes"]],
+    }
 
 
 class Float64(TorchFunctionMode):
@@ -199,54 +210,46 @@ class Float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def exact_output(model: nn.Module, inputs: Inputs) -> Tensor:
-    doubled = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    with Float64():
-        return copy.deepcopy(model).double()(**doubled)[0]
-
-
-def relative_error(output: Tensor, reference: Tensor) -> float:
-    return ((output.double() - reference).norm() / reference.norm()).item()
-
-
-def reason(error: BaseException) -> str:
-    # Dynamo wraps what a backend raises, under a first line that says only which backend it was.
-    error = getattr(error, "inner_exception", error)
-    first = next(iter(str(error).strip().splitlines()), "")
-    return textwrap.shorten(f"{type(error).__name__}: {first}", 80, placeholder=" ...")
-
-
 def measure_in_process(name: str, args: argparse.Namespace) -> Row:
+    columns = [c for c in args.columns if name in (SUITES[args.device].columns[c].models or (name,))]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "row.json")
-        command = [sys.executable, __file__, "--models", name, "--columns", ",".join(args.columns)]
-        command += ["--rounds", str(args.rounds), "--worker", str(file)]
+        command = [sys.executable, __file__, "--device", args.device, "--models", name, "--columns", ",".join(columns)]
+        command += ["--rounds", str(args.rounds), "--worker", str(file), "--limit", str(args.limit)]
         command += ["--accuracy" if args.accuracy else "--no-accuracy"]
-        # What a compiler prints must not end up between the tables.
-        code = subprocess.run(command, stdout=sys.stderr, env=MALLOC | os.environ, check=False).returncode
+        env = MALLOC | os.environ
+        if SUITES[args.device].cold:
+            env["LAYERZERO_CACHE_DIR"] = str(args.store.resolve() if args.store else Path(folder, "layerzero"))
+        timeout = None if args.limit == float("inf") else args.limit
+        try:  # What a compiler prints must not end up between the tables.
+            code = subprocess.run(command, stdout=sys.stderr, env=env, check=False, timeout=timeout).returncode
+        except subprocess.TimeoutExpired:
+            return Row(name, {column: Cell(failed=f"not done within {timeout:.0f} s") for column in columns})
         if code:
-            return {column: Cell(failed=f"the process of this model ended with {code}") for column in args.columns}
-        cells = json.loads(file.read_text())
-    return {column: cell_from(values) for column, values in cells.items()}
-
-
-def cell_from(values: Mapping[str, Any]) -> Cell:
-    return Cell(**{**values, "stats": values["stats"] and Stats(**values["stats"])})
+            return Row(name, {column: Cell(failed=f"the process of this model ended with {code}") for column in columns})
+        return row_from(json.loads(file.read_text()))
 
 
 def progress(message: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {message}", file=sys.stderr, flush=True)
 
 
-def header() -> dict[str, str]:
-    return {
-        "date": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
-        "cpu": cpu_name(),
-        "cores": f"{len(os.sched_getaffinity(0))} usable, {torch.get_num_threads()} torch threads",
-        "torch": torch.__version__,
-        "malloc": " ".join(f"{name}={os.environ.get(name, value)}" for name, value in MALLOC.items()),
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-    }
+def header(device: str) -> dict[str, str]:
+    import transformers
+
+    head = {"date": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %z}", "device": device}
+    command = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "lz_compiler": lz.__version__, "command": command}
+    if device == "cuda":
+        import timm
+        import triton
+
+        cudnn = str(torch.backends.cudnn.version())
+        libraries = {"cuda": str(torch.version.cuda), "cudnn": cudnn, "triton": triton.__version__, "timm": timm.__version__}
+        return {**head, "gpu": torch.cuda.get_device_name(), **libraries, **versions}
+    malloc = " ".join(f"{name}={os.environ.get(name, value)}" for name, value in MALLOC.items())
+    cores = f"{len(os.sched_getaffinity(0))} usable, {torch.get_num_threads()} torch threads"
+    return {**head, "cpu": cpu_name(), "cores": cores, "malloc": malloc, **versions}
 
 
 def cpu_name() -> str:
@@ -256,110 +259,57 @@ def cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def report(rows: Mapping[str, Row], columns: Sequence[str], accuracy: bool) -> str:
-    times = {name: [time_text(row[column]) for column in columns] for name, row in rows.items()}
-    blocks = ["median ms (float32)", table(columns, times), "", *speedup_block(rows, columns)]
-    if accuracy:
-        errors = {name: [error_text(row[column]) for column in columns] for name, row in rows.items()}
-        blocks += ["", "relative L2 error against float64", table(columns, errors)]
-    return "\n".join([*blocks, "", *quiet_lines(rows)])
-
-
-def quiet_lines(rows: Mapping[str, Row]) -> list[str]:
-    """How far the machine was this run's own: a reader must know before believing any of the numbers."""
-    measured = [(name, column, cell.stats) for name, row in rows.items() for column, cell in row.items() if cell.stats]
-    dropped = [f"{name} {column} {s.dropped}/{s.dropped + s.kept}" for name, column, s in measured if s.dropped]
-    cores = {name: max((s.cores for model, _, s in measured if model == name), default=0.0) for name in rows}
-    return [
-        f"samples dropped as contended: {', '.join(dropped) or 'none'}",
-        f"cores had at best: {', '.join(f'{name} {value:.1f}' for name, value in cores.items())}",
-    ]
-
-
-def speedup_block(rows: Mapping[str, Row], columns: Sequence[str]) -> list[str]:
-    speedups = {name: speedups_of(row, columns) for name, row in rows.items()}
-    lines = {name: [times_text(value) for value in row.values()] for name, row in speedups.items()}
-    for label, fold in (("geomean", geomean), ("minimum", min)):
-        cells = []
-        for column in columns:
-            values = [row[column] for row in speedups.values()]
-            known = [value for value in values if value is not None]
-            # A mean over fewer models than its neighbour's is not comparable with it, so say so.
-            missing = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
-            cells.append(times_text(fold(known)) + missing if known else "-")
-        lines[label] = cells
-    return [f"speed-up over the best of: {', '.join(c for c in BASELINES if c in columns)}", table(columns, lines)]
-
-
-def speedups_of(row: Row, columns: Sequence[str]) -> dict[str, float | None]:
-    baselines = [stats for name in BASELINES if name in row and (stats := row[name].stats)]
-    best = min(baselines, key=lambda stats: stats.median, default=None)
-    measured = {column: row[column].stats for column in columns}
-    return {column: ratio(best, stats) if best and stats else None for column, stats in measured.items()}
-
-
-def time_text(cell: Cell) -> str:
-    return f"{cell.stats.median:.2f}" if cell.stats else f"failed: {cell.failed}"
-
-
-def error_text(cell: Cell) -> str:
-    return "-" if cell.error is None else f"{cell.error:.1e}"
-
-
-def times_text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
-
-
-def table(columns: Sequence[str], lines: Mapping[str, Sequence[str]]) -> str:
-    grid = [["model", *columns], *([name, *cells] for name, cells in lines.items())]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    texts = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in grid]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([texts[0], rule, *texts[1:]])
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="only cpu so far")
-    parser.add_argument("--models", type=names_from(MODELS), default=list(MODELS), help=",".join(MODELS))
-    parser.add_argument("--columns", type=names_from(COLUMNS), default=list(COLUMNS), help=",".join(COLUMNS))
+    every = {device: (",".join(suite.models), ",".join(suite.columns)) for device, suite in SUITES.items()}
+    lists = "\n\n".join(f"{device}\n  --models {models}\n  --columns {columns}" for device, (models, columns) in every.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=lists, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=SUITES)
+    parser.add_argument("--models", help="names with commas between; default: all of the device")
+    parser.add_argument("--columns", help="names with commas between; default: all of the device")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE as well")
+    parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS",
+                        help="for each model; after three fifths of it, no further column is begun")  # fmt: skip
+    parser.add_argument("--store", type=Path, metavar="FOLDER",
+                        help="cuda: keep LayerZero's timings there (then nothing is cold); default: an empty folder per model")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line to FILE as each model is done")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="measure nothing: the tables of such files")
     parser.add_argument("--accuracy", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # One model, in this process, into this file.
     args = parser.parse_args(argv)
-    if args.device != "cpu":
-        parser.error(f"--device {args.device} is not supported yet; allowed: cpu")
+    for option, known in (("models", SUITES[args.device].models), ("columns", SUITES[args.device].columns)):
+        given = getattr(args, option)
+        names = list(known) if given is None else given.split(",")
+        setattr(args, option, names)
+        for name in names:
+            if name not in known:
+                parser.error(f"--{option}: unknown {name!r} on {args.device}; allowed: {', '.join(known)}")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.device == "cuda" and not args.report and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device")
     return args
-
-
-def names_from(allowed: Iterable[str]) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
-        given = text.split(",")
-        for name in given:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"unknown {name!r}; allowed: {', '.join(allowed)}")
-        return given
-
-    return names
 
 
 def main() -> None:
     args = parse()
     if args.worker:
-        row = measure(args.models[0], args.columns, args.rounds, args.accuracy)
-        args.worker.write_text(json.dumps({column: asdict(cell) for column, cell in row.items()}))
+        bench = Bench(args.models[0], SUITES[args.device], args.device, args.worker.parent, args.limit)
+        args.worker.write_text(json.dumps(asdict(bench.measure(args.columns, args.rounds, args.accuracy))))
         return
-    head = header()
-    rows = {name: measure_in_process(name, args) for name in args.models}
-    for key, value in head.items():
-        print(f"{key}: {value}")
-    print(f"\n{report(rows, args.columns, args.accuracy)}")
-    if args.json:
-        cells = {name: {column: asdict(cell) for column, cell in row.items()} for name, row in rows.items()}
-        args.json.write_text(json.dumps({**head, "rounds": args.rounds, "rows": cells}, indent=2) + "\n")
+    if args.report:
+        rows = [row_from(json.loads(line)) for file in args.report for line in file.read_text().splitlines()]
+        for device, suite in SUITES.items():
+            measured = [row for row in rows if row.run["device"] == device]
+            if measured:
+                print(report(measured, suite))
+        return
+    head, rows = header(args.device), []
+    for name in args.models:
+        rows.append(replace(measure_in_process(name, args), run=head))
+        if args.json:
+            with args.json.open("a") as file:
+                file.write(json.dumps(asdict(rows[-1])) + "\n")
+    print(report(rows, SUITES[args.device]))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import torch
 
 # A sample is contended when its wall time per CPU time is this much above what the same call reached at its best.
 CONTENDED = 1.25
-# Each sample follows untimed calls of its own for this long, at least one. The pool threads of whatever ran before
+# Each sample follows untimed calls of its own, on a CPU for this long, at least one. The pool threads of whatever ran before
 # spin on for milliseconds, and their CPU time is accounted only at a scheduler tick: neither may land in this sample.
+# (On a GPU one call does: by time, thousands would be queued.)
 LEAD_IN_NS = 10_000_000
 
 
@@ -49,11 +50,16 @@ def interleave(
     *,
     device: str = "cpu",
     seed: int = 0,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, Stats]:
-    """Times every call once per round, in an order shuffled per round (and reproducible by `seed`)."""
-    timed = _timed_cuda if device.startswith("cuda") else _timed_cpu
+    """Times every call once per round, in an order shuffled per round (and reproducible by `seed`).
+
+    `before` is run, untimed, before each call: what puts back state that a call moves on.
+    """
+    timed, lead_in_ns = (_timed_cuda, 0) if device.startswith("cuda") else (_timed_cpu, LEAD_IN_NS)
     for call in calls.values():
         for _ in range(warmup):
+            before()
             call()
     order = list(calls)
     rng = random.Random(seed)
@@ -61,7 +67,8 @@ def interleave(
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
-            _lead_in(calls[name])
+            _lead_in(calls[name], before, lead_in_ns)
+            before()
             samples[name].append(timed(calls[name]))
     return {name: _summarize(taken) for name, taken in samples.items()}
 
@@ -92,10 +99,12 @@ def _wall_per_cpu(sample: _Sample) -> float:
     return max(sample.wall_ms / max(sample.cpu_ms, 1e-6), 1 / torch.get_num_threads())
 
 
-def _lead_in(call: Callable[[], object]) -> None:
-    end = time.perf_counter_ns() + LEAD_IN_NS
+def _lead_in(call: Callable[[], object], before: Callable[[], object], duration_ns: int) -> None:
+    end = time.perf_counter_ns() + duration_ns
+    before()
     call()
     while time.perf_counter_ns() < end:
+        before()
         call()
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything reads it: tests must neither use nor touch the user's timings.
 os.environ["LAYERZERO_CACHE_DIR"] = tempfile.mkdtemp(prefix="layerzero-tests-")
 
 import pytest
 import torch
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Modules that turn Triton into its interpreter when they are imported, for the whole process: not beside a GPU's tests."""
+    interpreted = collection_path.name.startswith("test_triton")
+    return True if interpreted and config.getoption("markexpr") == "gpu" else None
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,277 @@
+"""On a CUDA device (`pytest -m gpu`; parts with -k inference, training, kernels, attention): real models in both 16-bit types by
+the lossless rule, which kernels ran, and every attention kernel against float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import Case, leaves, placed_values, trace
+from test_models import MODELS, assert_lossless, build, cast, check_inference, check_training_step, compiled, trained
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+
+from lz_compiler import backends, measure, ops, torch_private
+from lz_compiler.backend import RECORDS
+from lz_compiler.backends.base import SelectionContext
+from lz_compiler.types import Candidate, Rejection
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+# Prices by formula and no race: what is tested is that kernels are right where a plan puts them, and none is chosen by its time.
+FAST = {"cost_model": "roofline"}
+
+# --- models -----------------------------------------------------------------------------------------------------------------
+
+TIMM: dict[str, dict[str, Any]] = {
+    "resnet18": {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48)},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48), "ls_init_value": 1.0},
+    "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 64},
+    "deit_tiny_distilled_patch16_224": {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 64},
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2), "embed_dim": 32, "num_heads": (2, 4), "img_size": 64, "window_size": 4},
+    "test_efficientnet": {},
+    "regnety_002": {"depth": 6, "wa": 40.0, "wm": 2.0},
+    "densenet121": {"growth_rate": 8, "block_config": (2, 2)},
+    "mixer_s16_224": {"img_size": 64},
+    "levit_128s": {"embed_dim": (32, 48, 64), "depth": (1, 1, 1), "num_heads": (2, 3, 4), "img_size": 64},
+    "coatnet_nano_rw_224": {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": 16, "img_size": 64},
+    "edgenext_xx_small": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)},
+}
+
+
+def timm_model(name: str) -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    model = trained(timm.create_model(name, pretrained=False, num_classes=10, **TIMM[name]).eval())
+    for parameter in model.parameters():
+        if not parameter.any():  # heads and ends of residual branches that start at zero would hide what comes before them
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def on_device(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    model = build(name) if name in MODELS else timm_model(name)
+    inputs = MODELS[name][1](MODELS[name][2]) if name in MODELS else {"x": torch.randn(2, 3, 64, 64)}
+    return model.to(DEVICE, dtype), pytree.tree_map_only(Tensor, lambda t: t.to(DEVICE), cast(inputs, dtype))
+
+
+@HALF
+@pytest.mark.parametrize("name", [*MODELS, *TIMM])
+def test_inference(name: str, dtype: torch.dtype) -> None:
+    model, inputs = on_device(name, dtype)
+    check_inference(model, inputs, slack=8, **FAST)
+
+
+@HALF
+@pytest.mark.parametrize("name", [*MODELS, *TIMM])
+def test_training_step(name: str, dtype: torch.dtype) -> None:
+    model, inputs = on_device(name, dtype)
+    check_training_step(model, inputs, slack=8, least=0.01, **FAST)
+
+
+# What the profiler must see of each kernel: an operator of ATen, or a part of a CUDA kernel's name.
+SEEN = {
+    "aten.mm": "aten::mm|aten::addmm", "aten.bmm": "aten::bmm", "aten.conv": "aten::convolution", "cublas.merged": "aten::mm|aten::addmm",
+    "cublas.addmm_activation": "aten::_addmm_activation", "cublas.conv1x1": "aten::mm|aten::addmm|aten::_addmm_activation",
+    "cublas.im2col": "aten::mm|aten::addmm|aten::_addmm_activation", "cudnn.attention": "aten::_scaled_dot_product_cudnn_attention",
+    "cudnn.conv": "aten::cudnn_convolution|aten::cudnn_convolution_relu|aten::cudnn_convolution_add_relu",
+    "aten.flash_attention": "aten::_scaled_dot_product_flash_attention",
+    "aten.efficient_attention": "aten::_scaled_dot_product_efficient_attention",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet"])
+@pytest.mark.parametrize("freeze", [False, True], ids=["plain", "freeze"])
+def test_chosen_kernels_ran(name: str, freeze: bool) -> None:
+    """The profiler sees each operator at least as often as the plan, on measured prices, chose kernels that call it."""
+    model, inputs = on_device(name, torch.bfloat16)
+    with torch.no_grad():
+        run = compiled(model, freeze=freeze)
+        run(**inputs)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            run(**inputs)
+            torch.cuda.synchronize()
+    chosen = Counter(c.candidate.kernel for p in RECORDS[-1].plans for c in p.choices if c.candidate.region.op != "getitem")
+    events = Counter(event.name for event in profiler.events())
+    expected: Counter[str] = Counter()
+    for kernel, count in chosen.items():
+        if kernel in SEEN:
+            expected[SEEN[kernel]] += count
+    seen = {names: sum(events[n] for n in names.split("|")) for names in expected}
+    assert expected, f"no kernel that the profiler could name: {chosen}"
+    assert all(seen[names] >= count for names, count in expected.items()), (chosen, seen)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------------
+
+SIZES = (64, 80, 96, 128, 256)
+LENGTHS = ((1, 1), (7, 7), (128, 128), (1000, 1000), (4096, 4096), (1, 4096), (7, 1000))  # (queries, keys)
+LAYOUTS = tuple(itertools.product((False, True), (False, True)))  # (grouped heads, heads inside: BSHD)
+WINDOW = 5
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def visible_to(q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Key numbers, and of each query the last key that it may see."""
+    keys = torch.arange(k.shape[2], device=k.device)
+    return keys[None, None, None], (torch.arange(q.shape[2], device=q.device) + position)[None, None, :, None]
+
+
+def padded(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
+    return real[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+
+
+def within_window(q: Tensor, k: Tensor, position: Tensor) -> Tensor:
+    key, last = visible_to(q, k, position)
+    return (key <= last) & (key > last - WINDOW)
+
+
+def causal(q: Tensor, k: Tensor, position: Tensor) -> Tensor:
+    key, last = visible_to(q, k, position)
+    return key <= last
+
+
+def middle(q: int, k: int, dtype: torch.dtype) -> Tensor:
+    """A position from which on a part of the cache is still empty."""
+    return torch.tensor((k - q) // 2, device=DEVICE)
+
+
+def some(q: int, k: int, dtype: torch.dtype) -> Tensor:
+    keep = draw(2, 1, q, k) > -0.5
+    keep[..., 0] = True
+    return keep
+
+
+def not_padding(q: int, k: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(k, device=DEVICE) < torch.tensor([[k], [k // 2 + 1]], device=DEVICE)
+
+
+# How a model computes its mask in the graph, and the tensor that it computes it from.
+MASKS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor] | None, Callable[[int, int, torch.dtype], Tensor] | None]] = {
+    "none": (None, None),
+    "is_causal": (None, None),
+    "causal": (causal, lambda q, k, dtype: torch.zeros((), dtype=torch.long, device=DEVICE)),
+    "offset": (causal, middle),
+    "window": (within_window, middle),
+    "padding": (padded, not_padding),
+    "boolean": (lambda q, k, mask: mask, some),
+    "additive": (lambda q, k, mask: mask, lambda q, k, dtype: draw(2, 1, q, k, dtype=dtype)),
+}
+
+
+def attention_case(kind: str, queries: int, keys: int, size: int, grouped: bool, inside: bool, dtype: torch.dtype) -> Case:
+    """Four heads on two batches, as a model writes it: mask computed in the graph, grouped heads repeated."""
+    make, source = MASKS[kind]
+
+    def operand(heads: int, length: int, seed: int) -> Tensor:
+        x = draw(2 + seed, length, heads, size, dtype=dtype)[:2] if inside else draw(2 + seed, heads, length, size, dtype=dtype)[:2]
+        return x.transpose(1, 2) if inside else x
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        mask = make(q, k, rest[0]) if make else None
+        if grouped:
+            k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(x.shape[0], 4, *x.shape[2:]) for x in (k, v))
+        return ops.sdpa(q, k, v, mask, kind == "is_causal", None, False)
+
+    heads = 2 if grouped else 4
+    args = (operand(4, queries, 0), operand(heads, keys, 1), operand(heads, keys, 2))
+    args += (source(queries, keys, dtype),) if source else ()
+    return Case(f"{kind} {queries}x{keys} {size} {grouped=} {inside=} {dtype}", fn, args)
+
+
+def sweep(kind: str, size: int) -> list[Case]:
+    """All lengths; heads, layouts and dtypes in turn, so that every pair of them meets every length, size or mask."""
+    turn = list(MASKS).index(kind) + SIZES.index(size)
+    dtypes = (torch.bfloat16, torch.float16)
+    return [
+        attention_case(kind, *length, size, *LAYOUTS[(i + turn) % 4], dtypes[(i + turn // 4) % 2])
+        for i, length in enumerate(LENGTHS)
+    ]  # fmt: skip
+
+
+def offered(ctx: SelectionContext) -> list[Candidate]:
+    """One candidate of each kernel: variants that differ in tuning alone cost a compilation each."""
+    found: dict[str, Candidate] = {}
+    for library in backends.all_backends().values():
+        for answer in library.candidates(ctx) if library.missing() is None else ():
+            if not isinstance(answer, Rejection):
+                found.setdefault(answer.kernel, answer)
+    return list(found.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention_kernels(kind: str, size: int) -> None:
+    for case in sweep(kind, size):
+        traced = trace(case)
+        exact = case.fn(*(a.double() if a.is_floating_point() else a for a in case.args))
+        theirs = float((case.fn(*case.args).double() - exact).abs().max())
+        regions = [ctx for ctx in traced.contexts if ctx.region.op == "attention"]
+        assert regions
+        for ctx in regions:
+            read, _ = placed_values(ctx, traced.values)
+            allowed = 2 * theirs + measure.rounding(ctx) * float(exact.abs().max())
+            for candidate in offered(ctx):
+                with torch_private.real_tensors():
+                    (y,) = leaves(measure.bind(candidate, measure.Inputs(read).formatted(candidate, ctx))())
+                error = float((y.double().reshape(exact.shape) - exact).abs().max())
+                assert error <= allowed, f"{candidate.kernel}, {case}, reads {ctx.roles}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@torch.no_grad()
+def test_every_attention_kernel_is_swept() -> None:
+    cases = [attention_case(kind, *length, 64, False, False, torch.bfloat16) for kind in MASKS for length in ((7, 7), (1, 128))]
+    found = {c.kernel for case in cases for ctx in trace(case).contexts if ctx.region.op == "attention" for c in offered(ctx)}
+    known = {name for library in backends.all_backends().values() for name in library.kernels if "attention" in name or "sdpa" in name}
+    assert found == known - {"aten.flash_attention_cpu", "inductor.attention"}  # of a CPU, and of float32
+
+
+def test_attention_masks_are_understood() -> None:
+    """No kernel has to read a mask that was computed from positions and lengths."""
+    for kind, (make, _) in MASKS.items():
+        contexts = trace(attention_case(kind, 7, 128, 64, False, False, torch.bfloat16)).contexts
+        masked = ["mask" in ctx.roles for ctx in contexts if ctx.region.op == "attention"]
+        assert all(masked) == (kind in ("boolean", "additive")), kind
+        assert make is not None or not any(masked), kind
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [(128, 128), (1, 4096)], ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention_compiled(kind: str, length: tuple[int, int]) -> None:
+    """The whole way, on measured prices: keys and values grouped, heads inside, the output laid out for the next product."""
+    case = attention_case(kind, *length, 64, True, True, torch.bfloat16)
+    make, _ = MASKS[kind]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        mask = make(q, k, rest[0]) if make else None
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == "is_causal")
+        return y.transpose(1, 2).flatten(2)
+
+    exact = attend(*(a.double() if a.is_floating_point() else a for a in case.args))
+    options = {"race": False, "measure_budget_s": 5.0}
+    ours = torch.compile(attend, backend="layerzero", options=options)(*case.args)
+    assert_lossless([ours], [attend(*case.args)], [exact], slack=4)
+    assert math.isfinite(float(exact.abs().max()))
+    assert [c for p in RECORDS[-1].plans for c in p.choices if c.candidate.region.op == "attention"]
+
+
+def test_attention_kernels_are_compiled() -> None:
+    assert not os.environ.get("TRITON_INTERPRET"), "Triton runs as an interpreter in this process"
