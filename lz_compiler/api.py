@@ -12,7 +12,7 @@ from . import backends
 from .backend import RECORDS, GraphRecord, layerzero, open_store
 from .options import Options
 from .report import Report, explain_plan, explain_records
-from .target import detect, environment
+from .target import detect
 from .types import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -62,12 +62,16 @@ def doctor(cache_dir: str | None = None) -> Report:
     for device in devices:
         target = detect(device, store)
         flops = {k: v for k, v in target.flops.items() if k != "transcendental"}
+        graph_launch = detect(device, store, graphs=True).launch_ns
         targets[device] = {
-            **environment(device), "bandwidth": target.bandwidth, "flops": dict(target.flops), "launch_ns": target.launch_ns,
+            **target.environment, "bandwidth": target.bandwidth, "flops": dict(target.flops), "launch_ns": target.launch_ns,
+            "graph_launch_ns": graph_launch,
         }  # fmt: skip
         rates = ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in flops.items())
-        lines += [f"  {device}: {target.name}, {target.threads} threads"]
-        lines += [f"    measured peaks: {target.bandwidth / 1e9:.1f} GB/s, {rates}, {target.launch_ns} ns a call"]
+        details = ", ".join(f"{k} {v}" for k, v in target.environment.items() if k not in ("device", "name"))
+        replayed = f", {graph_launch} ns in a CUDA graph" if device == "cuda" else ""
+        lines += [f"  {device}: {target.name} ({details})"]
+        lines += [f"    measured peaks: {target.bandwidth / 1e9:.1f} GB/s, {rates}, {target.launch_ns} ns a call{replayed}"]
     libraries = {}
     lines.append("  kernel libraries:")
     for name, library in backends.all_backends().items():

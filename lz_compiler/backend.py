@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from . import __version__, ops, race, torch_private
+from .backends import set_up
 from .capture import GraphView, fingerprint, tensors_in
 from .options import Options
 from .passes.apply import apply_plan
@@ -104,11 +105,7 @@ class _Session:
         torch_private.counters()["graphs"] += 1
 
     def compile(self) -> Callable[..., Any]:
-        """Finalists in a race, or the one that is known to win; with frozen weights, for these weights only."""
-        compiled = self._compile()
-        return _for_weights(compiled, self.gm, self.real, self.options) if self.options.freeze else compiled
-
-    def _compile(self) -> Callable[..., Any]:
+        """Finalists in a race, or the one that is known to win; with frozen weights, Dynamo guards that they are the same."""
         verdict = self.store.get_record("verdict", self.key)
         if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
             return self._from_verdict(verdict)
@@ -138,6 +135,7 @@ class _Session:
         self.record.error = verdict.get("error")
         stored = [plan_from_dict(p) for p in verdict["plans"]]
         self.record.plans = stored
+        set_up({c.candidate.kernel for plan in stored for c in plan.choices})
         if winner == EAGER:
             return self.gm.forward
         if winner == INDUCTOR:
@@ -179,7 +177,7 @@ class _Session:
     def _planned(self, options: Options, plans: list[Plan], cached: str | None = None) -> Callable[..., Any]:
         """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
         gm = keep_attention_pass(torch_private.copy_graph_module(self.gm))
-        target = detect(self.device, self.store)
+        target = detect(self.device, self.store, options.graphs)
 
         def run(graph: fx.Graph, is_inference: bool) -> None:
             plan = plan_and_apply(graph, options, target, self.store, self._frozen(graph, is_inference), is_inference)
@@ -217,28 +215,6 @@ class _Session:
         return found
 
 
-def _for_weights(
-    compiled: Callable[..., Any], gm: fx.GraphModule, real: Sequence[tuple[Tensor | None, bool]], options: Options
-) -> Callable[..., Any]:
-    """`compiled` for calls with the frozen weights. Dynamo shares a graph among modules of one class (weights are its
-    inputs), so a call may bring others: the graph is then compiled again, for these."""
-    frozen = [(i, value) for i, (value, owned) in enumerate(real) if owned]
-    others: list[Callable[..., Any]] = []
-
-    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _Session(graph, list(inputs), options, open_store(options.cache_dir), _device(inputs, graph)).compile()
-
-    def call(*args: Any) -> Any:
-        for i, value in frozen:
-            if args[i] is not value:
-                if not others:
-                    others.append(torch.compile(gm.forward, backend=backend))
-                return others[0](*args)
-        return compiled(*args)
-
-    return call
-
-
 def _written(graph: fx.Graph) -> set[Any]:
     return {n.args[0] for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.copy_.default}
 
@@ -267,7 +243,7 @@ def _changes(plan: Plan) -> bool:
     return any(not dict(c.candidate.params).get("as_is") and c.candidate.region.op in _REGIONS for c in plan.choices)
 
 
-_REGIONS = ("linear", "merged_linear", "bmm", "conv", "attention")
+_REGIONS = ("linear", "merged_linear", "gated_linear", "bmm", "conv", "attention")
 
 
 def _digest(plans: Sequence[Plan]) -> str:

@@ -79,7 +79,7 @@ def run(out: Any, err: Any, rounds: int) -> None:
     rows, calls = measure_columns(model, args, kwargs, columns, rounds, err.print)
     flops = _linear_flops(model, args)
     floor = flops / max(target.flops["float32"], 1.0) * 1e3
-    table = Table(title=f"torch {torch.__version__}, {target.threads} threads, one call in ms")
+    table = Table(title=f"torch {torch.__version__}, {torch.get_num_threads()} threads, one call in ms")
     for column in ("", "ms", "speed against Inductor", "of this machine's float32 limit", "relative error"):
         table.add_column(column, justify="left" if not column else "right")
     with torch.no_grad():

@@ -1,7 +1,9 @@
 """Measuring a region's candidates against each other, and checking each against float64.
 
-Method: inputs rotated past the last-level cache, warm, interleaved rounds, medians; on a CPU rounds in
-which the process did not get its cores are discarded (wall time well above CPU time per thread, compared with the best).
+Method: inputs rotated past the last-level cache, warm, interleaved rounds, medians. On a CPU rounds in which the process
+did not get its cores are discarded (wall time well above CPU time per thread, compared with the best). On a GPU a sample
+is the replay of a CUDA graph of many calls, timed by events: host overhead stays out, and a kernel that cannot be
+captured is found out.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from torch import Tensor
 from . import semantics, torch_private
 from .backends import kernel
 from .backends.base import SelectionContext, Values
-from .target import last_level_cache
+from .target import event_timed, last_level_cache
 from .types import Candidate, Format
 
 ROUNDS = 9
-MAX_COPIES = 4
+MAX_COPIES = {"cpu": 4, "cuda": 12}
 SAMPLE_S = 0.0005  # a sample repeats short calls until it lasts about this long
 
 
@@ -58,8 +60,8 @@ def measurable(ctx: SelectionContext) -> bool:
 
 
 def inputs(ctx: SelectionContext, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {role: semantics.example(role, spec, generator) for role, spec in zip(ctx.roles, ctx.specs, strict=True)}
+    generator = torch.Generator(ctx.specs[0].device).manual_seed(seed)
+    return {role: semantics.example(role, spec, generator, ctx.params) for role, spec in zip(ctx.roles, ctx.specs, strict=True)}
 
 
 class Inputs:
@@ -164,7 +166,7 @@ def _wrong(candidate: Candidate, ctx: SelectionContext, truth: _Truth) -> tuple[
     if not lossless:
         pairs = [(y.double().reshape(x.shape), x) for y, x in zip(results, truth.exact, strict=True)]
         epsilon = max(float((y - x).norm() / x.norm().clamp_min(1e-30)) for y, x in pairs)
-    lossy = any(f.dtype != s.dtype for f, s in zip(candidate.out_formats, ctx.outputs, strict=True))
+    lossy = "lossy" in dict(candidate.params) or any(f.dtype != s.dtype for f, s in zip(candidate.out_formats, ctx.outputs, strict=True))
     if not math.isfinite(own) or (not lossless and not lossy):
         return f"wrong: error {own:.3g}, eager's is {truth.eager_error:.3g} at scale {truth.scale:.3g}", epsilon
     if truth.poisoned is not None:
@@ -181,9 +183,14 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
     not reached before the deadline are missing from the result.
     """
     found: dict[int, Measurement] = {}
+    cuda = ctx.specs[0].device == "cuda"
     with torch_private.real_tensors():
-        truth = _truth(ctx)
-        copies = _copies(truth.inputs)
+        try:
+            truth = _truth(ctx)
+            copies = _copies(truth.inputs, ctx.specs[0].device)
+        except torch.OutOfMemoryError as raised:
+            torch.cuda.empty_cache()
+            return {i: Measurement(None, 0, 0, 0.0, f"OutOfMemoryError: {raised}") for i in range(len(candidates))}
         calls: dict[int, list[Callable[[], Any]]] = {}
         epsilons: dict[int, float] = {}
         for i, candidate in enumerate(candidates):
@@ -194,25 +201,31 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
                 if error is None:
                     bound = copies[:1] if kernel(candidate.kernel).compiled else copies
                     calls[i] = [bind(candidate, values.formatted(candidate, ctx)) for values in bound]
-            except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as raised:
+                    if cuda:
+                        calls[i] = _graph(calls[i])
+            except torch_private.kernel_errors() as raised:
+                calls.pop(i, None)
                 error = f"{type(raised).__name__}: {str(raised).splitlines()[0][:200] if str(raised) else ''}"
             if error is not None:
                 found[i] = Measurement(None, 0, 0, epsilons.get(i, 0.0), error)
-        for i, samples in _rounds(calls, deadline).items():
+        sampled = _replays(calls) if cuda else _rounds(calls, deadline)
+        for i, samples in sampled.items():
             ns = round(statistics.median(samples) * 1e9)
             ranked = sorted(samples)
             spread = round((ranked[int(0.8 * (len(ranked) - 1))] - ranked[int(0.2 * (len(ranked) - 1))]) * 1e9)
             found[i] = Measurement(max(1, ns), spread, len(samples), epsilons[i], None)
         calls.clear()
-        if ctx.specs[0].device == "cuda":
+        if cuda:
+            del truth, copies
             torch.cuda.empty_cache()
     return found
 
 
-def _copies(first: Inputs) -> list[Inputs]:
+def _copies(first: Inputs, device: str) -> list[Inputs]:
     """Several sets of inputs, together past the last-level cache."""
     size = sum(t.numel() * t.element_size() for t in first.values.values())
-    count = min(MAX_COPIES, max(2, math.ceil(last_level_cache() / max(size, 1))))
+    wanted = math.ceil((3 if device == "cuda" else 1) * last_level_cache(device) / max(size, 1))
+    count = min(MAX_COPIES[device], max(2, wanted))
     return [first, *(Inputs(_clone(first.values)) for _ in range(count - 1))]
 
 
@@ -251,6 +264,29 @@ def _rounds(calls: dict[int, list[Callable[[], Any]]], deadline: float) -> dict[
         if turn >= 3 and time.perf_counter() > deadline:
             break
     return {i: _uncontended(samples) for i, samples in taken.items()}
+
+
+def _graph(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
+    """One call that replays a CUDA graph of the given calls, several times over if they are short.
+
+    Raises RuntimeError where a call cannot be captured: such a kernel would break a plan that runs in CUDA graphs.
+    """
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    all_of_them()
+    seconds = min(event_timed(all_of_them) for _ in range(2))
+    repeats = max(1, min(8, round(SAMPLE_S / seconds)))
+    graph = torch_private.capture(all_of_them, repeats)
+    graph.replay()
+    return [graph.replay] * (repeats * len(calls))
+
+
+def _replays(graphs: dict[int, list[Callable[[], Any]]]) -> dict[int, list[float]]:
+    """Seconds a call: a graph's list is as long as the calls in it."""
+    return {i: [event_timed(replay[0]) / len(replay) for _ in range(ROUNDS)] for i, replay in graphs.items()}
 
 
 def _uncontended(samples: list[tuple[float, float]]) -> list[float]:

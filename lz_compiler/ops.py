@@ -7,7 +7,9 @@ Importing this module registers them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +23,12 @@ mkldnn = torch.ops.mkldnn
 aten = torch.ops.aten
 
 _lib = torch.library.Library("lz", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], layout: torch.Tag = torch.Tag.flexible_layout) -> Any:
+    """`flexible_layout`: the operator's lowering says which layouts it needs (Inductor would copy for any other tag first)."""
     name = schema.split("(")[0]
-    _lib.define(schema, tags=_TAGS)
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))
     # Every backend key: a packed weight is an opaque oneDNN tensor and dispatches on its own key.
     _lib.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lz::{name}", fake, lib=_lib)
@@ -106,6 +108,41 @@ conv_binary = _define(
 )
 
 
+# --- CUDA: products that end in an activation, convolutions that end in relu (channels last) ---------------------------
+
+addmm_activation = _define(
+    "addmm_activation(Tensor bias, Tensor x, Tensor weight, bool gelu) -> Tensor",
+    lambda bias, x, weight, gelu: aten._addmm_activation(bias, x.contiguous(), weight.t(), use_gelu=gelu),
+    lambda bias, x, weight, gelu: x.new_empty((x.shape[0], weight.shape[0])),
+)
+
+
+def _cudnn_fake(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:  # fmt: skip
+    return _conv_fake(x, weight, None, padding, stride, dilation)
+
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+cudnn_conv = _define(
+    f"cudnn_conv(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor",
+    lambda x, w, stride, padding, dilation, groups: aten.convolution(
+        _nhwc(x), _nhwc(w), None, stride, padding, dilation, False, [0, 0], groups
+    ),
+    _cudnn_fake,
+)
+cudnn_conv_relu = _define(
+    f"cudnn_conv_relu(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    lambda x, w, bias, *geometry: aten.cudnn_convolution_relu(_nhwc(x), _nhwc(w), bias, *geometry),
+    lambda x, w, bias, *geometry: _cudnn_fake(x, w, *geometry),
+)
+cudnn_conv_add_relu = _define(
+    f"cudnn_conv_add_relu(Tensor x, Tensor weight, Tensor other, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    lambda x, w, other, bias, *geometry: aten.cudnn_convolution_add_relu(_nhwc(x), _nhwc(w), _nhwc(other), 1.0, bias, *geometry),
+    lambda x, w, other, bias, *geometry: _cudnn_fake(x, w, *geometry),
+)
+
+
 # --- attention: q (B, H, Q, D), k and v (B, G, K, D); kept whole until the plan decides --------------------------------
 
 _SDPA = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa"
@@ -115,7 +152,8 @@ def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-sdpa = _define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run)
+_FIXED = torch.Tag.needs_fixed_stride_order
+sdpa = _define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run, _FIXED)
 
 
 def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
@@ -123,7 +161,20 @@ def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: 
         return _sdpa_run(q, k, v, mask, is_causal, scale, enable_gqa)
 
 
-sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])))
+sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])), _FIXED)
+
+
+@functools.cache
+def attention_brgemm() -> Any:
+    """attention_brgemm(q, k, v, mask, causal, scale): the operator of backends/attention.cpp, compiled on first use."""
+    torch_private.load_cpp(str(Path(__file__).with_name("backends") / "attention.cpp"))
+
+    def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        batch, heads, length = q.shape[:3]
+        return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+
+    torch.library.register_fake("lz::attention_brgemm", fake, lib=_lib)
+    return torch.ops.lz.attention_brgemm.default
 
 
 def register_lowerings() -> None:
@@ -149,4 +200,24 @@ def register_lowerings() -> None:
         lambda put, x, other, w, b, padding, stride, dilation, groups, attr, unary: (
             put.channels_last(x), put.channels_last(other), put.weight(w), b, padding, stride, dilation, groups,
             attr, None, unary, [], ""),
+    )  # fmt: skip
+    fake(aten.cudnn_convolution_relu.default, lambda x, w, bias, *geometry: _cudnn_fake(x, w, *geometry))
+    fake(aten.cudnn_convolution_add_relu.default, lambda x, w, other, alpha, bias, *geometry: _cudnn_fake(x, w, *geometry))
+    lower(
+        addmm_activation, aten._addmm_activation.default,
+        lambda put, bias, x, w, gelu: ((bias, put.contiguous(x), put.transposed(w)), {"use_gelu": gelu}),
+    )  # fmt: skip
+    lower(
+        cudnn_conv, aten.convolution.default,
+        lambda put, x, w, stride, padding, dilation, groups: (
+            put.channels_last(x), put.weight(w), None, stride, padding, dilation, False, [0, 0], groups),
+    )  # fmt: skip
+    lower(
+        cudnn_conv_relu, aten.cudnn_convolution_relu.default,
+        lambda put, x, w, bias, *geometry: (put.channels_last(x), put.weight(w), bias, *geometry),
+    )  # fmt: skip
+    lower(
+        cudnn_conv_add_relu, aten.cudnn_convolution_add_relu.default,
+        lambda put, x, w, other, bias, *geometry: (
+            put.channels_last(x), put.weight(w), put.channels_last(other), 1.0, bias, *geometry),
     )  # fmt: skip

@@ -79,6 +79,11 @@ class Options:
                 values[name] = _checked(field, _parsed(field, text, where), where)
         return Options(**values)
 
+    @property
+    def graphs(self) -> bool:
+        """Whether the compiled graph is replayed from CUDA graphs (on a CPU this means nothing)."""
+        return self.cudagraphs or self.mode in ("reduce-overhead", "max-autotune")
+
     def key(self) -> str:
         """Short and stable: equal for options that lead to the same plans."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["plans"]}

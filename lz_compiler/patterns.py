@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from . import ops, semantics, torch_private
 from .backends.base import SelectionContext
 from .capture import RESHAPES, GraphView, is_dynamic, spec_of, tensor_value
+from .masks import infer_mask
 from .options import Options
 from .types import Region
 
@@ -142,7 +143,7 @@ class Recogniser:
             if draft.op == "linear":
                 linears.append(draft)
         if self.options.freeze:
-            for merged in self._merged(linears):
+            for merged in (*self._merged(linears), *self._gated(linears)):
                 yield self._context(merged)
 
     def _core(self, node: fx.Node) -> _Draft | None:
@@ -198,15 +199,21 @@ class Recogniser:
         q, k, v, mask, causal, scale, gqa = node.args
         inputs = {"q": q, "k": k, "v": v, **({"mask": mask} if mask is not None else {})}
         dynamic = any(is_dynamic(n.meta["val"]) for n in inputs.values())  # type: ignore[union-attr]
-        return _Draft("attention", [node], inputs, {"causal": causal, "scale": scale, "gqa": gqa, "dynamic_rows": dynamic})  # type: ignore[arg-type]
+        (queries,), (keys,) = (self.view.spec(n).shape[-2:-1] for n in (q, k))  # type: ignore[arg-type]
+        params = {
+            "causal": causal, "scale": scale, "gqa": gqa, "dynamic_rows": dynamic, "queries": queries, "keys": keys,
+            "shift": 0, "window": 0, "uniform": False,
+        }  # fmt: skip
+        return _Draft("attention", [node], inputs, params)  # type: ignore[arg-type]
 
     # What may follow, absorbed step by step; each step yields a longer region.
 
     def _longer(self, draft: _Draft) -> Iterator[_Draft]:
         if draft.op == "attention":
             grouped = self._grouped_heads(draft)
-            if grouped is not None:
-                yield grouped
+            for one in (draft, grouped):
+                understood = self._understood_mask(one) if one is not None else None
+                yield from (d for d in (one if one is not draft else None, understood) if d is not None)
         elif draft.op == "linear":
             yield from self._epilogues(draft)
         elif draft.op == "conv":
@@ -281,22 +288,30 @@ class Recogniser:
                     yield last
 
     def _affine(self, draft: _Draft) -> Iterator[_Draft]:
-        """Per-channel scale and shift after a convolution; yields only the whole chain (a batch norm is four steps)."""
+        """Per-channel scale and shift after a convolution; yields only the whole chain (a batch norm is four steps, in
+        float32 also after a bfloat16 convolution, and then a conversion back)."""
         channels, dtype, longest = self.view.spec(draft.root).shape[1], draft.root.meta["val"].dtype, None
         names = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul"}
+        wide = {dtype} if dtype in (torch.float32, torch.float64) else {dtype, torch.float32}
         while len(draft.root.users) == 1:
             (user,) = draft.root.users
+            now = user.meta["val"].dtype if isinstance(user.meta.get("val"), Tensor) else None
+            if user.target is prims.convert_element_type.default and now in wide:
+                draft = draft.extended([user])
+                if now is dtype and draft.params["affine"]:
+                    longest = draft
+                continue
             operand = user.args[1 - user.args.index(draft.root)] if user.target in names and draft.root in user.args else None
             value = tensor_value(operand)
             if value is None or user.kwargs or (user.target is aten.sub.Tensor and user.args[0] is not draft.root):
                 break
             shape = (1,) * (4 - value.dim()) + tuple(value.shape)
-            if value.dim() < 3 or shape != (1, channels, 1, 1) or len({value.dtype, user.meta["val"].dtype, dtype}) > 1:
+            if value.dim() < 3 or shape != (1, channels, 1, 1) or value.dtype not in wide or now not in wide:
                 break  # a step that promotes computes in another dtype than the convolution would
             count = len(draft.params["affine"])
-            draft = longest = draft.extended(
-                [user], {f"c{count}": operand}, affine=(*draft.params["affine"], names[user.target])  # type: ignore
-            )  # fmt: skip
+            draft = draft.extended([user], {f"c{count}": operand}, affine=(*draft.params["affine"], names[user.target]))  # type: ignore
+            if now is dtype:
+                longest = draft
         if longest is not None:
             yield longest
 
@@ -331,6 +346,27 @@ class Recogniser:
         order = sorted(nodes, key=self.view.position.__getitem__)
         return _Draft("attention", [*order, draft.root], {**draft.inputs, **sources}, {**draft.params, "gqa": True})
 
+    def _understood_mask(self, draft: _Draft) -> _Draft | None:
+        """Attention whose mask was proved to be a predicate: kernels do without the tensor, and it need not be computed."""
+        mask, (q, k) = draft.inputs.get("mask"), (draft.inputs[r].meta["val"] for r in ("q", "k"))
+        if mask is None or draft.params["causal"] or q.dim() != 4:
+            return None
+        found = infer_mask(mask, q.shape[0], q.shape[2], k.shape[2], self.view.constant)
+        if found is None:
+            return None
+        square = str(q.shape[2]) == str(k.shape[2])
+        params = {
+            "causal": found.causal, "window": found.window, "uniform": found.empty == "uniform",
+            "shift": found.offset + (draft.params["keys"] - draft.params["queries"] if found.bottom and not square else 0),
+        }  # fmt: skip
+        reads = [("position", found.position)] if found.position is not None else []
+        reads += [(f"keys{i}", reading) for i, reading in enumerate(found.keys)]
+        if draft.params["dynamic_rows"] and (reads or params["shift"] or params["window"] or (found.causal and not square)):
+            return None  # sizes would enter the kernel's arguments as they are now
+        inputs = {r: n for r, n in draft.inputs.items() if r != "mask"} | {role: reading.node for role, reading in reads}
+        spelled = tuple((role, r.index, r.shift, r.negated) for role, r in reads)
+        return _Draft("attention", draft.nodes, inputs, {**draft.params, **params, "reads": spelled})
+
     def _merged(self, linears: list[_Draft]) -> Iterator[_Draft]:
         """Linears of one input with frozen weights: one product with the weights side by side."""
         groups: dict[Any, list[_Draft]] = {}
@@ -348,6 +384,35 @@ class Recogniser:
             params = {"count": len(drafts), "widths": widths, "transposed": transposed}
             params |= {k: drafts[0].params[k] for k in ("rows", "dynamic_rows")}
             yield _Draft("merged_linear", [d.root for d in drafts], inputs, params)
+
+    def _gated(self, linears: list[_Draft]) -> Iterator[_Draft]:
+        """act(x w0^T) * (x w1^T) with frozen weights: the gated unit of Shazeer, GLU variants improve transformer, 2020."""
+        by_root = {self.view.base(d.root): d for d in linears if "w" in d.inputs and not d.params["transposed"]}
+        for gate in by_root.values():
+            active = self._with_activation(gate)
+            if active is None:
+                continue
+            readers, reshapes = self._only_reader(active)
+            if len(readers) != 1 or readers[0].target is not aten.mul.Tensor:
+                continue
+            operands = [self.view.base(n) for n in readers[0].args if isinstance(n, fx.Node)]
+            up = next((by_root[n] for n in operands if n in by_root and n is not self.view.base(gate.root)), None)
+            if up is None or self.view.base(active.root) not in operands or self._only_reader(up)[0] != readers:
+                continue
+            roles = {r for r in gate.inputs if r != "x"}
+            same = self.view.base(up.inputs["x"]) is self.view.base(gate.inputs["x"]) and set(up.inputs) == set(gate.inputs)
+            constant = same and all(d.inputs[r] in self.view.frozen for d in (gate, up) for r in roles)
+            if not constant or self.view.spec(up.root) != self.view.spec(gate.root):
+                continue
+            inputs = {"x": gate.inputs["x"], "w0": gate.inputs["w"], "w1": up.inputs["w"]}
+            if "bias" in roles:
+                inputs |= {"b0": gate.inputs["bias"], "b1": up.inputs["bias"]}
+            nodes = {*active.nodes, *up.nodes, *self._only_reader(up)[1], *reshapes}
+            order = sorted(nodes, key=self.view.position.__getitem__)
+            params = {k: gate.params[k] for k in ("rows", "dynamic_rows", "width")}
+            shaped = next((n.name for n in readers[0].all_input_nodes if n.target in RESHAPES), "")
+            params |= {"act": active.params["act"], "out_reshape": shaped}
+            yield _Draft("gated_linear", [*order, readers[0]], inputs, params)
 
     def _context(self, draft: _Draft, default: bool = False) -> SelectionContext:
         roots = draft.nodes if draft.op == "merged_linear" else [draft.root]

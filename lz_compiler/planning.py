@@ -13,7 +13,6 @@ from .cost_models.roofline import Roofline
 from .errors import SolverError
 from .options import Options
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions
-from .target import environment
 from .timings import TimingStore
 from .types import Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Target
 
@@ -84,7 +83,7 @@ def _decode(
     epsilon = DILUTION * sum(c.epsilon**2 for c, _ in chosen) ** 0.5
     conversions = tuple((problem.conversions[i], problem.conversion_costs[i]) for i in solution.converted)
     return Plan(
-        fingerprint=fingerprint, kind=kind, environment=environment(target.device), choices=tuple(choices),
+        fingerprint=fingerprint, kind=kind, environment=dict(target.environment), choices=tuple(choices),
         conversions=conversions, objective=solution.objective, bound=solution.bound, status=solution.status,
         solver=solution.solver, epsilon=epsilon, plan_s=seconds,
     )  # fmt: skip

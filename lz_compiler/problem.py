@@ -8,7 +8,7 @@ them saves these: memory traffic is priced, not nodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -157,15 +157,18 @@ def build(view: GraphView, found: Enumeration, options: Options, roofline: Roofl
                     costs.append(roofline.conversion(spec, src, dst))
     colours = _colours(view)
     classes: dict[object, int] = {}
-    tied = tuple(
-        classes.setdefault((c.kernel, c.in_formats, c.out_formats, c.key, tuple(colours[n] for n in c.region.nodes)), len(classes))
-        for c in found.candidates
-    )
+    tied = tuple(classes.setdefault(_kind(c, colours), len(classes)) for c in found.candidates)
     return Problem(
         candidates=tuple(found.candidates), costs=tuple(found.costs), conversions=tuple(conversions),
         conversion_costs=tuple(costs), sources=frozenset(sources), sinks=tuple(sinks), error_budget=options.error_budget,
         memory_limit=options.memory_limit, candidate_class=tied, tensor_class=colours,
     )  # fmt: skip
+
+
+def _kind(c: Candidate, colours: Mapping[str, int]) -> object:
+    """What candidates of repeated blocks have in common."""
+    variant = tuple((k, v) for k, v in c.params if k in ("variant", "weight_dtype"))
+    return c.kernel, c.in_formats, c.out_formats, c.key, variant, tuple(colours[n] for n in c.region.nodes)
 
 
 def _sources(view: GraphView, candidates: Sequence[Candidate]) -> tuple[set[tuple[str, Format]], set[tuple[str, Format]]]:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from .types import TensorSpec
 
+aten = torch.ops.aten
+
 Tensors = Mapping[str, Tensor]
 Params = Mapping[str, Any]
 
@@ -51,6 +53,14 @@ def merged_linear(t: Tensors, p: Params) -> tuple[Tensor, ...]:
     return tuple(out)
 
 
+def gated_linear(t: Tensors, p: Params) -> Tensor:
+    """act(x w0^T + b0) * (x w1^T + b1)."""
+    gate, up = (t["x"] @ t[f"w{i}"].t() for i in (0, 1))
+    if "b0" in t:
+        gate, up = gate + t["b0"], up + t["b1"]
+    return ACTIVATIONS[p["act"]](gate) * up
+
+
 def bmm(t: Tensors, p: Params) -> Tensor:
     """a (B, M, K) @ b (B, K, N)."""
     return torch.bmm(t["a"], t["b"])
@@ -74,17 +84,68 @@ def conv(t: Tensors, p: Params) -> Tensor:
     for i, step in enumerate(p["affine"]):
         c = t[f"c{i}"].reshape(1, -1, 1, 1)
         y = y * c if step == "mul" else y + c if step == "add" else y - c
-    return _finish(y, t, p)
+    return _finish(y.to(t["x"].dtype), t, p)
+
+
+def mask_inputs(call: Callable[..., Any], t: Tensors, p: Params) -> tuple[Any, Any]:
+    """The tensors that an understood mask reads (masks.Reading), computed through `call(op, *args)`: the KV position (B or 1,)
+    and which keys are visible at all (B or 1, K), or None."""
+    position = keys = None
+    for role, index, shift, negated in p.get("reads", ()):
+        value = t[role]
+        for dim in reversed(range(len(index))):
+            if index[dim] == "key":
+                value = call(aten.slice.Tensor, value, dim, shift, shift + p["keys"])
+            elif index[dim] != "batch":
+                value = call(aten.select.int, value, dim, index[dim])
+        if role == "position":
+            position = call(aten.reshape.default, value, [-1])
+            continue
+        order = [entry for entry in index if entry in ("batch", "key")]
+        value = call(aten.permute.default, value, [1, 0]) if order == ["key", "batch"] else value
+        value = call(aten.reshape.default, value, [-1, p["keys"]]) if order == ["key"] else value
+        value = call(aten.logical_not.default, value) if negated else value
+        keys = value if keys is None else call(aten.logical_and.default, keys, value)
+    return position, keys
+
+
+def visible(t: Tensors, p: Params) -> Tensor | None:
+    """Which keys each query sees, (B or 1, 1, Q, K), or None where a kernel's own arguments say it all.
+
+    Key j is visible to query i if j <= i + offset (causal; offset = position + shift), j > i + offset - window, and keys[j].
+    """
+    position, keys = mask_inputs(lambda op, *args: op(*args), t, p)
+    if not p["window"] and not p["shift"] and position is None and keys is None:
+        return None
+    device = t["q"].device
+    i, j = torch.arange(p["queries"], device=device)[:, None], torch.arange(p["keys"], device=device)[None, :]
+    last = i + p["shift"] + (0 if position is None else position.reshape(-1, 1, 1, 1))
+    seen = (j <= last) if p["causal"] else torch.ones((), dtype=torch.bool, device=device)
+    if p["window"]:
+        seen = seen & (j > last - p["window"])
+    if keys is not None:
+        seen = seen & keys[:, None, None, :]
+    return seen.expand(*((1, 1) if seen.dim() < 4 else seen.shape[:2]), p["queries"], p["keys"])
 
 
 def attention(t: Tensors, p: Params) -> Tensor:
-    """softmax(q k^T * scale + mask) v; k and v may have fewer heads than q (`gqa`)."""
-    return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], t.get("mask"), 0.0, p["causal"], scale=p["scale"], enable_gqa=p["gqa"])
+    """softmax(q k^T * scale + mask) v; k and v may have fewer heads than q (`gqa`).
+
+    The mask is a tensor, or what `visible` says: a row that sees nothing is 0, or with `uniform` (a mask that subtracts the
+    largest number) the mean of v.
+    """
+    mask = t.get("mask")
+    seen = visible(t, p)
+    if seen is not None:
+        mask = torch.where(seen, 0.0, torch.finfo(t["q"].dtype).min).to(t["q"].dtype) if p["uniform"] else seen
+    causal = p["causal"] and seen is None
+    return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], mask, 0.0, causal, scale=p["scale"], enable_gqa=p["gqa"])
 
 
 REFERENCES: dict[str, Callable[[Tensors, Params], Any]] = {
     "linear": linear,
     "merged_linear": merged_linear,
+    "gated_linear": gated_linear,
     "bmm": bmm,
     "conv": conv,
     "attention": attention,
@@ -92,15 +153,18 @@ REFERENCES: dict[str, Callable[[Tensors, Params], Any]] = {
 
 
 SAMPLE = 16  # output channels that a float64 reference computes
+LARGE = 1 << 26  # scores beyond which attention is checked on some of its heads
 
 
 def sampled(op: str, t: Tensors, p: Params) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
-    """Inputs that compute only some output channels of a product or convolution, and the selection of these from a
-    whole result: float64 is slow, and a wrong kernel is wrong in every channel."""
+    """Inputs that compute only some output channels of a product or convolution, or heads of a large attention, and the
+    selection of these from a whole result: float64 is slow, and a wrong kernel is wrong in every channel."""
+    if op == "attention":
+        return _some_heads(t)
     channels = t["w"].shape[0 if op == "conv" or not p["transposed"] else 1] if op in ("linear", "conv") else 0
     if channels <= SAMPLE or (op == "conv" and p["groups"] != 1):
         return dict(t), lambda y: y
-    index = torch.arange(SAMPLE) * channels // SAMPLE
+    index = torch.arange(SAMPLE, device=t["w"].device) * channels // SAMPLE
     dim = {"w": 1 if op == "linear" and p["transposed"] else 0, "other": 1 if op == "conv" else -1}
     picked = {
         role: v if role in ("x", "size") else v.reshape(-1)[index] if role not in dim else v.index_select(dim[role], index)
@@ -109,19 +173,39 @@ def sampled(op: str, t: Tensors, p: Params) -> tuple[dict[str, Tensor], Callable
     return picked, lambda y: y.index_select(1, index) if op == "conv" else y.reshape(-1, channels)[:, index]
 
 
+def _some_heads(t: Tensors) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """Two batches and one group of heads of a large attention."""
+    q, k = t["q"], t["k"]
+    if q.dim() != 4 or q.shape[:3].numel() * k.shape[2] < LARGE or q.shape[0] != k.shape[0]:
+        return dict(t), lambda y: y
+    group = q.shape[1] // k.shape[1]
+
+    def pick(role: str, v: Tensor) -> Tensor:
+        v = v[:2] if v.dim() > (2 if role == "mask" else 0) and v.shape[0] == q.shape[0] else v
+        heads = {"q": group, "k": 1, "v": 1}.get(role, group if v.dim() == 4 and v.shape[1] == q.shape[1] else None)
+        return v[:, :heads] if heads else v
+
+    return {role: pick(role, v) for role, v in t.items()}, lambda y: y[:2, :group]
+
+
 def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
-def example(role: str, spec: TensorSpec, generator: torch.Generator) -> Tensor:
-    """A random tensor with the spec's shape, strides, dtype and device, scaled as a trained network's would be."""
-    dtype = torch_dtype(spec.dtype)
+def example(role: str, spec: TensorSpec, generator: torch.Generator, params: Params) -> Tensor:
+    """A random tensor with the spec's shape, strides, dtype and device, scaled as a trained network's would be.
+
+    A position in a cache is the last one that fits: the most work there is.
+    """
+    dtype, device = torch_dtype(spec.dtype), generator.device
     if dtype is torch.bool:
-        value = torch.rand(spec.shape, generator=generator) > 0.2
+        value = torch.rand(spec.shape, generator=generator, device=device) > 0.2
+    elif role == "position":
+        value = torch.full(spec.shape, params["keys"] - params["queries"] - params["shift"], device=device)
     else:
-        value = torch.randn(spec.shape, generator=generator)
+        value = torch.randn(spec.shape, generator=generator, device=device)
         if role.startswith("w"):  # weights: unit-variance outputs
             value /= max(1, value[0].numel() if value.dim() > 2 else spec.shape[-1]) ** 0.5
     out = torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=spec.device)

@@ -32,15 +32,19 @@ def device_name(device: str) -> str:
 
 
 @functools.cache
-def library_versions() -> Mapping[str, str]:
-    versions = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
-    if torch.version.cuda:
-        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    return versions
+def library_versions(device: str) -> Mapping[str, str]:
+    if device == "cuda":
+        return {"torch": torch.__version__, "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return {
+        "threads": str(torch.get_num_threads()), "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
 
 
-def last_level_cache() -> int:
+def last_level_cache(device: str = "cpu") -> int:
     """Bytes of the last-level cache, 32 MiB where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties().L2_cache_size)
     try:
         return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 1 << 20)
     except (ValueError, OSError):
@@ -49,11 +53,14 @@ def last_level_cache() -> int:
 
 def environment(device: str) -> dict[str, str]:
     """What a timing or a plan is valid for."""
-    return {"device": device, "name": device_name(device), "threads": str(torch.get_num_threads()), **library_versions()}
+    return {"device": device, "name": device_name(device), **library_versions(device)}
 
 
-def detect(device: str, store: TimingStore) -> Target:
-    """The target for a device type, with stored peaks or freshly measured ones (about a second)."""
+def detect(device: str, store: TimingStore, graphs: bool = False) -> Target:
+    """The target for a device type, with stored peaks or freshly measured ones (about a second).
+
+    `graphs`: kernels are replayed from CUDA graphs, so that a launch costs what the device needs, not the host.
+    """
     env = environment(device)
     key = "|".join(f"{k}={v}" for k, v in sorted(env.items()))
     peaks = store.get_record("peaks", key)
@@ -62,22 +69,18 @@ def detect(device: str, store: TimingStore) -> Target:
         store.put_record("peaks", key, peaks)
     return Target(
         device=device, name=env["name"], bandwidth=float(peaks["bandwidth"]), flops=dict(peaks["flops"]),
-        launch_ns=int(peaks["launch_ns"]), threads=torch.get_num_threads(), versions=library_versions(),
+        launch_ns=int(peaks.get("graph_launch_ns", 0) if graphs else 0) or int(peaks["launch_ns"]),
+        environment=env,
     )  # fmt: skip
 
 
 def _best(run: Callable[[], object], device: str, seconds: float = 0.15) -> float:
     """Shortest of the calls made in `seconds`: a peak is the best that was seen."""
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     run()
-    sync()
     samples: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples) < 3:
-        start = time.perf_counter()
-        run()
-        sync()
-        samples.append(time.perf_counter() - start)
+        samples.append(event_timed(run) if device == "cuda" else _timed(run))
     return min(samples)
 
 
@@ -89,7 +92,7 @@ def measure_peaks(device: str) -> dict[str, Any]:
         b = torch.empty_like(a)
         peaks: dict[str, float] = {}
         bandwidth = 8.0 * elements / _best(lambda: b.copy_(a), device)
-        small = torch.randn(1 << 18, device=device)
+        small = torch.randn(1 << (18 if device == "cpu" else 26), device=device)
         peaks["transcendental"] = small.numel() / _best(lambda: torch.exp(small), device)
         n = 768 if device == "cpu" else 8192
         for name in ("float32", "bfloat16", "float16"):
@@ -100,10 +103,30 @@ def measure_peaks(device: str) -> dict[str, Any]:
             peaks[name] = 2.0 * n**3 / min(_best(run, device) for run in runs)
         tiny = torch.ones(1, device=device)
         calls = [_timed(lambda: tiny.add_(0)) for _ in range(200)]
-    return {"bandwidth": bandwidth, "flops": peaks, "launch_ns": int(statistics.median(calls) * 1e9)}
+        launches = {"launch_ns": int(statistics.median(calls) * 1e9)}
+        if device == "cuda":
+            launches["graph_launch_ns"] = int(_replay_timed(lambda: tiny.add_(0)) * 1e9)
+    return {"bandwidth": bandwidth, "flops": peaks, **launches}
 
 
 def _timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def event_timed(run: Callable[[], object]) -> float:
+    """Seconds between two events around the call on the current CUDA stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _replay_timed(run: Callable[[], object], calls: int = 100) -> float:
+    """Seconds a call inside a CUDA graph of many."""
+    graph = torch_private.capture(run, calls)
+    graph.replay()
+    return min(event_timed(graph.replay) for _ in range(5)) / calls

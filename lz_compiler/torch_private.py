@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -38,9 +39,27 @@ def mode_patches(mode: str) -> dict[str, Any]:
 
 def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[return-value]
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        token = _is_inference.set(bool(kwargs.get("is_inference")))
+        try:
+            return compile_fx_inner(gm, inputs, **kwargs)
+        finally:
+            _is_inference.reset(token)
+
+    known = {} if _passes_know_inference() else {"inner_compile": inner}
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches), **known)  # type: ignore[return-value,arg-type]
+
+
+_is_inference: ContextVar[bool] = ContextVar("is_inference", default=False)
+
+
+def _passes_know_inference() -> bool:
+    """Whether Inductor tells a custom pass what kind of graph it is given (torch 2.11 does not)."""
+    from torch._inductor import custom_graph_pass
+
+    return hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass")
 
 
 def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | None]) -> Any:
@@ -48,11 +67,14 @@ def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | N
 
     `uuid` enters Inductor's cache keys; None keeps the compiled graph out of its caches.
     """
-    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+    from torch._inductor import custom_graph_pass
 
-    class Pass(CustomInferenceAwareGraphPass):  # type: ignore[misc]
-        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:  # type: ignore[override]
-            run(graph, is_inference)
+    known = _passes_know_inference()
+    base: Any = custom_graph_pass.CustomInferenceAwareGraphPass if known else custom_graph_pass.CustomGraphPass
+
+    class Pass(base):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
+            run(graph, _is_inference.get() if is_inference is None else is_inference)
 
         def uuid(self) -> str | None:
             return uuid()
@@ -72,8 +94,26 @@ def real_tensors() -> Iterator[None]:
 
 @contextmanager
 def _no_autocast() -> Iterator[None]:
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+def capture(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `run` called several times; raises RuntimeError where it synchronises or cannot be captured.
+
+    Warmed up on a side stream first, as torch asks for.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(calls):
+            run()
+    return graph
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
@@ -102,6 +142,18 @@ def symbolic_range(value: Any) -> str:
     node = value.node
     bounds = node.shape_env.var_to_range.get(node.expr) if node.shape_env is not None else None
     return f"{node.expr}{'' if bounds is None else f'[{bounds.lower},{bounds.upper}]'}"
+
+
+def size_expr(value: Any) -> Any:
+    """A SymInt as a sympy expression: comparing expressions adds no guard, comparing SymInts would."""
+    return value.node.expr
+
+
+def lower_bound(value: torch.Tensor, symbol: Any) -> int | None:
+    """The guarded lower bound of a symbol in the sizes of a fake tensor's graph, or None where there is none."""
+    mode = getattr(value, "fake_mode", None)
+    bounds = mode.shape_env.var_to_range.get(symbol) if mode is not None and mode.shape_env is not None else None
+    return int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else None
 
 
 def placeholder_tensors(gm: fx.GraphModule) -> list[tuple[torch.Tensor | None, bool]]:
@@ -180,6 +232,41 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any], constant
     return lambda values: compiled([values[name] for name in names])[0]
 
 
+@functools.cache
+def kernel_errors() -> tuple[type[Exception], ...]:
+    """What a kernel that cannot run here may raise."""
+    errors: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return errors
+    return (*errors, TritonError)
+
+
+def is_triton_op(op: Any) -> bool:
+    """Whether the operator was made by torch.library.triton_op."""
+    from torch._library.triton import triton_ops_to_kernels
+
+    return isinstance(op, torch._ops.OpOverload) and op.name().removesuffix(".default") in triton_ops_to_kernels
+
+
+def trace_triton(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
+    """A triton_op on fake tensors as a functional graph of ATen calls and kernel launches, which Inductor compiles inline.
+
+    One placeholder for each tensor of `args`, in order.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+
+    def run(*values: torch.Tensor) -> Any:
+        given = iter(values)
+        return op(*(next(given) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+
+    return make_fx(dispatch_functionalize(run, FunctionalTensorMode()), decomposition_table=decompositions())(*tensors).graph
+
+
 def is_fake(value: object) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -227,35 +314,68 @@ def is_fusable(target: Any) -> bool:
 def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> None:
     """Make Inductor emit a direct call of `vendor` wherever the graph holds `op`.
 
-    `arrange(layout, *args)` maps the operator's arguments to the vendor's; `layout` offers `contiguous`,
-    `channels_last` and `weight`, which realise an input in that layout (the explicit layout contract of an opaque kernel).
+    `arrange(layout, *args)` maps the operator's arguments to the vendor's: a tuple, or (tuple, keyword arguments). `layout`
+    offers `contiguous`, `channels_last`, `transposed` and `weight`, which realise an input in that layout (the explicit
+    layout contract of an opaque kernel).
     """
     from torch._inductor import ir, lowering
     from torch._inductor.virtualized import V
 
+    def in_memory(value: Any) -> Any:
+        """Written once, for this kernel and all other readers: a required layout alone makes a copy, and others recompute."""
+        if isinstance(value.data, ir.StorageBox):
+            value.realize()
+        return value
+
     class Layout:
-        contiguous = staticmethod(ir.ExternKernel.require_contiguous)
+        @staticmethod
+        def contiguous(value: Any) -> Any:
+            view = value.data
+            if isinstance(view, ir.PermuteView) and isinstance(view.data, ir.StorageBox):
+                view.data.realize()
+                if isinstance(view.data.get_layout(), ir.FlexibleLayout):  # laid out so that the view is contiguous
+                    strides = dict(zip(view.dims, ir.FlexibleLayout.contiguous_strides(value.get_size()), strict=True))
+                    view.data.data.freeze_layout_with_exact_strides([strides[i] for i in range(len(strides))])
+            return ir.ExternKernel.require_contiguous(in_memory(value))
 
         @staticmethod
         def channels_last(value: Any) -> Any:
             """Exact strides, since kernels look at them: even a batch of one must not have stride 0."""
             _, c, h, w = value.get_size()
-            return ir.ExternKernel.require_exact_strides(value, [h * w * c, 1, w * c, c])
+            return ir.ExternKernel.require_exact_strides(in_memory(value), [h * w * c, 1, w * c, c])
 
         @staticmethod
         def weight(value: Any) -> Any:
             """A convolution's weight: channels last, unless it is packed already."""
-            name = value.get_name() if isinstance(getattr(value, "data", None), ir.StorageBox) else None
+            name = in_memory(value).get_name() if isinstance(getattr(value, "data", None), ir.StorageBox) else None
             constant = V.graph.constants.get(name) if name else None
             packed = constant is not None and constant.is_mkldnn
             return value if packed else Layout.channels_last(value)
 
+        @staticmethod
+        def transposed(value: Any) -> Any:
+            """A matrix's transpose, as a view of contiguous memory."""
+            return lowering.lowerings[torch.ops.aten.permute.default](Layout.contiguous(value), [1, 0])
+
     call = lowering.fallback_handler(vendor, add_to_fallback_set=False)
 
     def lowered(*args: Any) -> Any:
-        return call(*arrange(Layout, *args))
+        arranged = arrange(Layout, *args)
+        if isinstance(arranged[-1], dict):  # keyword arguments, where the vendor's schema asks for them
+            return call(*arranged[0], **arranged[1])
+        return call(*arranged)
 
     lowering.register_lowering(op, type_promotion_kind=None)(lowered)
+
+
+@functools.cache
+def load_cpp(path: str) -> None:
+    """Compile a C++ file as Inductor compiles its loops, and load it; both once, Inductor keeps the result on disk."""
+    from pathlib import Path
+
+    from torch._inductor.codecache import CppCodeCache
+
+    CppCodeCache.load(Path(path).read_text())
 
 
 def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:

@@ -151,15 +151,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A device with what was measured on it once: bytes/s, flop/s by dtype, ns per launch; and library versions."""
+    """A device with what was measured on it once: bytes/s, flop/s by dtype, ns per launch; and what timings on it depend on
+    (`environment`: the device's name, library versions)."""
 
     device: str
     name: str
     bandwidth: float
     flops: Mapping[str, float]
     launch_ns: int
-    threads: int
-    versions: Mapping[str, str]
+    environment: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

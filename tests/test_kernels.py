@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -494,8 +495,9 @@ class Attentions(nn.Module):
         return plain.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1), added
 
 
-def _attention_args(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (*(rand(2, 7, 3, 64 + i, dtype=dtype)[..., :64].contiguous().transpose(1, 2) for i in range(3)), rand(7, 7, dtype=dtype))
+def _attention_args(dtype: torch.dtype, length: int = 7) -> tuple[Tensor, ...]:
+    qkv = (rand(2, length, 3, 64 + i, dtype=dtype)[..., :64].contiguous().transpose(1, 2) for i in range(3))
+    return (*qkv, rand(length, length, dtype=dtype))
 
 
 PLACED: dict[str, tuple[Callable[[torch.dtype], nn.Module], Callable[[torch.dtype], tuple[Tensor, ...]], dict[str, Any], int]] = {
@@ -507,13 +509,14 @@ PLACED: dict[str, tuple[Callable[[torch.dtype], nn.Module], Callable[[torch.dtyp
     "onednn.conv": (lambda d: Convs(d, 3), lambda d: (rand(2, 8, 9, 7, dtype=d),), {}, 3),
     "onednn.conv_packed": (lambda d: Convs(d, 3), lambda d: (rand(2, 8, 9, 7, dtype=d),), {"freeze": True}, 3),
     "onednn.conv1x1": (lambda d: Convs(d, 1), lambda d: (rand(2, 8, 9, 7, dtype=d),), {}, 2),
-    "onednn.conv1x1_packed": (lambda d: Convs(d, 1), lambda d: (rand(2, 8, 9, 7, dtype=d),), {"freeze": True}, 2),
     "aten.conv": (lambda d: Convs(d, 3), lambda d: (rand(2, 8, 9, 7, dtype=d),), {}, 3),
     "aten.flash_attention_cpu": (lambda d: Attentions(), _attention_args, {}, 2),
+    "attention.brgemm": (lambda d: Attentions(), lambda d: _attention_args(d, 77), {}, 2),
     "aten.sdpa_math": (lambda d: Attentions(), _attention_args, {}, 2),
     "inductor.attention": (lambda d: Attentions(), _attention_args, {}, 2),
 }  # fmt: skip
-FLOAT32_ONLY = ("mkl.linear_packed", "inductor.gemv", "inductor.attention")
+FLOAT32_ONLY = ("mkl.linear_packed", "inductor.gemv", "inductor.attention", "attention.brgemm")
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 AS_IS = {"aten.mm", "aten.bmm", "aten.sdpa"}  # the graph as it stands: nothing is placed
 
 
@@ -527,7 +530,8 @@ def prefer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(Roofline, "cost", cost)
 
 
-PLACEMENTS = [(n, d) for n in PLACED for d in (F32, BF16) if d is F32 or n not in FLOAT32_ONLY]
+HERE = [n for n in PLACED if AVX512 or n != "attention.brgemm"]
+PLACEMENTS = [(n, d) for n in HERE for d in (F32, BF16) if d is F32 or n not in FLOAT32_ONLY]
 
 
 @pytest.mark.parametrize(("name", "dtype"), PLACEMENTS, ids=str)
@@ -548,6 +552,33 @@ def test_kernel_in_a_graph(name: str, dtype: torch.dtype, monkeypatch: pytest.Mo
         assert_same(y, x, CLOSE[x.dtype] * 2, name)
         assert y.shape == x.shape
         assert y.stride() == x.stride()
+
+
+class Residuals(nn.Module):
+    """Each sum is read by a convolution and by the next sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = torch.relu(conv(x) + x)
+        return x
+
+
+def test_what_two_kernels_read_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    prefer(monkeypatch, "onednn.conv_packed")
+    torch._dynamo.reset()
+    options = {"race": False, "cost_model": "roofline", "freeze": True}
+    run = torch.compile(Residuals().eval(), backend="layerzero", options=options)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(run, rand(1, 16, 9, 9))
+    reads = re.findall(r"async_compile.cpp_pybinding\(\[(.*)\]", code)
+    assert code.count("_convolution_pointwise") == 5
+    assert max(types.count("*'") for types in reads) <= 3  # one sum: two inputs, one output
 
 
 def test_every_kernel_is_placed() -> None:

@@ -184,7 +184,7 @@ VENDOR = {
     "onednn.linear": "mkldnn::_linear_pointwise", "onednn.linear_packed": "mkldnn::_linear_pointwise",
     "onednn.merged_linear_packed": "mkldnn::_linear_pointwise", "onednn.conv": "mkldnn::_convolution_pointwise",
     "onednn.conv_packed": "mkldnn::_convolution_pointwise", "onednn.conv1x1": "mkldnn::_linear_pointwise",
-    "onednn.conv1x1_packed": "mkldnn::_linear_pointwise", "mkl.linear_packed": "mkl::_mkl_linear",
+    "mkl.linear_packed": "mkl::_mkl_linear", "attention.brgemm": "lz::attention_brgemm",
     "aten.conv": "aten::convolution", "aten.flash_attention_cpu": "aten::_scaled_dot_product_flash_attention_for_cpu",
 }  # fmt: skip
 

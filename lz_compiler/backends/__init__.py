@@ -9,13 +9,16 @@ from ..errors import OptionError, unknown
 from .aten import Aten
 from .attention import Attention
 from .base import Backend, Kernel
+from .cublas import Cublas
+from .cudnn import Cudnn
 from .inductor import Inductor
 from .onednn import OneDNN
+from .triton_kernels import Triton
 
 
 @functools.cache
 def all_backends() -> dict[str, Backend]:
-    found: dict[str, Backend] = {b.name: b for b in (Aten(), OneDNN(), Attention(), Inductor())}
+    found: dict[str, Backend] = {b.name: b for b in (Aten(), OneDNN(), Attention(), Inductor(), Cublas(), Cudnn(), Triton())}
     for entry in entry_points(group="lz_compiler.backends"):
         found[entry.name] = entry.load()()
     return found
@@ -36,3 +39,11 @@ def kernel(name: str) -> Kernel:
         if name in backend.kernels:
             return backend.kernels[name]
     raise KeyError(name)
+
+
+def set_up(names: set[str]) -> None:
+    """Make the operators of these kernels exist: a graph from Inductor's cache calls them without planning again."""
+    for backend in all_backends().values():
+        for known in backend.kernels.values():
+            if known.name in names and known.setup is not None:
+                known.setup()

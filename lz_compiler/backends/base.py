@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from ..options import Options
 from ..types import Candidate, Format, Region, Rejection, TensorSpec
 
@@ -40,6 +42,7 @@ class Kernel:
     run: Callable[[Emitter, Values, Values], Any]
     prepare: Callable[[Emitter, Values, Values], Values] | None = None
     version: int = 1
+    setup: Callable[[], object] | None = None  # makes the kernel's operator exist, where a compiled graph is loaded from a cache
     compiled: bool = False  # exists only inside a graph that TorchInductor compiles, and is measured so
 
 
@@ -91,6 +94,13 @@ def natural_layout(spec: TensorSpec) -> str:
     n, c, h, w = spec.shape
     last = spec.stride[1] == 1 and spec.stride[3] == c and spec.stride[2] == c * w and (n == 1 or spec.stride[0] == c * w * h)
     return "channels_last" if last and c > 1 and h * w > 1 else "strided"
+
+
+def split_columns(emit: Emitter, whole: Any, widths: tuple[int, ...]) -> tuple[Any, ...]:
+    """A merged product's result as its parts: views."""
+    stops = [sum(widths[: i + 1]) for i in range(len(widths))]
+    parts = zip(stops, widths, strict=True)
+    return tuple(emit.call(torch.ops.aten.slice.Tensor, whole, 1, stop - width, stop) for stop, width in parts)
 
 
 def _converts(role: str, spec: TensorSpec) -> bool:

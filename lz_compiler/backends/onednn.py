@@ -11,7 +11,8 @@ import torch
 
 from .. import ops, semantics
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values
+from .base import Emitter, Kernel, SelectionContext, Values, split_columns
+from .folding import fold_constants, folded, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -25,8 +26,8 @@ RELU = "oneDNN's fused relu turns NaN into 0, eager's keeps it (so does its clip
 
 
 def _vector(emit: Emitter, value: Any, p: Values) -> Any:
-    """A bias in the kernel's dtype."""
-    if value is None or p["dtype"] == p["vector_dtype"]:
+    """A bias in the kernel's dtype (a batch norm's shift is float32, also in a bfloat16 model)."""
+    if value is None or (p["dtype"] == p["vector_dtype"] and not p.get("affine")):
         return value
     return emit.call(prims.convert_element_type.default, value, semantics.torch_dtype(p["dtype"]))
 
@@ -72,46 +73,7 @@ def _pack_merged(emit: Emitter, t: Values, p: Values) -> Values:
 
 
 def _merged(emit: Emitter, t: Values, p: Values) -> tuple[Any, ...]:
-    whole = emit.call(ops.linear, t["x"], t["w"], t["bias"], "none", "")
-    stops = [sum(p["widths"][: i + 1]) for i in range(p["count"])]
-    return tuple(emit.call(aten.slice.Tensor, whole, 1, stop - width, stop) for stop, width in zip(stops, p["widths"], strict=True))
-
-
-def _folded(emit: Emitter, t: Values, p: Values) -> tuple[Any, Any]:
-    """Weight and bias with the per-channel steps folded in, computed in the graph (weights may change between calls)."""
-    weight, shift, scale = t["w"], t.get("bias"), None
-    for i, step in enumerate(p["affine"]):
-        c = emit.call(aten.reshape.default, t[f"c{i}"], [-1])
-        if step == "mul":
-            scale = c if scale is None else emit.call(aten.mul.Tensor, scale, c)
-            shift = None if shift is None else emit.call(aten.mul.Tensor, shift, c)
-        elif shift is None:
-            shift = c if step == "add" else emit.call(aten.neg.default, c)
-        else:
-            shift = emit.call(aten.add.Tensor if step == "add" else aten.sub.Tensor, shift, c)
-    if scale is not None:
-        weight = emit.call(aten.mul.Tensor, weight, emit.call(aten.reshape.default, scale, [-1, 1, 1, 1]))
-    return weight, shift
-
-
-def _fold_constants(t: Values, p: Values) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight, bias = t["w"], t.get("bias")
-    if p["affine"]:
-        scale, shift = semantics.affine(t, p, weight.new_ones(weight.shape[0]))
-        bias = shift if bias is None else bias * scale + shift
-        weight = weight * scale.reshape(-1, 1, 1, 1)
-    dtype = semantics.torch_dtype(p["dtype"])
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _constants(emit: Emitter, t: Values, p: Values, pack: Callable[[torch.Tensor], torch.Tensor]) -> Values:
-    """The folded weight, packed, and the folded bias, both ahead of time."""
-    roles = [r for r in t if r in ("w", "bias") or r[0] == "c"]
-    values = [t[r] for r in roles]
-    weight = emit.constant(lambda *v: pack(_fold_constants(dict(zip(roles, v, strict=True)), p)[0]), *values)
-    has_bias = "bias" in t or bool(p["affine"])
-    bias = emit.constant(lambda *v: _fold_constants(dict(zip(roles, v, strict=True)), p)[1], *values) if has_bias else None
-    return {"x": t["x"], "w": weight, "bias": bias, **({"other": t["other"]} if "other" in t else {})}
+    return split_columns(emit, emit.call(ops.linear, t["x"], t["w"], t["bias"], "none", ""), p["widths"])
 
 
 def _pack_conv(emit: Emitter, t: Values, p: Values) -> Values:
@@ -120,11 +82,11 @@ def _pack_conv(emit: Emitter, t: Values, p: Values) -> Values:
         size = None if p["dynamic_rows"] else list(p["size"])
         return torch.ops.mkldnn._reorder_convolution_weight(weight, p["padding"], p["stride"], p["dilation"], p["groups"], size)
 
-    return _constants(emit, t, p, pack)
+    return fold_constants(emit, t, p, pack)
 
 
 def _fold(emit: Emitter, t: Values, p: Values) -> Values:
-    weight, bias = _folded(emit, t, p)
+    weight, bias = folded(emit, t, p)
     return {**t, "w": weight, "bias": _vector(emit, bias, p)}
 
 
@@ -141,29 +103,14 @@ def _conv(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(ops.conv, t["x"], weight, bias, *geometry, _ATTR[p["act"]][0])
 
 
-def _rows(emit: Emitter, x: Any) -> Any:
-    """Channels-last (N, C, H, W) as (N*H*W, C): a view."""
-    return emit.call(aten.permute.default, x, [0, 2, 3, 1])
-
-
 def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
     """A 1x1 convolution on channels-last data is a product over the channels; a stride only drops rows first."""
-    x, weight, bias = t["x"], t["w"], t["bias"]
-    for dim, step in zip((2, 3), p["stride"], strict=True):
-        x = x if step == 1 else emit.call(aten.slice.Tensor, x, dim, 0, 9223372036854775807, step)
-    rows = _rows(emit, x)
+    weight, bias, rows = t["w"], t["bias"], rows_of(emit, t["x"], p["stride"])
     if p["binary"]:
-        y = emit.call(ops.linear_binary, rows, _rows(emit, t["other"]), weight, bias, p["binary"])
+        y = emit.call(ops.linear_binary, rows, rows_of(emit, t["other"]), weight, bias, p["binary"])
     else:
         y = emit.call(ops.linear, rows, weight, bias, *_ATTR[p["act"]])
     return emit.call(aten.permute.default, y, [0, 3, 1, 2])
-
-
-def _pack_conv1x1(emit: Emitter, t: Values, p: Values) -> Values:
-    rows = None if p["dynamic_rows"] else p["rows"]
-    return _constants(
-        emit, t, p, lambda w: torch.ops.mkldnn._reorder_linear_weight(w.flatten(1).contiguous(), rows)
-    )  # fmt: skip
 
 
 class OneDNN:
@@ -177,12 +124,11 @@ class OneDNN:
             Kernel("onednn.conv", _conv, _fold),
             Kernel("onednn.conv_packed", _conv, _pack_conv),
             Kernel("onednn.conv1x1", _conv1x1, _fold_1x1),
-            Kernel("onednn.conv1x1_packed", _conv1x1, _pack_conv1x1),
         )
     }
 
     def version(self) -> str:
-        return torch.__version__  # oneDNN is built into torch
+        return "torch"  # built into it, and torch's version is part of every target
 
     def missing(self) -> str | None:
         return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
@@ -246,18 +192,16 @@ class OneDNN:
         if frozen and ctx.params.get("absorbed"):
             yield ctx.reject("onednn.conv_packed", "dominated", "the per-channel steps that follow fold into a frozen weight")
             return
-        for name, fits in (("onednn.conv", True), ("onednn.conv1x1", pointwise)):
-            if not fits:
-                yield ctx.reject(name, "shape", "not an unpadded, ungrouped 1x1 convolution with at most one epilogue")
-                continue
-            if frozen:
-                packed = self.kernels[f"{name}_packed"]
-                yield ctx.candidate(packed, dtype, {**layouts, "w": "packed"}, "channels_last", **extra)
-                yield ctx.reject(name, "dominated", "frozen weights are packed at no run-time cost")
-                continue
-            yield ctx.reject(f"{name}_packed", "weight_not_frozen", "a packed weight needs freeze=True and parameters")
-            weight = {} if name == "onednn.conv1x1" else {"w": "channels_last"}
-            size = 4 if dtype == "float32" else 2
-            scaled = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
-            plain = self.kernels[name]
-            yield ctx.candidate(plain, dtype, {**layouts, **weight}, "channels_last", traffic=scaled, **extra)
+        if frozen:
+            packed = self.kernels["onednn.conv_packed"]
+            yield ctx.candidate(packed, dtype, {**layouts, "w": "packed"}, "channels_last", **extra)
+            yield ctx.reject("onednn.conv", "dominated", "frozen weights are packed at no run-time cost")
+            return
+        yield ctx.reject("onednn.conv_packed", "weight_not_frozen", "a packed weight needs freeze=True and parameters")
+        size = 4 if dtype == "float32" else 2
+        extra["traffic"] = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
+        yield ctx.candidate(self.kernels["onednn.conv"], dtype, {**layouts, "w": "channels_last"}, "channels_last", **extra)
+        if pointwise:
+            yield ctx.candidate(self.kernels["onednn.conv1x1"], dtype, layouts, "channels_last", **extra)
+        else:
+            yield ctx.reject("onednn.conv1x1", "shape", "not an unpadded, ungrouped 1x1 convolution with at most one epilogue")

@@ -38,6 +38,8 @@ def flops_of(ctx: SelectionContext) -> int:
             return 2 * out * ctx.spec("x").shape[-1]
         case "merged_linear":
             return 2 * ctx.spec("x").shape[0] * ctx.spec("x").shape[-1] * sum(ctx.params["widths"])
+        case "gated_linear":
+            return 4 * out * ctx.spec("x").shape[-1]
         case "bmm":
             return 2 * out * ctx.spec("a").shape[-1]
         case "conv":
@@ -54,6 +56,8 @@ def traffic_ns(target: Target, nbytes: float) -> int:
 
 def _assumed_error(candidate: Candidate, ctx: SelectionContext) -> Candidate:
     """Nothing was run, so a kernel in a narrower dtype is charged that dtype's rounding of inputs and output."""
+    if "lossy" in dict(candidate.params):
+        return replace(candidate, epsilon=torch.finfo(torch.float8_e4m3fn).eps / 4)
     narrow = candidate.out_formats[0].dtype
     if narrow == ctx.outputs[0].dtype:
         return candidate

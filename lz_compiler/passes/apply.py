@@ -34,11 +34,27 @@ class GraphEmitter:
         return self.emitted[key]
 
     def _call(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        if torch_private.is_triton_op(op):
+            return self._inline(op, args, kwargs)
         node = self.graph.call_function(op, args, kwargs)
         with self.mode:
             propagate(node)
         node.meta["layerzero"] = self.label
         return node
+
+    def _inline(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """A Triton operator as its launches: Inductor compiles them with the rest, and no Python of ours runs."""
+        values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+        with self.mode:
+            traced = torch_private.trace_triton(op, values, kwargs)
+        inputs = [a for a in args if isinstance(a, fx.Node)]
+        before = set(self.graph.nodes)
+        result = self.graph.graph_copy(traced, dict(zip(traced.find_nodes(op="placeholder"), inputs, strict=True)))
+        for node in self.graph.nodes:
+            if node not in before:
+                node.meta["layerzero"] = self.label
+        assert isinstance(result, fx.Node)
+        return result
 
     def item(self, values: fx.Node, index: int) -> fx.Node:
         import operator
@@ -59,7 +75,9 @@ class GraphEmitter:
         strides = None if tensor.layout is not torch.strided else tensor.stride()
         with self.mode:
             like = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            node.meta["val"] = like if strides is None else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+            node.meta["val"] = (
+                like if strides is None else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+            )
         node.meta["layerzero"] = self.label
         return node
 

@@ -1,0 +1,179 @@
+"""cuBLAS and cuBLASLt through torch: products that end in an activation, merged products, and float8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .. import ops, semantics
+from ..types import Candidate, Rejection
+from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, split_columns
+from .folding import fold_constants, folded, folding_candidate, rows_of
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+ACTS = ("relu", "gelu", "gelu_tanh")
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def _rows_n(emit: Emitter, t: Values, p: Values) -> Any:
+    """The weight with one row an output, (N, K)."""
+    return emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
+
+
+def _activated(emit: Emitter, t: Values, p: Values) -> Any:
+    return emit.call(ops.addmm_activation, t["bias"], t["x"], _rows_n(emit, t, p), p["act"] != "relu")
+
+
+def _merge(emit: Emitter, t: Values, p: Values) -> Values:
+    def rows(*weights: torch.Tensor) -> torch.Tensor:
+        return torch.cat([w.t() if p["transposed"] else w for w in weights])
+
+    weight = emit.constant(rows, *(t[f"w{i}"] for i in range(p["count"])))
+    bias = emit.constant(lambda *b: torch.cat(b), *(t[f"b{i}"] for i in range(p["count"]))) if "b0" in t else None
+    return {"x": t["x"], "w": emit.call(aten.permute.default, weight, [1, 0]), "bias": bias}
+
+
+def _merged(emit: Emitter, t: Values, p: Values) -> tuple[Any, ...]:
+    if t["bias"] is None:
+        return split_columns(emit, emit.call(aten.mm.default, t["x"], t["w"]), p["widths"])
+    return split_columns(emit, emit.call(aten.addmm.default, t["bias"], t["x"], t["w"]), p["widths"])
+
+
+def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
+    """A 1x1 convolution on channels-last data is a product over the channels."""
+    x = emit.call(aten.reshape.default, rows_of(emit, t["x"], p["stride"]), [p["rows"], p["w_shape"][1]])
+    return _finished(emit, x, t, p)
+
+
+def _patch_weight(emit: Emitter, t: Values, p: Values) -> Values:
+    """(N, C, H, W) filters as rows: constants where frozen."""
+    if p["is_frozen"]:
+        t = fold_constants(emit, t, p, lambda w: w.contiguous())
+        weight, bias = t["w"], t["bias"]
+    else:
+        weight, bias = folded(emit, t, p)
+        bias = None if bias is None else emit.call(prims.convert_element_type.default, bias, semantics.torch_dtype(p["dtype"]))
+    return {"x": t["x"], "w": emit.call(aten.reshape.default, weight, [p["w_shape"][0], -1]), "bias": bias}
+
+
+def _im2col(emit: Emitter, t: Values, p: Values) -> Any:
+    """A convolution as a product over gathered windows, (N*H*W, C*h*w): the gathering is one pass, which pays for windows
+    that do not overlap, and for few channels (which tensor cores do not take in a convolution)."""
+    (high, wide), (above, left) = p["w_shape"][2:], p["padding"]
+    x = t["x"]
+    if above or left:
+        x = emit.call(aten.constant_pad_nd.default, x, [left, left, above, above])
+    for dim, length, step in ((2, high, p["stride"][0]), (3, wide, p["stride"][1])):
+        x = emit.call(aten.unfold.default, x, dim, length, step)  # (N, C, H, W, h, w)
+    inner = p["w_shape"][1] * high * wide
+    x = emit.call(aten.reshape.default, emit.call(aten.permute.default, x, [0, 2, 3, 1, 4, 5]), [p["rows"], inner])
+    if inner % 8:  # rows start at multiples of 16 bytes
+        x = emit.call(aten.constant_pad_nd.default, x, [0, -inner % 8])
+        t = {**t, "w": emit.call(aten.constant_pad_nd.default, t["w"], [0, -inner % 8])}
+    return _finished(emit, x, t, p)
+
+
+def _finished(emit: Emitter, x: Any, t: Values, p: Values) -> Any:
+    """x @ w^T + bias and the activation, as a channels-last image."""
+    if p["act"]:
+        y = emit.call(ops.addmm_activation, t["bias"], x, t["w"], p["act"] != "relu")
+    else:
+        weight = emit.call(aten.permute.default, t["w"], [1, 0])
+        bias = t["bias"]
+        y = emit.call(aten.mm.default, x, weight) if bias is None else emit.call(aten.addmm.default, bias, x, weight)
+    batch, channels, height, width = p["out_shape"]
+    return emit.call(aten.permute.default, emit.call(aten.reshape.default, y, [batch, height, width, channels]), [0, 3, 1, 2])
+
+
+def _quantized(w: torch.Tensor, p: Values) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, K) in float8 with one scale a row, such that w = q * scale."""
+    w = (w.t() if p["transposed"] else w).float()
+    scale = w.abs().amax(1, keepdim=True).clamp_min(1e-12) / FP8_MAX
+    return (w / scale).to(FP8), scale
+
+
+def _fp8_weight(emit: Emitter, t: Values, p: Values) -> Values:
+    weight = emit.constant(lambda w: _quantized(w, p)[0], t["w"])
+    scale = emit.constant(lambda w: _quantized(w, p)[1].t().contiguous(), t["w"])
+    return {**t, "w": emit.call(aten.permute.default, weight, [1, 0]), "scale": scale}
+
+
+def _fp8(emit: Emitter, t: Values, p: Values) -> Any:
+    """x quantised row by row in the graph (fused with what made it), float8 product, one scale a row and a column."""
+    x = emit.call(prims.convert_element_type.default, t["x"], torch.float32)
+    top = emit.call(aten.amax.default, emit.call(aten.abs.default, x), [1], True)
+    scale = emit.call(aten.div.Tensor, emit.call(aten.clamp_min.default, top, 1e-12), FP8_MAX)
+    narrow = emit.call(prims.convert_element_type.default, emit.call(aten.div.Tensor, x, scale), FP8)
+    out = semantics.torch_dtype(p["dtype"])
+    return emit.call(aten._scaled_mm.default, narrow, t["w"], scale, t["scale"], t.get("bias"), None, out, True)
+
+
+class Cublas:
+    name = "cublas"
+    kernels: Mapping[str, Kernel] = {
+        kernel.name: kernel
+        for kernel in (
+            Kernel("cublas.addmm_activation", _activated),
+            Kernel("cublas.merged", _merged, _merge),
+            Kernel("cublas.conv1x1", _conv1x1, _patch_weight),
+            Kernel("cublas.im2col", _im2col, _patch_weight),
+            Kernel("cublas.fp8_rowwise", _fp8, _fp8_weight),
+        )
+    }
+
+    def version(self) -> str:
+        return "torch"  # built into it, and torch's version is part of every target
+
+    def missing(self) -> str | None:
+        return None
+
+    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        if ctx.region.op not in ("linear", "merged_linear", "conv"):
+            return
+        x = ctx.spec("x")
+        if x.device != "cuda":
+            yield ctx.reject("cublas", "device", f"cuBLAS runs on cuda, not {x.device}")
+        elif any(0 in spec.shape for spec in (*ctx.specs, *ctx.outputs)):
+            yield ctx.reject("cublas", "empty", "an input has no elements")
+        elif ctx.region.op == "linear":
+            yield self._activated(ctx)
+            if ctx.default and ctx.options.error_budget > 0:
+                yield self._fp8(ctx)
+        elif ctx.region.op == "merged_linear":
+            yield ctx.candidate(self.kernels["cublas.merged"], layouts={r: "packed" for r in ctx.roles if r != "x"})
+        else:
+            yield from self._conv(ctx)
+
+    def _activated(self, ctx: SelectionContext) -> Candidate | Rejection:
+        name = "cublas.addmm_activation"
+        if ctx.params["act"] not in ACTS or ctx.params["binary"] or "bias" not in ctx.roles:
+            return ctx.reject(name, "epilogue", "needs a bias and then relu or gelu, nothing else")
+        if ctx.spec("x").dtype not in ("bfloat16", "float16", "float32"):
+            return ctx.reject(name, "dtype", f"no fused epilogue for {ctx.spec('x').dtype}")
+        return ctx.candidate(self.kernels[name])
+
+    def _fp8(self, ctx: SelectionContext) -> Candidate | Rejection:
+        name, (rows, inner), width = "cublas.fp8_rowwise", ctx.spec("x").shape, ctx.params["width"]
+        if ctx.spec("x").dtype != "bfloat16" or "w" not in ctx.frozen:
+            return ctx.reject(name, "dtype", "float8 products replace bfloat16 ones, with frozen weights")
+        if rows < 16 or inner % 16 or width % 16:
+            return ctx.reject(name, "shape", "needs 16 rows, and inner and output sizes that are multiples of 16")
+        return ctx.candidate(self.kernels[name], layouts={"w": "packed"}, lossy=True)
+
+    def _conv(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        p, (channels, *filters) = ctx.params, ctx.spec("w").shape[1:]
+        pointwise = filters == [1, 1] and not any(p["padding"])
+        name = "cublas.conv1x1" if pointwise else "cublas.im2col"
+        if p["groups"] != 1 or set(p["dilation"]) != {1} or not (pointwise or tuple(filters) == p["stride"] or channels <= 4):
+            yield ctx.reject(name, "shape", "not of one group with 1x1 or disjoint windows, or at most 4 channels")
+        elif p["dynamic_rows"]:
+            yield ctx.reject(name, "dynamic_shape", "the reshape is written out for fixed shapes")
+        elif p["binary"] or p["act"] not in (None, *ACTS) or (p["act"] and not ("bias" in ctx.roles or p["affine"])):
+            yield ctx.reject(name, "epilogue", "ends with a bias, and then relu or gelu, nothing else")
+        else:
+            eager = {} if pointwise else {"layouts": {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}}
+            yield folding_candidate(ctx, self.kernels[name], out_shape=ctx.outputs[0].shape, **eager)

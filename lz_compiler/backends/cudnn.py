@@ -1,0 +1,61 @@
+"""cuDNN's convolutions through torch, channels last, with the batch norm folded and bias, residual and relu fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .. import ops, semantics
+from ..types import Candidate, Rejection
+from .base import Emitter, Kernel, SelectionContext, Values
+from .folding import fold_constants, folded, folding_candidate
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def _fold(emit: Emitter, t: Values, p: Values) -> Values:
+    if p["is_frozen"]:
+        return fold_constants(emit, t, p, lambda w: w.contiguous(memory_format=torch.channels_last))
+    weight, bias = folded(emit, t, p)
+    if bias is not None:
+        bias = emit.call(prims.convert_element_type.default, bias, semantics.torch_dtype(p["dtype"]))
+    return {**t, "w": emit.call(aten.clone.default, weight, memory_format=torch.channels_last), "bias": bias}
+
+
+def _conv(emit: Emitter, t: Values, p: Values) -> Any:
+    x = t["x"]
+    geometry = (list(p["stride"]), list(p["padding"]), list(p["dilation"]), p["groups"])
+    if p["act"] is None:
+        y = emit.call(ops.cudnn_conv, x, t["w"], *geometry)
+        return y if t["bias"] is None else emit.call(aten.add.Tensor, y, emit.call(aten.reshape.default, t["bias"], [1, -1, 1, 1]))
+    if p["binary"]:
+        return emit.call(ops.cudnn_conv_add_relu, x, t["w"], t["other"], t["bias"], *geometry)
+    return emit.call(ops.cudnn_conv_relu, x, t["w"], t["bias"], *geometry)
+
+
+class Cudnn:
+    name = "cudnn"
+    kernels: Mapping[str, Kernel] = {k.name: k for k in (Kernel("cudnn.conv", _conv, _fold),)}
+
+    def version(self) -> str:
+        return "torch"  # built into it, and torch's version is part of every target
+
+    def missing(self) -> str | None:
+        return None
+
+    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        if ctx.region.op != "conv":
+            return
+        name, p, x = "cudnn.conv", ctx.params, ctx.spec("x")
+        if x.device != "cuda":
+            yield ctx.reject(name, "device", f"cuDNN runs on cuda, not {x.device}")
+        elif x.dtype not in ("bfloat16", "float16", "float32") or any(0 in spec.shape for spec in ctx.specs):
+            yield ctx.reject(name, "dtype", "needs bfloat16, float16 or float32, and elements")
+        elif p["act"] not in (None, "relu") or (p["binary"] and p["act"] is None):
+            yield ctx.reject(name, "epilogue", "cuDNN ends a convolution with relu, or with a residual and relu")
+        elif p.get("absorbed") and p["act"] is None and not p["affine"]:
+            yield ctx.reject(name, "dominated", "the per-channel steps that follow fold into the weight")
+        else:
+            yield folding_candidate(ctx, self.kernels[name])

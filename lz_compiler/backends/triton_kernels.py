@@ -1,0 +1,196 @@
+"""LayerZero's own Triton kernels (lz_compiler/kernels), imported when a region asks for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import semantics
+from ..types import Candidate, Rejection
+from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, split_columns
+from .folding import fold_constants, folded, folding_candidate
+
+aten = torch.ops.aten
+
+MAX_ROWS = 8  # of x, beyond which tensor cores win
+MAX_QUERIES = 8
+MULTIPROCESSORS = 132  # of Hopper's large chips, when planning for a card that is elsewhere
+FLOATS = ("bfloat16", "float16", "float32")
+
+
+@functools.cache
+def _gemv_module() -> ModuleType:
+    from ..kernels import gemv
+
+    return gemv
+
+
+@functools.cache
+def _depthwise_module() -> ModuleType:
+    from ..kernels import depthwise_conv
+
+    return depthwise_conv
+
+
+def _gemv(emit: Emitter, t: Values, p: Values) -> Any:
+    op, width = _gemv_module().gemv._opoverload, p["width"]
+    other = emit.call(aten.reshape.default, t["other"], [-1, width]) if "other" in t else None
+    args = (t["x"], t["w"], t.get("bias"), other, t.get("scale"), p.get("act") or "", p.get("gated", False))
+    return emit.call(op, *args, **dict(p["variant"]))
+
+
+def _gemv_merged(emit: Emitter, t: Values, p: Values) -> tuple[Any, ...]:
+    return split_columns(emit, _gemv(emit, t, {**p, "width": sum(p["widths"])}), p["widths"])
+
+
+def _pack(emit: Emitter, t: Values, p: Values) -> Values:
+    """The weights' rows one below the other, quantised where the candidate asks for it; their biases likewise."""
+    weights = [t[r] for r in t if r[0] == "w"]
+    biases = [t[r] for r in t if r[0] == "b"]
+    kept: dict[str, Any] = {r: t[r] for r in t if r[0] not in "wb"}
+
+    def rows(*values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([w.t() if p.get("transposed") else w for w in values])
+
+    if biases:
+        kept["bias"] = emit.constant(lambda *b: torch.cat(b), *biases)
+    if not p["weight_dtype"]:
+        return {**kept, "w": emit.constant(lambda *w: rows(*w).contiguous(), *weights)}
+    quantize, dtype = _gemv_module().quantize_rows, semantics.torch_dtype(p["weight_dtype"])
+    kept["w"] = emit.constant(lambda *w: quantize(rows(*w), dtype)[0], *weights)
+    return {**kept, "scale": emit.constant(lambda *w: quantize(rows(*w), dtype)[1], *weights)}
+
+
+def _prepared(emit: Emitter, t: Values, p: Values) -> Values:
+    return _pack(emit, t, p) if p["weight_dtype"] else t
+
+
+def _depthwise_weight(emit: Emitter, t: Values, p: Values) -> Values:
+    if p["is_frozen"]:
+        return fold_constants(emit, t, p, torch.clone)
+    weight, bias = folded(emit, t, p)
+    return {**t, "w": weight, "bias": bias}
+
+
+def _depthwise(emit: Emitter, t: Values, p: Values) -> Any:
+    op = _depthwise_module().depthwise_conv._opoverload
+    return emit.call(op, t["x"], t["w"], t["bias"], p["stride"][0], p["padding"][0], **dict(p["variant"]))
+
+
+@functools.cache
+def _decode_module() -> ModuleType:
+    from ..kernels import decode_attention
+
+    return decode_attention
+
+
+def _decode(emit: Emitter, t: Values, p: Values) -> Any:
+    position, keys = semantics.mask_inputs(emit.call, t, p)
+    op, scale = _decode_module().decode_attention._opoverload, _scale(p)
+    shift = p["shift"] if p["causal"] else p["keys"]  # not causal: every key comes before the last
+    return emit.call(op, t["q"], t["k"], t["v"], position, keys, shift, p["window"], scale, **dict(p["variant"]))
+
+
+def _scale(p: Values) -> float:
+    return float(p["scale"] if p["scale"] is not None else p["head"] ** -0.5)
+
+
+class Triton:
+    name = "triton"
+    kernels: Mapping[str, Kernel] = {
+        kernel.name: kernel
+        for kernel in (
+            Kernel("triton.gemv", _gemv, _prepared),
+            Kernel("triton.gemv_merged", _gemv_merged, _pack),
+            Kernel("triton.gemv_gated", _gemv, _pack),
+            Kernel("triton.depthwise_conv", _depthwise, _depthwise_weight),
+            Kernel("triton.decode_attention", _decode),
+        )
+    }
+
+    def version(self) -> str:
+        return "lz"  # each kernel carries its own; Triton's version comes with torch's
+
+    def missing(self) -> str | None:
+        return None if find_spec("triton") else "Triton is not installed: pip install 'lz-compiler[gpu]'"
+
+    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        if ctx.region.op in ("linear", "merged_linear", "gated_linear"):
+            yield from self._gemv(ctx)
+        elif ctx.region.op == "conv":
+            yield from self._depthwise(ctx)
+        elif ctx.region.op == "attention":
+            yield from self._decode(ctx)
+
+    def _decode(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        name, p, (q, k, v) = "triton.decode_attention", ctx.params, (ctx.spec(r) for r in "qkv")
+        if "mask" in ctx.roles or p["uniform"] or (p["causal"] and ctx.default and p["queries"] > 1):
+            yield ctx.reject(name, "mask", "needs a mask that was understood, or none")
+        elif q.device != "cuda" or q.dtype not in FLOATS:
+            yield ctx.reject(name, "device", f"{', '.join(FLOATS)} on cuda, not {q.dtype} on {q.device}")
+        elif len({len(s.shape) for s in (q, k, v)} | {4}) > 1 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] > 256:
+            yield ctx.reject(name, "shape", "(batch, heads, length, size) of equal batches, k like v, heads of at most 256")
+        elif p["dynamic_rows"] or any(0 in s.shape for s in ctx.specs) or any(s.stride[-1] != 1 for s in (q, k, v)):
+            yield ctx.reject(name, "dynamic_shape", "fixed shapes with elements, head dimension contiguous")
+        elif q.shape[2] > MAX_QUERIES or q.shape[1] % k.shape[1] or q.shape[1] // k.shape[1] * q.shape[2] > _decode_module().MAX_ROWS:
+            yield ctx.reject(name, "shape", f"at most {MAX_QUERIES} queries, heads a multiple of k's")
+        else:
+            group = q.shape[1] // k.shape[1]
+            units = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else MULTIPROCESSORS
+            size = 4 if q.dtype == "float32" else 2
+            first = _decode_module().parameters(*k.shape[:2], group * q.shape[2], k.shape[2], q.shape[3], size, units)
+            for splits in {first["splits"], 2 * first["splits"], max(1, first["splits"] // 2)}:
+                variant = tuple({**first, "splits": splits}.items())
+                yield ctx.candidate(self.kernels[name], variant=variant, head=q.shape[3])
+
+    def _depthwise(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        name, p, x, (channels, inner, *size) = "triton.depthwise_conv", ctx.params, ctx.spec("x"), ctx.spec("w").shape
+        if x.device != "cuda" or x.dtype not in FLOATS:
+            yield ctx.reject(name, "device", f"{', '.join(FLOATS)} on cuda, not {x.dtype} on {x.device}")
+        elif p["groups"] != channels or inner != 1 or channels != x.shape[1] or max(size) > 7 or set(p["dilation"]) != {1}:
+            yield ctx.reject(name, "shape", "one filter a channel, at most 7x7, not dilated")
+        elif len({*p["stride"]}) > 1 or len({*p["padding"]}) > 1 or p["dynamic_rows"] or 0 in x.shape:
+            yield ctx.reject(name, "shape", "equal strides and paddings, fixed and not empty")
+        elif p["act"] or p["binary"]:
+            yield ctx.reject(name, "epilogue", "ends with a bias only")
+        else:
+            for variant in _depthwise_module().variants(ctx.outputs[0].shape[3]):
+                weight = {"layouts": {"w": natural_layout(ctx.spec("w"))}}
+                yield folding_candidate(ctx, self.kernels[name], variant=tuple(variant.items()), **weight)
+
+    def _gemv(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        name = {"linear": "triton.gemv", "merged_linear": "triton.gemv_merged", "gated_linear": "triton.gemv_gated"}[ctx.region.op]
+        p, x, frozen = ctx.params, ctx.spec("x"), all(r in ctx.frozen for r in ctx.roles if r[0] in "wb")
+        if x.device != "cuda" or x.dtype not in FLOATS:
+            yield ctx.reject(name, "device", f"{', '.join(FLOATS)} on cuda, not {x.dtype} on {x.device}")
+        elif p["dynamic_rows"] or not 1 <= x.shape[0] <= MAX_ROWS or 0 in ctx.outputs[0].shape or x.stride[-1] != 1:
+            yield ctx.reject(name, "shape", f"one to {MAX_ROWS} rows, fixed, contiguous")
+        elif p.get("binary") and (p["act"] or p["binary"] != "add"):
+            yield ctx.reject(name, "epilogue", "an activation or a residual, not both")
+        elif p.get("act") not in (None, "relu", "silu", "gelu", "gelu_tanh"):
+            yield ctx.reject(name, "epilogue", f"no fused {p['act']}")
+        elif p.get("transposed") and not frozen:
+            yield ctx.reject(name, "stride", "reads the weight row by row")
+        else:
+            yield from self._variants(ctx, name, frozen)
+
+    def _variants(self, ctx: SelectionContext, name: str, frozen: bool) -> Iterable[Candidate]:
+        (rows, inner), gated = ctx.spec("x").shape, ctx.region.op == "gated_linear"
+        width = sum(ctx.params["widths"]) if "widths" in ctx.params else ctx.params["width"]
+        lossy = ("int8", "float8_e4m3fn") if frozen and ctx.options.error_budget > 0 else ()
+        layouts = {r: "packed" for r in ctx.roles if r[0] in "wb"} if ctx.region.op != "linear" or ctx.params["transposed"] else {}
+        for dtype in ("", *lossy):
+            if ctx.params.get("transposed") and ctx.region.op == "linear" and not dtype:
+                continue
+            extra: dict[str, Any] = {"weight_dtype": dtype, "gated": gated, **({"lossy": True} if dtype else {})}
+            size = 1 if dtype else 2
+            for variant in _gemv_module().variants(rows, width, inner, size):
+                if ctx.spec("x").dtype == "float32" and variant.get("dot"):
+                    continue
+                packed = {"w": "packed"} if dtype and ctx.region.op == "linear" else layouts
+                yield ctx.candidate(self.kernels[name], layouts=packed, variant=tuple(variant.items()), **extra)
