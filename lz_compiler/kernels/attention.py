@@ -164,11 +164,11 @@ def parameters(queries: int, head: int, itemsize: int) -> dict[str, int]:
     """Good `block_m`, `block_n`, `warps`, `stages` of `attention`, to try first; itemsize in bytes.
 
     64 rows are the fewest of Hopper's matrix instruction, for four warps; 128 rows by eight warps leave each thread the
-    registers that its part of the scores and of the result takes.
+    registers that its part of the scores and of the result takes. Products in float32 proper run on the CUDA cores, from registers.
     """
     block_d = triton.next_power_of_2(head)
     if itemsize == 4:
-        return {"block_m": 32 if queries <= 32 or block_d > 128 else 64, "block_n": 32, "warps": 4, "stages": 2}
+        return {"block_m": 32, "block_n": 32, "warps": 4 if block_d <= 64 else 8, "stages": 2}
     if queries <= 64:
         return {"block_m": 64, "block_n": 64, "warps": 4, "stages": 2}
     return {"block_m": 128, "block_n": 128 if block_d <= 128 else 64, "warps": 8, "stages": 2}
