@@ -181,7 +181,7 @@ def decode_attention(
     kv_heads, length = k.shape[1], k.shape[2]
     group = heads // kv_heads
     out = torch.empty((batch, queries, heads, head), dtype=q.dtype, device=q.device)
-    partial, lse = out, out
+    partial, lse = out, q  # lse: unused
     if splits > 1:
         partial = torch.empty((batch * heads * queries, splits, head), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch * heads * queries, splits), dtype=torch.float32, device=q.device)
