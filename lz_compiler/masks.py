@@ -133,7 +133,7 @@ _H, _ZERO = sympy.Symbol("h", integer=True), sympy.Integer(0)
 _UNIFORM, _HIDDEN = -1e30, -6e4  # below: absorbs every score of ordinary size; hides a key beside any visible one (float16's lowest)
 _EXACT = (torch.int64, torch.int32)  # integers in which positions are computed; narrower ones wrap around
 _MIXED = "hidden by different numbers"
-_CELLS = 2**25  # the largest constant worth evaluating
+_CELLS = 2**24  # the largest constant worth evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +270,7 @@ class _Reader:
         key = (node, index)
         if key not in self._values:
             self._depth += 1  # a mask is shallow: what is deeper is a network's activation
-            found = self._understood(node, index) if node.op == "call_function" and self._depth < 80 else None
+            found = self._understood(node, index) if node.op == "call_function" and self._depth < 60 else None
             self._depth -= 1
             self._values[key] = self._opaque(node, index) if found is None else found
         return self._values[key]
@@ -279,7 +279,7 @@ class _Reader:
         target, args = node.target, node.args
         if (moved := self._moved(node, index)) is not None:
             return self.value(*moved)
-        if target is prims.iota.default:
+        if target is prims.iota.default and node.meta["val"].dtype in _EXACT:
             return sympy.expand(_expr(node.kwargs["start"]) + _expr(node.kwargs["step"]) * index[0])
         if target in (aten.full.default, aten.scalar_tensor.default):
             fill = args[-1]
@@ -514,28 +514,30 @@ class _Reader:
         if any(_leaves(k) or k.free_symbols - set(axes) for k in index) or not all(n.is_Integer for n in sizes):
             return None
         tensor = self._tensor(node)
-        if tensor is None:
+        if tensor is None or int(self.queries) * int(self.keys) > _CELLS:
             return None
         with torch_private.real_tensors():
-            rows = [torch.arange(int(n)).view([-1 if d == a else 1 for d in range(3)]) for a, n in enumerate(sizes)]
-            where = [
-                sum(
-                    (int(k.coeff(s)) * r for s, r in zip(axes, rows, strict=True) if s.is_Symbol),
-                    start=torch.tensor(int(k.subs(dict.fromkeys(axes, 0)))),
-                )
-                for k in index
-            ]
-            cells = tensor.cpu()[tuple(where)].expand([int(n) for n in sizes])
-            found = cells.unique()
-            if not bool((cells == cells[:1]).all()) or len(found) > 2:
+            where = [self._along(k, axes) for k in index]
+            cells = tensor.cpu()[tuple(where)]
+            cells = cells.expand(torch.broadcast_shapes(cells.shape, (1, int(self.queries), int(self.keys))))
+            found = cells[0].unique()
+            if len(found) > 2 or not torch.equal(cells, cells[:1].expand_as(cells)):
                 return None
             if len(found) == 1:
                 return _constant(found[0].item())
             for yes, no in itertools.permutations(found.tolist()):
-                atoms = self._band(cells[0] == yes)
-                if atoms:
+                if (atoms := self._band(cells[0] == yes)) is not None:
                     return _Two(atoms, yes, no)
         return None
+
+    def _along(self, e: Any, axes: Sequence[Any]) -> Tensor:
+        """An affine expression at every (b, i, j), of size 1 along what it does not depend on."""
+        value = torch.tensor(int(e.subs(dict.fromkeys(axes, 0))))
+        for axis, variable in enumerate(axes):
+            if variable in e.free_symbols:
+                ticks = torch.arange(int(self.extent[variable])).view([-1 if d == axis else 1 for d in range(3)])
+                value = value + int(e.coeff(variable)) * ticks
+        return value
 
     def _band(self, seen: Tensor) -> _Atoms | None:
         """The diagonals between which a boolean (Q, K) is true, if it is true exactly there."""
@@ -597,7 +599,7 @@ class _Reader:
         """The element of a boolean node that is this comparison, for one that is not of query and key."""
         opposite = self.origin.get(atom.negated())
         found = self.origin.get(atom) or (opposite.negated() if opposite else None)
-        return found if self.i not in atom.e.free_symbols else None
+        return found if not atom.e.free_symbols & {self.i, _H} else None
 
     def _band_and_keys(self, top: Any, bottom: Any, keys: tuple[Reading, ...], hidden: Any) -> MaskPredicate | None:
         window = 0
@@ -706,15 +708,14 @@ def _given(node: fx.Node, known: Callable[[fx.Node], Tensor | None]) -> Tensor |
 
 def _cone(node: fx.Node, known: Callable[[fx.Node], Tensor | None]) -> list[fx.Node] | None:
     """The nodes from which `node` can be computed at compile time, in order; None if it depends on an input."""
-    order: dict[fx.Node, None] = {}
+    order: list[fx.Node] = []
+    met: set[fx.Node] = set()
     waiting = [(node, False)]
     while waiting:
         n, ready = waiting.pop()
-        if ready or n in order:
-            order[n] = None
-            continue
-        if _given(n, known) is not None:
-            order[n] = None
+        if ready or (n not in met and _given(n, known) is not None):
+            order.append(n)
+        if ready or n in met or met.add(n) or n in order[-1:]:  # type: ignore[func-returns-value]
             continue
         value, target = n.meta.get("val"), n.target
         made = n.all_input_nodes or target in (prims.iota.default, aten.full.default, aten.scalar_tensor.default)
@@ -723,4 +724,4 @@ def _cone(node: fx.Node, known: Callable[[fx.Node], Tensor | None]) -> list[fx.N
         if torch.Tag.nondeterministic_seeded in target.tags or not all(isinstance(s, int) for s in value.shape) or value.numel() > _CELLS:
             return None
         waiting += [(n, True), *((source, False) for source in n.all_input_nodes)]
-    return list(order)
+    return order
