@@ -24,6 +24,7 @@ from .backends import set_up
 from .capture import GraphView, fingerprint, tensors_in
 from .options import Options
 from .passes.apply import apply_plan
+from .passes.drop_masks import drop_masks_pass
 from .passes.keep_attention import keep_attention_pass
 from .passes.verify import interface, verify
 from .plan_io import plan_from_dict, plan_to_dict
@@ -103,6 +104,7 @@ class _Session:
         )
         self.lossless: list[Plan] = []  # instead of the record's, should its error be over the budget
         self.written: list[int] | None = None
+        self.dropped = 0  # masks
         torch_private.counters()["graphs"] += 1
 
     def compile(self) -> Callable[..., Any]:
@@ -117,7 +119,7 @@ class _Session:
         if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
             return self._from_verdict(verdict)
         planned = self._planned(self.options, self.record.plans)
-        if not any(_changes(plan) for plan in self.record.plans):
+        if not self.dropped and not any(_changes(plan) for plan in self.record.plans):
             self.record.notes.append("no kernel beats what TorchInductor does with this graph: compiled by it alone")
             self._finish({}, INDUCTOR)
             return planned
@@ -210,10 +212,18 @@ class _Session:
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
         uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"
         patches = self._patches()
+        patches["joint_custom_pre_pass"] = torch_private.joint_pass(self._drop_masks, f"{__version__}:drop_masks")
         patches["post_grad_custom_pre_pass"] = torch_private.graph_pass(run, lambda: uuid)
         if not torch.is_grad_enabled():
             patches["layout_optimization"] = False  # layouts are the plan's decision
-        return torch_private.compile_with_inductor(gm, self.inputs, patches)
+        with torch_private.cudagraph_skips(lambda why: self.record.notes.append(f"runs without CUDA graphs: {why}")):
+            return torch_private.compile_with_inductor(gm, self.inputs, patches)
+
+    def _drop_masks(self, graph: fx.Graph) -> None:
+        dropped = drop_masks_pass(graph)
+        if dropped:
+            self.record.notes.append(f"{dropped} attention masks were proved to be causal, or to hide nothing, and dropped")
+            self.dropped += dropped
 
     def _frozen(self, graph: fx.Graph, is_inference: bool) -> dict[fx.Node, Tensor]:
         """Placeholders of an inference graph that are parameters or buffers, with their values.

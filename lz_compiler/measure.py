@@ -86,16 +86,25 @@ class Inputs:
         return self._made[role, fmt]
 
 
-def bind(candidate: Candidate, values: Values) -> Callable[[], Any]:
-    """The kernel as a call without arguments, prepared."""
-    chosen, params, emit = kernel(candidate.kernel), dict(candidate.params), EagerEmitter()
-    ready = chosen.prepare(emit, values, params) if chosen.prepare else values
-    if not chosen.compiled:
-        return lambda: chosen.run(emit, ready, params)
-    tensors = {role: v for role, v in ready.items() if isinstance(v, Tensor) and role not in ("w", "bias")}
-    constants = {role: v for role, v in ready.items() if role in ("w", "bias")}
-    run = torch_private.compile_region(lambda t, c: chosen.run(emit, {**t, **c}, params), tensors, constants)
-    return lambda: run(tensors)
+class Bound:
+    """A candidate's kernel, to be called on several sets of inputs; one that exists only in compiled graphs is compiled once."""
+
+    def __init__(self, candidate: Candidate, ctx: SelectionContext) -> None:
+        self.candidate, self.ctx, self.kernel = candidate, ctx, kernel(candidate.kernel)
+        self.params = dict(candidate.params)
+        self._compiled: Callable[[Values], Any] | None = None
+
+    def on(self, inputs: Inputs) -> Callable[[], Any]:
+        """The kernel on these inputs as a call without arguments, prepared."""
+        emit, values = EagerEmitter(), inputs.formatted(self.candidate, self.ctx)
+        ready = self.kernel.prepare(emit, values, self.params) if self.kernel.prepare else values
+        if not self.kernel.compiled:
+            return lambda: self.kernel.run(emit, ready, self.params)
+        tensors = {role: v for role, v in ready.items() if isinstance(v, Tensor)}
+        run = self._compiled or torch_private.compile_region(lambda t: self.kernel.run(emit, {**ready, **t}, self.params), tensors)
+        if self.ctx.specs[0].device == "cuda":  # on a CPU, weights are constants in the code
+            self._compiled = run
+        return lambda: run(tensors)
 
 
 def _leaves(value: Any) -> tuple[Tensor, ...]:
@@ -156,21 +165,22 @@ def _max_error(value: Tensor, exact: Tensor) -> float:
     return float((value.double().reshape(exact.shape) - exact).abs().max())
 
 
-def _wrong(candidate: Candidate, ctx: SelectionContext, truth: _Truth) -> tuple[str | None, float]:
+def _wrong(bound: Bound, ctx: SelectionContext, truth: _Truth) -> tuple[str | None, float]:
     """(why the kernel may not be used, its relative error beyond the reference). Lossless is an error of at most twice
     eager's, plus what any order of summation may cost; and a NaN must come out where eager's does."""
-    results = [truth.select(y) for y in _leaves(bind(candidate, truth.inputs.formatted(candidate, ctx))())]
+    results = [truth.select(y) for y in _leaves(bound.on(truth.inputs)())]
     own = max(_max_error(y, x) for y, x in zip(results, truth.exact, strict=True))
     lossless = own <= 2 * truth.eager_error + rounding(ctx) * truth.scale
     epsilon = 0.0
     if not lossless:
         pairs = [(y.double().reshape(x.shape), x) for y, x in zip(results, truth.exact, strict=True)]
         epsilon = max(float((y - x).norm() / x.norm().clamp_min(1e-30)) for y, x in pairs)
+    candidate = bound.candidate
     lossy = "lossy" in dict(candidate.params) or any(f.dtype != s.dtype for f, s in zip(candidate.out_formats, ctx.outputs, strict=True))
     if not math.isfinite(own) or (not lossless and not lossy):
         return f"wrong: error {own:.3g}, eager's is {truth.eager_error:.3g} at scale {truth.scale:.3g}", epsilon
     if truth.poisoned is not None:
-        results = list(_leaves(bind(candidate, truth.poisoned.formatted(candidate, ctx))()))
+        results = list(_leaves(bound.on(truth.poisoned)()))
         if not all(torch.equal(y.isnan().reshape(n.shape), n) for y, n in zip(results, truth.nans, strict=True)):
             return "nan: a NaN in the input does not come out where eager's does", epsilon
     return None, epsilon
@@ -197,10 +207,11 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
             if time.perf_counter() > deadline:
                 break
             try:
-                error, epsilons[i] = _wrong(candidate, ctx, truth)
+                bound = Bound(candidate, ctx)
+                error, epsilons[i] = _wrong(bound, ctx, truth)
                 if error is None:
-                    bound = copies[:1] if kernel(candidate.kernel).compiled else copies
-                    calls[i] = [bind(candidate, values.formatted(candidate, ctx)) for values in bound]
+                    one = bound.kernel.compiled and not cuda
+                    calls[i] = [bound.on(values) for values in (copies[:1] if one else copies)]
                     if cuda:
                         calls[i] = _graph(calls[i])
             except torch_private.kernel_errors() as raised:

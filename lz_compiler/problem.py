@@ -56,6 +56,8 @@ def enumerate_regions(view: GraphView, options: Options, model: CostModel) -> En
         offered: list[Candidate] = []
         rejected = found.rejections.setdefault(ctx.region.nodes, [])
         for library in libraries:
+            if ctx.specs[0].device not in library.devices:
+                continue
             reason = library.missing()
             if reason is not None:
                 rejected.append(Rejection(library.name, "library_missing", reason))

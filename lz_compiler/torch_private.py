@@ -93,6 +93,20 @@ def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | N
     return Pass()
 
 
+def joint_pass(run: Callable[[fx.Graph], None], uuid: str) -> Any:
+    """`run(graph)` as an Inductor pass on the graph of forward and backward together, before it is partitioned."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> str:
+            return uuid
+
+    return Pass()
+
+
 @contextmanager
 def real_tensors() -> Iterator[None]:
     """Leave fake-tensor, functional and tracing modes: what runs inside touches real memory."""
@@ -107,6 +121,25 @@ def real_tensors() -> Iterator[None]:
 def _no_autocast() -> Iterator[None]:
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+@contextmanager
+def cudagraph_skips(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell why Inductor does not use CUDA graphs for what is compiled inside, where it decides so."""
+    import logging
+
+    from torch._inductor.cudagraph_utils import cudagraphs_log
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tell(record.getMessage().splitlines()[0])
+
+    handler = Handler(logging.WARNING)
+    cudagraphs_log.addHandler(handler)
+    try:
+        yield
+    finally:
+        cudagraphs_log.removeHandler(handler)
 
 
 def capture(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
@@ -222,24 +255,26 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
-def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Callable[..., Any]:
-    """`run(tensors, constants)` through Inductor's GEMM templates alone, constants frozen into the code: for measuring a
-    kernel that exists only inside a compiled graph."""
+def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """`run(tensors)` through Inductor alone, for measuring a kernel that exists only inside a compiled graph. On a CPU by its
+    GEMM templates, with the tensors `w` and `bias` frozen into the code."""
     import torch._inductor.config as config
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    names = list(tensors)
-    gm = make_fx(lambda *values: (run(dict(zip(names, values, strict=True)), constants),))(*tensors.values())
-    with config.patch(max_autotune=True, max_autotune_gemm_backends="CPP", post_grad_custom_pre_pass=None):
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
+    cpu = all(t.device.type == "cpu" for t in tensors.values())
+    names = [name for name in tensors if not (cpu and name in ("w", "bias"))]
+    constants = {name: t for name, t in tensors.items() if name not in names}
+    gm = make_fx(lambda *values: (run({**constants, **dict(zip(names, values, strict=True))}),))(*(tensors[n] for n in names))
+    templates: dict[str, Any] = {"max_autotune": True, "max_autotune_gemm_backends": "CPP"} if cpu else {}
+    with config.patch(post_grad_custom_pre_pass=None, **templates):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         for node in gm.graph.nodes:
             if "val" in node.meta:
                 node.meta["val"] = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, node.meta["val"])
         with mode:
-            compiled = compile_fx_inner(gm, [mode.from_tensor(t) for t in tensors.values()], is_inference=True)
+            compiled = compile_fx_inner(gm, [mode.from_tensor(tensors[n]) for n in names], is_inference=True)
     return lambda values: compiled([values[name] for name in names])[0]
 
 

@@ -45,6 +45,7 @@ def _mkl(emit: Emitter, t: Values, p: Values) -> object:
 
 class Aten:
     name = "aten"
+    devices: tuple[str, ...] = ("cpu", "cuda")
     kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (
@@ -65,7 +66,8 @@ class Aten:
         op = ctx.region.op
         if op == "linear" and ctx.default:
             yield ctx.candidate(self.kernels["aten.mm"], as_is=True)
-            yield from self._mkl(ctx)
+            if ctx.spec("x").device == "cpu":
+                yield from self._mkl(ctx)
         elif op == "bmm":
             yield ctx.candidate(self.kernels["aten.bmm"], as_is=True)
         elif op == "conv" and ctx.default:
@@ -76,8 +78,8 @@ class Aten:
 
     def _mkl(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name = "mkl.linear_packed"
-        if ctx.spec("x").device != "cpu" or ctx.spec("x").dtype != "float32":
-            yield ctx.reject(name, "dtype", f"MKL packs float32 on a CPU, not {ctx.spec('x').dtype} on {ctx.spec('x').device}")
+        if ctx.spec("x").dtype != "float32":
+            yield ctx.reject(name, "dtype", f"MKL packs float32, not {ctx.spec('x').dtype}")
         elif not torch.backends.mkl.is_available():
             yield ctx.reject(name, "library_missing", "this torch was built without MKL")
         elif "w" not in ctx.frozen:

@@ -121,6 +121,7 @@ def _unfit(ctx: SelectionContext) -> tuple[str, str] | None:
 
 class Attention:
     name = "attention"
+    devices: tuple[str, ...] = ("cpu", "cuda")
     kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (

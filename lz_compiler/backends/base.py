@@ -109,9 +109,10 @@ def _converts(role: str, spec: TensorSpec) -> bool:
 
 
 class Backend(Protocol):
-    """A kernel library. `missing` says why it cannot be used here, or None."""
+    """A kernel library for some devices. `missing` says why it cannot be used here, or None."""
 
     name: str
+    devices: tuple[str, ...]
     kernels: Mapping[str, Kernel]
 
     def version(self) -> str: ...

@@ -64,6 +64,7 @@ def _dense(emit: Emitter, t: Values, p: Values) -> Values:
 
 class Inductor:
     name = "inductor"
+    devices: tuple[str, ...] = ("cpu", "cuda")
     kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (
@@ -82,7 +83,8 @@ class Inductor:
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         if ctx.region.op == "linear" and ctx.default:
             yield self._gemv(ctx)
-            yield self._cpp_gemm(ctx)
+            if ctx.spec("x").device == "cpu":
+                yield self._cpp_gemm(ctx)
         elif ctx.region.op == "attention" and ctx.default:
             yield self._attention(ctx)
 
@@ -97,7 +99,7 @@ class Inductor:
         name = "inductor.cpp_gemm"
         if not ctx.options.mode.startswith("max-autotune"):
             return ctx.reject(name, "mode", "Inductor compiles GEMM templates in mode='max-autotune' only")
-        if ctx.spec("x").device != "cpu" or ctx.spec("x").dtype not in ("float32", "bfloat16"):
+        if ctx.spec("x").dtype not in ("float32", "bfloat16"):
             return ctx.reject(name, "dtype", "the C++ template takes float32 or bfloat16 on a CPU")
         if any(role not in ctx.frozen for role in ctx.roles if role != "x"):
             return ctx.reject(name, "weight_not_frozen", "the C++ template packs its weight, which needs freeze=True")

@@ -96,12 +96,26 @@ def _decode(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(op, t["q"], t["k"], t["v"], position, keys, shift, p["window"], scale, **dict(p["variant"]))
 
 
+@functools.cache
+def _attention_module() -> ModuleType:
+    from ..kernels import attention
+
+    return attention
+
+
+def _attention(emit: Emitter, t: Values, p: Values) -> Any:
+    position, keys = semantics.mask_inputs(emit.call, t, p)
+    op, mask = _attention_module().attention._opoverload, (p["shift"], p["causal"], p["window"], p["uniform"])
+    return emit.call(op, t["q"], t["k"], t["v"], position, keys, *mask, _scale(p), **dict(p["variant"]))
+
+
 def _scale(p: Values) -> float:
     return float(p["scale"] if p["scale"] is not None else p["head"] ** -0.5)
 
 
 class Triton:
     name = "triton"
+    devices: tuple[str, ...] = ("cuda",)
     kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (
@@ -110,6 +124,7 @@ class Triton:
             Kernel("triton.gemv_gated", _gemv, _pack),
             Kernel("triton.depthwise_conv", _depthwise, _depthwise_weight),
             Kernel("triton.decode_attention", _decode),
+            Kernel("triton.attention", _attention),
         )
     }
 
@@ -125,33 +140,43 @@ class Triton:
         elif ctx.region.op == "conv":
             yield from self._depthwise(ctx)
         elif ctx.region.op == "attention":
-            yield from self._decode(ctx)
+            yield from self._attention(ctx)
 
-    def _decode(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        name, p, (q, k, v) = "triton.decode_attention", ctx.params, (ctx.spec(r) for r in "qkv")
-        if "mask" in ctx.roles or p["uniform"] or (p["causal"] and ctx.default and p["queries"] > 1):
+    def _attention(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        name, p, (q, k, v) = "triton.attention", ctx.params, (ctx.spec(r) for r in "qkv")
+        if "mask" in ctx.roles or (p["causal"] and ctx.default and p["queries"] != p["keys"]):
             yield ctx.reject(name, "mask", "needs a mask that was understood, or none")
-        elif q.device != "cuda" or q.dtype not in FLOATS:
-            yield ctx.reject(name, "device", f"{', '.join(FLOATS)} on cuda, not {q.dtype} on {q.device}")
-        elif len({len(s.shape) for s in (q, k, v)} | {4}) > 1 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] > 256:
-            yield ctx.reject(name, "shape", "(batch, heads, length, size) of equal batches, k like v, heads of at most 256")
+        elif q.dtype not in FLOATS:
+            yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {q.dtype}")
+        elif len({len(s.shape) for s in (q, k, v)} | {4}) > 1 or k.shape != v.shape or q.shape[3] > 256 or q.shape[1] % k.shape[1]:
+            yield ctx.reject(name, "shape", "(batch, heads, length, size), k like v, q's heads a multiple, of at most 256")
         elif p["dynamic_rows"] or any(0 in s.shape for s in ctx.specs) or any(s.stride[-1] != 1 for s in (q, k, v)):
             yield ctx.reject(name, "dynamic_shape", "fixed shapes with elements, head dimension contiguous")
-        elif q.shape[2] > MAX_QUERIES or q.shape[1] % k.shape[1] or q.shape[1] // k.shape[1] * q.shape[2] > _decode_module().MAX_ROWS:
-            yield ctx.reject(name, "shape", f"at most {MAX_QUERIES} queries, heads a multiple of k's")
+        elif (p["scale"] or 1.0) <= 0:
+            yield ctx.reject(name, "scale", "a scale above 0")
         else:
-            group = q.shape[1] // k.shape[1]
-            units = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else MULTIPROCESSORS
-            size = 4 if q.dtype == "float32" else 2
-            first = _decode_module().parameters(*k.shape[:2], group * q.shape[2], k.shape[2], q.shape[3], size, units)
-            for splits in {first["splits"], 2 * first["splits"], max(1, first["splits"] // 2)}:
-                variant = tuple({**first, "splits": splits}.items())
-                yield ctx.candidate(self.kernels[name], variant=variant, head=q.shape[3])
+            size, rows = 4 if q.dtype == "float32" else 2, q.shape[1] // k.shape[1] * q.shape[2]
+            first = _attention_module().parameters(q.shape[2], q.shape[3], size)
+            narrow = {"block_n": 64, "warps": 4 if q.shape[3] <= 64 else 8, "stages": 3}
+            for variant in (first, {**first, **narrow}) if size == 2 and q.shape[2] > 64 else (first,):
+                yield ctx.candidate(self.kernels[name], variant=tuple(variant.items()), head=q.shape[3])
+            bounded = p["causal"] or not p["window"]
+            if q.shape[2] <= MAX_QUERIES and rows <= _decode_module().MAX_ROWS and bounded and not p["uniform"]:
+                yield from self._decode(ctx, rows, size)
+
+    def _decode(self, ctx: SelectionContext, rows: int, size: int) -> Iterable[Candidate]:
+        (batch, heads, length, head), units = ctx.spec("k").shape, MULTIPROCESSORS
+        if torch.cuda.is_available():
+            units = torch.cuda.get_device_properties().multi_processor_count
+        first = _decode_module().parameters(batch, heads, rows, length, head, size, units)
+        for splits in sorted({first["splits"], 2 * first["splits"], max(1, first["splits"] // 2)}):
+            variant = tuple({**first, "splits": splits}.items())
+            yield ctx.candidate(self.kernels["triton.decode_attention"], variant=variant, head=head)
 
     def _depthwise(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name, p, x, (channels, inner, *size) = "triton.depthwise_conv", ctx.params, ctx.spec("x"), ctx.spec("w").shape
-        if x.device != "cuda" or x.dtype not in FLOATS:
-            yield ctx.reject(name, "device", f"{', '.join(FLOATS)} on cuda, not {x.dtype} on {x.device}")
+        if x.dtype not in FLOATS:
+            yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {x.dtype}")
         elif p["groups"] != channels or inner != 1 or channels != x.shape[1] or max(size) > 7 or set(p["dilation"]) != {1}:
             yield ctx.reject(name, "shape", "one filter a channel, at most 7x7, not dilated")
         elif len({*p["stride"]}) > 1 or len({*p["padding"]}) > 1 or p["dynamic_rows"] or 0 in x.shape:
@@ -166,8 +191,8 @@ class Triton:
     def _gemv(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name = {"linear": "triton.gemv", "merged_linear": "triton.gemv_merged", "gated_linear": "triton.gemv_gated"}[ctx.region.op]
         p, x, frozen = ctx.params, ctx.spec("x"), all(r in ctx.frozen for r in ctx.roles if r[0] in "wb")
-        if x.device != "cuda" or x.dtype not in FLOATS:
-            yield ctx.reject(name, "device", f"{', '.join(FLOATS)} on cuda, not {x.dtype} on {x.device}")
+        if x.dtype not in FLOATS:
+            yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {x.dtype}")
         elif p["dynamic_rows"] or not 1 <= x.shape[0] <= MAX_ROWS or 0 in ctx.outputs[0].shape or x.stride[-1] != 1:
             yield ctx.reject(name, "shape", f"one to {MAX_ROWS} rows, fixed, contiguous")
         elif p.get("binary") and (p["act"] or p["binary"] != "add"):
