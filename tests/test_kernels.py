@@ -330,13 +330,13 @@ def test_every_candidate_computes_its_region(case: Case) -> None:
                     assert answer.code, answer
                     assert answer.detail, answer
                     continue
-                error, epsilon = measure._wrong(answer, ctx, truth)
+                error, epsilon = measure._wrong(measure.Bound(answer, ctx), ctx, truth)
                 if error is not None and (answer.kernel, error.partition(":")[0]) in REJECTED_BY_MEASURING:
                     continue
                 assert error is None, f"{answer.kernel} for {what}: {error}"
                 lossy = any(f.dtype != s.dtype for f, s in zip(answer.out_formats, ctx.outputs, strict=True))
                 assert (epsilon < 0.02) if lossy else (epsilon == 0.0), f"{answer.kernel} for {what}: {epsilon}"
-                run = measure.bind(answer, measure.Inputs(read).formatted(answer, ctx))
+                run = measure.Bound(answer, ctx).on(measure.Inputs(read))
                 for y, x in zip(leaves(run()), expected, strict=True):
                     tolerance = max(CLOSE[x.dtype], CLOSE[y.dtype])
                     assert_same(y.to(x.dtype), x, tolerance, f"{answer.kernel} for {what}")
@@ -356,7 +356,7 @@ def test_compiled_gemm_template() -> None:
     (template,) = (a for a in answers(ctx) if a.kernel == "inductor.cpp_gemm")
     assert isinstance(template, Candidate)
     with torch_private.real_tensors():
-        error, epsilon = measure._wrong(template, ctx, measure._truth(ctx))
+        error, epsilon = measure._wrong(measure.Bound(template, ctx), ctx, measure._truth(ctx))
     assert (error, epsilon) == (None, 0.0)
 
 
@@ -373,7 +373,7 @@ def test_a_wrong_kernel_is_found() -> None:
         fake = type(real)(real.name, run, real.prepare)
         with pytest.MonkeyPatch.context() as patch, torch_private.real_tensors():
             patch.setattr(measure, "kernel", lambda name, fake=fake: fake)
-            error, _ = measure._wrong(honest, ctx, measure._truth(ctx))
+            error, _ = measure._wrong(measure.Bound(honest, ctx), ctx, measure._truth(ctx))
         assert error is not None
         assert error.startswith(f"{code}: "), error
 
