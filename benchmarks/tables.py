@@ -15,8 +15,8 @@ from workloads import Suite
 class Cell:
     """One model under one column: `stats`, or the reason why there are none.
 
-    `first_s` are the seconds of the first call, `stored_s` of the first call of a later process, which finds LayerZero's
-    timings and verdict; `plan` is what LayerZero says of itself.
+    `first_s` are the seconds of the first call, `stored_s` of a first call that finds LayerZero's timings and verdict; `plan` is
+    what LayerZero says of itself.
     """
 
     stats: Stats | None = None
@@ -129,7 +129,7 @@ def plan_block(rows: Mapping[str, Row], columns: Sequence[str]) -> str:
 
 def first_call_block(rows: Mapping[str, Row], columns: Sequence[str], suite: Suite) -> str:
     lines = {}
-    shown = [column for column in columns if column in suite.baselines and suite.columns[column].backend]
+    shown = [column for column in columns if suite.columns[column].cold]
     for name, row in rows.items():
         for column in suite.cold:
             cell = row.cells.get(column)
