@@ -45,7 +45,8 @@ def row_from(values: Mapping[str, Any]) -> Row:
 
 def report(rows: Sequence[Row], suite: Suite) -> str:
     """Machine and versions of every run, then the tables; where there are several runs, each row names its own."""
-    rows = list({(row.model, frozenset(row.cells)): row for row in rows}.values())  # measured again: the last one counts
+    done = sorted(rows, key=lambda row: any(cell.stats for cell in row.cells.values()))
+    rows = list({(row.model, frozenset(row.cells)): row for row in done}.values())  # measured again: the last success counts
     runs = list({tuple(row.run.items()): row.run for row in rows}.values())
     numbers = [f" [{runs.index(row.run) + 1}]" if len(runs) > 1 else "" for row in rows]
     named = {row.model + number: row for row, number in zip(rows, numbers, strict=True)}
