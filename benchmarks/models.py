@@ -39,7 +39,7 @@ from timing import interleave
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.overrides import TorchFunctionMode
-from workloads import Column, Suite, Workload, converted
+from workloads import Suite, Workload, converted
 
 import lz_compiler as lz
 
@@ -70,6 +70,7 @@ class Bench:
     def __init__(self, name: str, suite: Suite, device: str, folder: Path, limit: float = float("inf")) -> None:
         self.name, self.suite, self.device, self.folder = name, suite, device, folder
         self.last_start = time.monotonic() + limit * 0.6  # what is compiled must still be timed
+        self.cold: set[str | None] = set()  # the columns whose first call is timed, with empty caches
         torch.manual_seed(0)
         self.workload: Workload = suite.models[name](device)
         # The columns share the code objects of the model's classes, and Dynamo counts its limit per code object.
@@ -79,6 +80,7 @@ class Bench:
     def measure(self, columns: Sequence[str], rounds: int, accuracy: bool) -> Row:
         wanted = [c for c in columns if self.name in (self.suite.columns[c].models or (self.name,))]
         cold = next((c for c in self.suite.cold if c in wanted), None)
+        self.cold = {cold, *(c for c in wanted if self.suite.columns[c].cold)}
         cells: dict[str, Cell] = {}
         with torch.set_grad_enabled(self.workload.trains):
             prepared = self.prepare_all(sorted(wanted, key=lambda c: c != cold), cells)
@@ -95,8 +97,8 @@ class Bench:
             if cold in prepared:
                 progress(f"{self.name}: {cold} again, with its timings and verdict")
                 torch._dynamo.reset()
-                with self.compiling(self.suite.columns[cold]):
-                    _, _, stored_s = self.first_call(prepared[cold].model, self.suite.columns[cold])
+                with self.compiling(cold):
+                    _, _, stored_s = self.first_call(cold, prepared[cold].model)
                 cells[cold] = replace(cells[cold], stored_s=stored_s)
         return Row(self.name, {column: cells[column] for column in wanted}, self.workload.floors)
 
@@ -112,26 +114,26 @@ class Bench:
                 cells[column] = Cell(failed="left out, the time limit was near")
                 continue
             try:
-                prepared[column] = self.prepare(copy.deepcopy(self.workload.model), self.suite.columns[column])
+                prepared[column] = self.prepare(column, copy.deepcopy(self.workload.model))
             except Exception as error:  # Whatever a compiler raises is this column's result, and not the end of the run.
                 cells[column] = Cell(failed=reason(error))
                 progress(f"{self.name}: {column} failed: {error}")
         return prepared
 
-    def prepare(self, model: nn.Module, column: Column) -> Prepared:
-        before = graph_count()
-        with self.compiling(column):
-            run, call, first_s = self.first_call(model, column)
-            for _ in range(self.suite.warmup if column.backend == "layerzero" else WARMUP_OTHERS):
+    def prepare(self, name: str, model: nn.Module) -> Prepared:
+        before, backend = graph_count(), self.suite.columns[name].backend
+        with self.compiling(name):
+            run, call, first_s = self.first_call(name, model)
+            for _ in range(self.suite.warmup if backend == "layerzero" else WARMUP_OTHERS):
                 self.before()
                 call()
-        if column.backend is not None and graph_count() == before:
+        if backend is not None and graph_count() == before:
             raise RuntimeError("no graph of its own was compiled: it would be timed with another column's")
-        return Prepared(model, run, call, graph_count() - before, first_s if column.backend else None)
+        return Prepared(model, run, call, graph_count() - before, first_s if name in self.cold else None)
 
-    def first_call(self, model: nn.Module, column: Column) -> tuple[Callable[..., Any], Callable[[], Any], float]:
+    def first_call(self, name: str, model: nn.Module) -> tuple[Callable[..., Any], Callable[[], Any], float]:
         """What was compiled, one call of it, and the seconds that the first call took."""
-        run: Callable[..., Any] = model
+        column, run = self.suite.columns[name], model
         if column.backend is not None:
             run = torch.compile(model, backend=column.backend, options=dict(column.options) or None, mode=column.mode)
         call = self.workload.call(model, run)
@@ -147,9 +149,9 @@ class Bench:
         torch.compiler.cudagraph_mark_step_begin()
 
     @contextmanager
-    def compiling(self, column: Column) -> Iterator[None]:
-        empty = fresh_cache(dir=str(self.folder), delete=False) if self.suite.cold else nullcontext()
-        with empty, torch._inductor.config.patch(freezing=True) if column.freezing else nullcontext():
+    def compiling(self, name: str) -> Iterator[None]:
+        empty = fresh_cache(dir=str(self.folder), delete=False) if name in self.cold else nullcontext()
+        with empty, torch._inductor.config.patch(freezing=True) if self.suite.columns[name].freezing else nullcontext():
             yield
 
     def synchronize(self) -> None:
@@ -219,6 +221,7 @@ def measure_in_process(name: str, args: argparse.Namespace) -> Row:
         command += ["--accuracy" if args.accuracy else "--no-accuracy"]
         env = MALLOC | os.environ
         if SUITES[args.device].cold:
+            env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "inductor"))
             env["LAYERZERO_CACHE_DIR"] = str(args.store.resolve() if args.store else Path(folder, "layerzero"))
         timeout = None if args.limit == float("inf") else args.limit
         try:  # What a compiler prints must not end up between the tables.

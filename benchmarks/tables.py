@@ -15,8 +15,8 @@ from workloads import Suite
 class Cell:
     """One model under one column: `stats`, or the reason why there are none.
 
-    `first_s` are the seconds of the first call, `stored_s` of the first call of a later process, which finds LayerZero's
-    timings and verdict; `plan` is what LayerZero says of itself.
+    `first_s` are the seconds of the first call, `stored_s` of a first call that finds LayerZero's timings and verdict; `plan` is
+    what LayerZero says of itself.
     """
 
     stats: Stats | None = None
@@ -45,7 +45,8 @@ def row_from(values: Mapping[str, Any]) -> Row:
 
 def report(rows: Sequence[Row], suite: Suite) -> str:
     """Machine and versions of every run, then the tables; where there are several runs, each row names its own."""
-    rows = list({(row.model, frozenset(row.cells)): row for row in rows}.values())  # measured again: the last one counts
+    done = sorted(rows, key=lambda row: any(cell.stats for cell in row.cells.values()))
+    rows = list({(row.model, frozenset(row.cells)): row for row in done}.values())  # measured again: the last success counts
     runs = list({tuple(row.run.items()): row.run for row in rows}.values())
     numbers = [f" [{runs.index(row.run) + 1}]" if len(runs) > 1 else "" for row in rows]
     named = {row.model + number: row for row, number in zip(rows, numbers, strict=True)}
@@ -129,7 +130,7 @@ def plan_block(rows: Mapping[str, Row], columns: Sequence[str]) -> str:
 
 def first_call_block(rows: Mapping[str, Row], columns: Sequence[str], suite: Suite) -> str:
     lines = {}
-    shown = [column for column in columns if column in suite.baselines and suite.columns[column].backend]
+    shown = [column for column in columns if suite.columns[column].cold]
     for name, row in rows.items():
         for column in suite.cold:
             cell = row.cells.get(column)

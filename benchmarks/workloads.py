@@ -58,7 +58,10 @@ def converted(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Column:
-    """How torch.compile is called; `models` are those that the column makes sense for, None is all."""
+    """How torch.compile is called; `models` are those that the column makes sense for, None is all.
+
+    `cold` asks for the time of its first call with Inductor's caches empty; the other columns of a process share them.
+    """
 
     backend: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -68,6 +71,7 @@ class Column:
     # this column equals plain `inductor` to Dynamo, and a graph compiled for that one would be reused.
     freezing: bool = False
     models: tuple[str, ...] | None = None
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,9 @@ class Suite:
     """The models and columns of one device.
 
     `exact` is the dtype of the reference. `warmup` calls must cover LayerZero's race over its first real calls: before it is
-    over, a call may still be any of its finalists. Where `cold` names columns, every column is compiled with Inductor's caches
-    empty; the first of these that is asked for is LayerZero's first, with nothing stored, and is compiled again at the end.
+    over, a call may still be any of its finalists. The first column of `cold` that is asked for is LayerZero's first, with
+    nothing stored but the card's peaks, and is compiled again at the end, with its timings and verdict; both with Inductor's
+    caches empty.
     """
 
     models: Mapping[str, Callable[[str], Workload]]

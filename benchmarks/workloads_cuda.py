@@ -124,9 +124,9 @@ FROZEN = {"freeze": True, "cudagraphs": True}
 
 COLUMNS: dict[str, Column] = {
     "eager": Column(),
-    "inductor": Column("inductor"),
+    "inductor": Column("inductor", cold=True),
     "inductor+reduce-overhead": Column("inductor", mode="reduce-overhead"),
-    "inductor+max-autotune": Column("inductor", mode="max-autotune"),
+    "inductor+max-autotune": Column("inductor", mode="max-autotune", cold=True),
     "inductor+reduce-overhead+freeze": Column(
         "inductor", {"freezing": True, **torch._inductor.list_mode_options("reduce-overhead")}, freezing=True, models=INFERENCE
     ),
