@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from . import torch_private
-from .backends import allowed_backends
+from .backends import answers
 from .backends.base import natural_layout
 from .capture import RESHAPES, VIEWS, GraphView
 from .cost_models import CostModel
@@ -49,21 +49,14 @@ class Enumeration:
 
 def enumerate_regions(view: GraphView, options: Options, model: CostModel) -> Enumeration:
     """Ask every backend about every region, and price what it offers."""
-    found, libraries = Enumeration(), allowed_backends(options.backends)
+    found = Enumeration()
     contexts = list(Recogniser(view, options).regions())
     # Shortest regions first: if the measuring budget runs out, the plain choices are known.
     for ctx in sorted(contexts, key=lambda c: (not c.default, len(c.region.nodes))):
         offered: list[Candidate] = []
         rejected = found.rejections.setdefault(ctx.region.nodes, [])
-        for library in libraries:
-            if ctx.specs[0].device not in library.devices:
-                continue
-            reason = library.missing()
-            if reason is not None:
-                rejected.append(Rejection(library.name, "library_missing", reason))
-                continue
-            for answer in library.candidates(ctx):
-                (rejected if isinstance(answer, Rejection) else offered).append(answer)  # type: ignore[arg-type]
+        for answer in answers(ctx):
+            (rejected if isinstance(answer, Rejection) else offered).append(answer)  # type: ignore[arg-type]
         for priced in model.price(ctx, offered) if offered else ():
             if isinstance(priced, Rejection):
                 rejected.append(priced)

@@ -103,7 +103,10 @@ def mask_inputs(call: Callable[..., Any], t: Tensors, p: Params) -> tuple[Any, A
             continue
         order = [entry for entry in index if entry in ("batch", "key")]
         value = call(aten.permute.default, value, [1, 0]) if order == ["key", "batch"] else value
-        value = call(aten.reshape.default, value, [-1, p["keys"]]) if order == ["key"] else value
+        if order == ["key"]:
+            value = call(aten.reshape.default, value, [-1, p["keys"]])
+        elif "key" not in order:  # all keys of a batch alike
+            value = call(aten.expand.default, call(aten.reshape.default, value, [-1, 1]), [-1, p["keys"]])
         value = call(aten.logical_not.default, value) if negated else value
         keys = value if keys is None else call(aten.logical_and.default, keys, value)
     return position, keys

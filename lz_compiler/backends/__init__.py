@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 from ..errors import OptionError, unknown
+from ..types import Candidate, Rejection
 from .aten import Aten
 from .attention import Attention
-from .base import Backend, Kernel
+from .base import Backend, Kernel, SelectionContext
 from .cublas import Cublas
 from .cudnn import Cudnn
 from .inductor import Inductor
@@ -31,6 +33,18 @@ def allowed_backends(allow: tuple[str, ...] | None) -> list[Backend]:
         if name not in known:
             raise OptionError(unknown("backend", name, known))
     return [b for name, b in known.items() if allow is None or name in allow or name == "aten"]
+
+
+def answers(ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
+    """What every allowed library of the region's device could do there, or why not."""
+    for library in allowed_backends(ctx.options.backends):
+        if ctx.specs[0].device not in library.devices:
+            continue
+        reason = library.missing()
+        if reason is None:
+            yield from library.candidates(ctx)
+        else:
+            yield Rejection(library.name, "library_missing", reason)
 
 
 @functools.cache
