@@ -267,7 +267,8 @@ def test_attention_compiled(kind: str, length: tuple[int, int]) -> None:
     exact = attend(*(a.double() if a.is_floating_point() else a for a in case.args))
     options = {"race": False, "measure_budget_s": 5.0}
     ours = torch.compile(attend, backend="layerzero", options=options)(*case.args)
-    assert_lossless([ours], [attend(*case.args)], [exact], slack=4)
+    # TorchInductor itself lays out a dimension of size 1 as it likes.
+    assert_lossless([ours], [attend(*case.args)], [exact], slack=4, strides=length[0] > 1)
     assert math.isfinite(float(exact.abs().max()))
     assert [c for p in RECORDS[-1].plans for c in p.choices if c.candidate.region.op == "attention"]
 
