@@ -428,12 +428,12 @@ class Reader:
             where = [self._along(k, axes) for k in index]
             cells = tensor.cpu()[tuple(where)]
             cells = cells.expand(torch.broadcast_shapes(cells.shape, (1, int(self.queries), int(self.keys))))
-            found = cells[0].unique()
-            if len(found) > 2 or not torch.equal(cells, cells[:1].expand_as(cells)):
+            low, high = cells.amin(), cells.amax()
+            if not bool(((cells == low) | (cells == high)).all()) or not torch.equal(cells, cells[:1].expand_as(cells)):
                 return None
-            if len(found) == 1:
-                return _constant(found[0].item())
-            for yes, no in itertools.permutations(found.tolist()):
+            if bool(low == high):
+                return _constant(low.item())
+            for yes, no in itertools.permutations((low.item(), high.item())):
                 if (atoms := self._band(cells[0] == yes)) is not None:
                     return Two(atoms, yes, no)
         return None

@@ -203,7 +203,7 @@ def _split(reader: Reader, e: Any) -> tuple[int, Reading | None, bool] | None:
     position = None
     for leaf in leaves:
         position = _reading(reader, reader.nodes[leaf.func.__name__], leaf.args)
-        if e.coeff(leaf) != 1 or position is None or "key" in position.index:
+        if position is None or "key" in position.index:
             return None
         e = sympy.expand(e - leaf)
     if e.is_Integer:
