@@ -135,7 +135,10 @@ def test_a_group_is_one_graph_unless_something_is_wrong() -> None:
 def test_a_kernel_is_tested_alone() -> None:
     mm = infos()["mm"]
     group = [opinfo.run_eagerly(mm, i, args, kwargs) for i, (args, kwargs) in enumerate(opinfo.samples(mm, 2))]
-    assert [(r.index, r.kernels) for r in opinfo.check_samples(mm, group, lambda indices, phase: None)] == [(0, 1), (1, 1)]
+    graphs: list[list[int]] = []
+    found = opinfo.check_samples(mm, group, lambda indices, phase: graphs.append(indices))
+    assert graphs == [[0, 1]] * 2 + [[0]] * 2 + [[1]] * 2
+    assert [(r.index, r.layerzero, r.kernels > 0) for r in found] == [(0, opinfo.OK, True), (1, opinfo.OK, False)]
 
 
 def test_a_wrong_kernel_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
