@@ -291,8 +291,13 @@ def _graph(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
     seconds = min(event_timed(all_of_them) for _ in range(2))
     repeats = max(1, min(8, round(SAMPLE_S / seconds)))
     graph = torch_private.capture(all_of_them, repeats)
-    graph.replay()
-    return [graph.replay] * (repeats * len(calls))
+
+    def replay() -> None:
+        graph.replay()
+        assert calls  # their tensors live as long as the graph that reads them
+
+    replay()
+    return [replay] * (repeats * len(calls))
 
 
 def _replays(graphs: dict[int, list[Callable[[], Any]]]) -> dict[int, list[float]]:

@@ -200,10 +200,13 @@ def torch_dtype(name: str) -> torch.dtype:
 def example(role: str, spec: TensorSpec, generator: torch.Generator, params: Params) -> Tensor:
     """A random tensor with the spec's shape, strides, dtype and device, scaled as a trained network's would be.
 
-    A position in a cache is the last one that fits: the most work there is.
+    A position in a cache is the last one that fits: the most work there is. A row of visible keys is padded on the right by
+    up to half, one in four has holes as well.
     """
     dtype, device = torch_dtype(spec.dtype), generator.device
-    if dtype is torch.bool:
+    if role.startswith("keys"):
+        value = _padding(next(read for read in params["reads"] if read[0] == role), spec, generator)
+    elif dtype is torch.bool:
         value = torch.rand(spec.shape, generator=generator, device=device) > 0.2
     elif role == "position":
         value = torch.full(spec.shape, params["keys"] - params["queries"] - params["shift"], device=device)
@@ -219,3 +222,18 @@ def example(role: str, spec: TensorSpec, generator: torch.Generator, params: Par
         out[index].copy_(value[index])
         return out
     return out.copy_(value)
+
+
+def _padding(read: tuple[Any, ...], spec: TensorSpec, generator: torch.Generator) -> Tensor:
+    _, index, _, negated = read
+    shape = [size if index[dim] == "batch" else 1 for dim, size in enumerate(spec.shape)]
+    lengths = 0.5 + 0.5 * torch.rand(shape, generator=generator, device=generator.device)
+    if "key" not in index:
+        return (lengths > 0.6).expand(spec.shape)
+    key = index.index("key")
+    size = spec.shape[key]
+    place = torch.arange(size, device=generator.device).reshape([size if dim == key else 1 for dim in range(len(index))])
+    seen = (place < (lengths * size).ceil()).expand(spec.shape)
+    holes = torch.rand(spec.shape, generator=generator, device=generator.device) > 0.2
+    seen = seen & (holes | (torch.rand(shape, generator=generator, device=generator.device) > 0.25))
+    return ~seen if negated else seen

@@ -268,7 +268,7 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Calla
     constants = {name: t for name, t in tensors.items() if name not in names}
     gm = make_fx(lambda *values: (run({**constants, **dict(zip(names, values, strict=True))}),))(*(tensors[n] for n in names))
     templates: dict[str, Any] = {"max_autotune": True, "max_autotune_gemm_backends": "CPP"} if cpu else {}
-    with config.patch(post_grad_custom_pre_pass=None, **templates):
+    with config.patch({"post_grad_custom_pre_pass": None, "triton.cudagraphs": False, **templates}):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         for node in gm.graph.nodes:
             if "val" in node.meta:
