@@ -28,6 +28,9 @@ aten = torch.ops.aten
 
 _UPDATES = (aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.scatter.src)
 
+# Loops over windows: Inductor computes their input once, in memory, and not again for every window that reads it.
+_FROM_MEMORY = ("max_pool2d_with_indices", "_low_memory_max_pool_with_offsets", "avg_pool2d", "_adaptive_avg_pool2d")
+
 LOOP = "inductor.loop"
 VIEW = "aten.view"
 CALL = "aten.call"
@@ -95,14 +98,17 @@ def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Rooflin
     images = convolutional and _is_image(node)
     if moves:
         yield VIEW, ("", ""), Cost(0, "roofline")
-    if fusable:
+    if fusable and _op_name(node) not in _FROM_MEMORY:
         arithmetic = roofline.fused(_op_name(node), view.spec(_first_tensor(node))) if not moves else Cost(0, "roofline")
         yield LOOP, ("fused", "fused"), arithmetic
         if images:
             yield LOOP, ("fused_channels_last", "fused"), arithmetic
-    if not moves and not fusable:
+    if not moves and (not fusable or _op_name(node) in _FROM_MEMORY):
         tensors = [n for n in (*node.all_input_nodes, node) if isinstance(n.meta.get("val"), Tensor)]
-        yield CALL, ("", ""), roofline.extern([view.spec(n) for n in tensors])
+        cost = roofline.extern([view.spec(n) for n in tensors])
+        yield CALL, ("", ""), cost
+        if fusable and images:
+            yield CALL, ("channels_last", ""), cost
 
 
 def _updates(node: fx.Node) -> fx.Node | None:
