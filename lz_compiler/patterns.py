@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from . import ops, semantics, torch_private
 from .backends.base import SelectionContext
 from .capture import RESHAPES, GraphView, is_dynamic, spec_of, tensor_value
-from .masks import infer_mask
+from .masks import describe, infer_mask
 from .options import Options
 from .types import Region
 
@@ -365,7 +365,7 @@ class Recogniser:
             return None  # sizes would enter the kernel's arguments as they are now
         inputs = {r: n for r, n in draft.inputs.items() if r != "mask"} | {role: reading.node for role, reading in reads}
         spelled = tuple((role, r.index, r.shift, r.negated) for role, r in reads)
-        return _Draft("attention", draft.nodes, inputs, {**draft.params, **params, "reads": spelled})
+        return _Draft("attention", draft.nodes, inputs, {**draft.params, **params, "reads": spelled, "mask": describe(found)})
 
     def _merged(self, linears: list[_Draft]) -> Iterator[_Draft]:
         """Linears of one input with frozen weights: one product with the weights side by side."""

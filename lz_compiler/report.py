@@ -44,11 +44,13 @@ def milliseconds(ns: float) -> str:
 
 def describe_choice(choice: Choice, count: int = 1) -> dict[str, Any]:
     c = choice.candidate
-    runner_up = choice.alternatives[0] if choice.alternatives else None
+    others = choice.alternatives  # another kernel says more than another tuning of the same
+    runner_up = next((o for o in others if o[0].kernel != c.kernel), others[0] if others else None)
     return {
         "op": c.region.op, "kernel": c.kernel, "count": count, "nodes": list(c.region.nodes),
         "formats": [[str(f) for f in c.in_formats], [str(f) for f in c.out_formats]],
         "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "epsilon": c.epsilon,
+        "tuning": dict(dict(c.params).get("variant", ())), "mask": dict(c.params).get("mask"),  # type: ignore[call-overload]
         "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
         "runner_up": runner_up and {
             "kernel": runner_up[0].kernel, "cost_ns": runner_up[1].ns, "source": runner_up[1].source,
@@ -95,6 +97,8 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         times = f"{r['count']}x " if r["count"] > 1 else ""
         cost = f"{milliseconds(r['cost_ns'])} ({r['source']}, +-{milliseconds(r['spread_ns'])})"
         yield f"    {times}{r['op']}{epilogue}: {r['kernel']}  {cost}"
+        if r["mask"]:
+            yield f"        mask {r['mask']}"
         up = r["runner_up"]
         if up:
             wider = "" if up["nodes"] == r["nodes"] else f" for {len(up['nodes'])} nodes instead of {len(r['nodes'])}"
