@@ -10,7 +10,6 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,24 +17,10 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is optional, and for Linux only")
-from triton.runtime import interpreter
+import interpreter
 
 from lz_compiler.kernels import attention as flash
 from lz_compiler.kernels import decode_attention as decode
-
-_patch_lang_tensor: Callable[[Any, Any], None] = interpreter._patch_lang_tensor
-
-
-def _patch_with_index(tensor: Any, scope: Any) -> None:
-    # Triton 3.6's interpreter asks for int() of one-element arrays, for loop bounds; NumPy 2.4 and later refuse.
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = _patch_with_index
-for module in (decode, flash):
-    # Before torch 2.13 this takes compiled kernels alone; it marks kernels for tracing, and nothing is traced here.
-    module.wrap_triton = lambda kernel: kernel
 
 SCALE = 0.125
 

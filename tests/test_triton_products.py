@@ -18,9 +18,8 @@ import torch
 
 INTERPRETED = __name__ == "__main__"
 if INTERPRETED:
-    if not torch.__version__ >= "2.13":
-        # Older wrap_triton refuses interpreted kernels; outside of tracing it changes nothing.
-        torch.library.wrap_triton = lambda kernel: kernel
+    import interpreter  # noqa: F401  (before the kernels)
+
     from lz_compiler.kernels import depthwise_conv as depthwise
     from lz_compiler.kernels import gemv as products
     from lz_compiler.kernels.depthwise_conv import depthwise_conv

@@ -100,8 +100,7 @@ def _partial_kernel(
     else:
         row = ((b * kv_heads + g) * (GROUP * QUERIES) + r) * SPLITS + split
         tl.store(lse + row, tl.where(empty, float("-inf"), m + tl.log2(total)), mask=row_ok)
-        some = start + row * 0 < end  # as a vector: Triton 3.9's interpreter takes no scalar in a mask
-        tl.store(out + row[None, :] * HEAD + d[:, None], acc, mask=write & some[None, :])
+        tl.store(out + row[None, :] * HEAD + d[:, None], acc, mask=write & (start < end))
 
 
 @triton.jit
