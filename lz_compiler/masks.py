@@ -215,10 +215,10 @@ def _split(reader: Reader, e: Any) -> tuple[int, Reading | None, bool] | None:
 def _reading(reader: Reader, node: fx.Node, index: tuple[Any, ...], negated: bool = False) -> Reading | None:
     entries: list[Any] = []
     shift = 0
-    for k in index:
+    for k, size in zip(index, node.meta["val"].shape, strict=True):
         if k.is_Integer and k >= 0:
             entries.append(int(k))
-        elif k == reader.b and "batch" not in entries:
+        elif k == reader.b and "batch" not in entries and expr(size) == reader.batch:
             entries.append("batch")
         elif reader.j.is_Symbol and (k - reader.j).is_Integer and k - reader.j >= 0 and "key" not in entries:
             entries.append("key")

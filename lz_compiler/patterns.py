@@ -8,6 +8,7 @@ attention with grouped heads) is read off the graph by following edges.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,9 +201,11 @@ class Recogniser:
         inputs = {"q": q, "k": k, "v": v, **({"mask": mask} if mask is not None else {})}
         dynamic = any(is_dynamic(n.meta["val"]) for n in inputs.values())  # type: ignore[union-attr]
         (queries,), (keys,) = (self.view.spec(n).shape[-2:-1] for n in (q, k))  # type: ignore[arg-type]
+        # As text, since comparing symbolic sizes would guard on the answer.
+        square = str(q.meta["val"].shape[-2]) == str(k.meta["val"].shape[-2])  # type: ignore[union-attr]
         params = {
             "causal": causal, "scale": scale, "gqa": gqa, "dynamic_rows": dynamic, "queries": queries, "keys": keys,
-            "shift": 0, "window": 0, "uniform": False,
+            "shift": 0, "window": 0, "uniform": False, "square": square,
         }  # fmt: skip
         return _Draft("attention", [node], inputs, params)  # type: ignore[arg-type]
 
@@ -235,8 +238,8 @@ class Recogniser:
     def _with_activation(self, draft: _Draft) -> _Draft | None:
         found = self.activations.get(self.view.base(draft.root))
         readers, reshapes = self._only_reader(draft)
-        if found is None or not readers or not set(readers) <= set(found.nodes):
-            return None
+        if found is None or not readers or not set(readers) <= set(found.nodes) or (draft.op == "conv" and reshapes):
+            return None  # a convolution's result is an image, also for what it absorbs
         inside = set(found.nodes)
         if any(user not in inside for n in found.nodes if n is not found.nodes[0] for user in n.users):
             return None
@@ -247,6 +250,8 @@ class Recogniser:
     def _with_binary(self, draft: _Draft) -> Iterator[_Draft]:
         readers, reshapes = self._only_reader(draft)
         if len(readers) != 1 or readers[0].target not in (aten.add.Tensor, aten.mul.Tensor) or readers[0].kwargs:
+            return
+        if draft.op == "conv" and reshapes:
             return
         (reader,) = readers
         mine = [i for i, arg in enumerate(reader.args) if isinstance(arg, fx.Node) and self.view.base(arg) is self.view.base(draft.root)]
@@ -354,7 +359,7 @@ class Recogniser:
         found = infer_mask(mask, q.shape[0], q.shape[2], k.shape[2], self.view.constant)
         if found is None:
             return None
-        square = str(q.shape[2]) == str(k.shape[2])
+        square = draft.params["square"]
         params = {
             "causal": found.causal, "window": found.window, "uniform": found.empty == "uniform",
             "shift": found.offset + (draft.params["keys"] - draft.params["queries"] if found.bottom and not square else 0),
@@ -371,10 +376,11 @@ class Recogniser:
         """Linears of one input with frozen weights: one product with the weights side by side."""
         groups: dict[Any, list[_Draft]] = {}
         for draft in linears:
-            key = (self.view.base(draft.inputs["x"]), "bias" in draft.inputs, draft.params["transposed"])
+            x = draft.inputs["x"]
+            key = (self.view.base(x), self.view.spec(x).shape[1], "bias" in draft.inputs, draft.params["transposed"])
             if all(draft.inputs[r] in self.view.frozen for r in draft.inputs if r != "x"):
                 groups.setdefault(key, []).append(draft)
-        for (_, biased, transposed), drafts in groups.items():
+        for (*_, biased, transposed), drafts in groups.items():
             if len(drafts) < 2:
                 continue
             inputs = {"x": drafts[0].inputs["x"], **{f"w{i}": d.inputs["w"] for i, d in enumerate(drafts)}}
@@ -404,6 +410,8 @@ class Recogniser:
             constant = same and all(d.inputs[r] in self.view.frozen for d in (gate, up) for r in roles)
             if not constant or self.view.spec(up.root) != self.view.spec(gate.root):
                 continue
+            if math.prod(self.view.spec(readers[0]).shape) != math.prod(self.view.spec(gate.root).shape):
+                continue  # broadcast
             inputs = {"x": gate.inputs["x"], "w0": gate.inputs["w"], "w1": up.inputs["w"]}
             if "bias" in roles:
                 inputs |= {"b0": gate.inputs["bias"], "b1": up.inputs["bias"]}

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from . import torch_private
 from .backends import answers
 from .backends.base import natural_layout
-from .capture import RESHAPES, VIEWS, GraphView
+from .capture import RESHAPES, VIEWS, GraphView, tensor_value
 from .cost_models import CostModel
 from .cost_models.roofline import Roofline
 from .options import Options
@@ -120,7 +120,7 @@ def _updates(node: fx.Node) -> fx.Node | None:
     if node.target not in _UPDATES or not isinstance(node.args[0], fx.Node) or node.args[0].op != "placeholder":
         return None
     back = any(u.target is aten.copy_.default and u.args[0] is node.args[0] for u in node.users)
-    return next(a for a in reversed(node.args) if isinstance(a, fx.Node)) if back else None
+    return next(a for a in reversed(node.args) if tensor_value(a) is not None) if back else None  # type: ignore[return-value]
 
 
 def _entry(view: GraphView, node: fx.Node, image_layout: str, layout: str) -> Format:

@@ -47,7 +47,7 @@ def _added(emit: Emitter, t: Values, p: Values) -> Any:
         device = position.device if isinstance(position, torch.Tensor) else position.meta["val"].device
         every = emit.call(aten.arange.default, p["keys"], device=device)
         last = emit.call(aten.add.Tensor, emit.call(aten.reshape.default, position, [-1, 1, 1, 1]), p["shift"])
-        bounds = [emit.call(aten.le.Tensor, every, last)]
+        bounds = [emit.call(aten.le.Tensor, every, last)] if p["causal"] else []
         if p["window"]:
             bounds.append(emit.call(aten.gt.Tensor, every, emit.call(aten.sub.Tensor, last, p["window"])))
         for bound in bounds:
@@ -95,8 +95,7 @@ def _broadcasts(ctx: SelectionContext) -> bool:
 def _own_arguments(ctx: SelectionContext) -> bool:
     """Whether `is_causal`, which is for as many queries as keys, says the whole predicate."""
     p = ctx.params
-    square = not p["causal"] or p["queries"] == p["keys"] or ctx.default
-    return square and len(ctx.roles) == 3 and not p["window"] and not p["shift"]
+    return (p["square"] or not p["causal"]) and len(ctx.roles) == 3 and not p["window"] and not p["shift"]
 
 
 def _unfit(ctx: SelectionContext) -> tuple[str, str] | None:
@@ -159,7 +158,7 @@ class Attention:
         elif "mask" in ctx.roles and ctx.params["causal"]:
             for name in ("aten.flash_attention_cpu", "attention.brgemm"):
                 yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
-        elif "mask" not in ctx.roles and not _own_arguments(ctx):
+        elif "mask" not in ctx.roles and not ctx.default and not _own_arguments(ctx):
             for name in ("aten.flash_attention_cpu", "attention.brgemm"):
                 yield ctx.reject(name, "mask", "is_causal cannot say this predicate")
         else:
@@ -181,7 +180,9 @@ class Attention:
             yield ctx.reject(flash, "mask", "takes is_causal but no mask, in 16-bit types")
         else:
             yield ctx.candidate(self.kernels[flash], **extra)
-        if grouped:
+        if masked and p["dynamic_rows"]:
+            yield ctx.reject(efficient, "dynamic_shape", "a mask is expanded to fixed shapes")
+        elif grouped:
             yield ctx.reject(efficient, "shape", "needs as many heads in k and v as in q")
         else:
             yield ctx.candidate(self.kernels[efficient], scores=[*q.shape[:3], p["keys"]], **extra)

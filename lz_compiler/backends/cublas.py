@@ -112,6 +112,12 @@ def _fp8(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(aten._scaled_mm.default, narrow, t["w"], scale, t["scale"], t.get("bias"), None, out, True)
 
 
+def _ends(ctx: SelectionContext) -> bool:
+    """Whether cuBLASLt's epilogue computes the region's activation. Its gelu is the tanh approximation, which 16-bit outputs
+    do not tell from the exact one."""
+    return ctx.params["act"] in ACTS and (ctx.params["act"] != "gelu" or ctx.spec("x").dtype != "float32")
+
+
 class Cublas:
     name = "cublas"
     devices: tuple[str, ...] = ("cuda",)
@@ -148,7 +154,7 @@ class Cublas:
 
     def _activated(self, ctx: SelectionContext) -> Candidate | Rejection:
         name = "cublas.addmm_activation"
-        if ctx.params["act"] not in ACTS or ctx.params["binary"] or "bias" not in ctx.roles:
+        if not _ends(ctx) or ctx.params["binary"] or "bias" not in ctx.roles:
             return ctx.reject(name, "epilogue", "needs a bias and then relu or gelu, nothing else")
         if ctx.spec("x").dtype not in ("bfloat16", "float16", "float32"):
             return ctx.reject(name, "dtype", f"no fused epilogue for {ctx.spec('x').dtype}")
@@ -170,7 +176,7 @@ class Cublas:
             yield ctx.reject(name, "shape", "not of one group with 1x1 or disjoint windows, or at most 4 channels")
         elif p["dynamic_rows"]:
             yield ctx.reject(name, "dynamic_shape", "the reshape is written out for fixed shapes")
-        elif p["binary"] or p["act"] not in (None, *ACTS) or (p["act"] and not ("bias" in ctx.roles or p["affine"])):
+        elif p["binary"] or (p["act"] and not (_ends(ctx) and ("bias" in ctx.roles or {"add", "sub"} & {*p["affine"]}))):
             yield ctx.reject(name, "epilogue", "ends with a bias, and then relu or gelu, nothing else")
         else:
             eager = {} if pointwise else {"layouts": {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}}

@@ -148,11 +148,15 @@ class Triton:
             yield ctx.reject(name, "mask", "needs a mask that was understood, or none")
         elif q.dtype not in FLOATS:
             yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {q.dtype}")
-        elif len({len(s.shape) for s in (q, k, v)} | {4}) > 1 or k.shape != v.shape or q.shape[3] > 256 or q.shape[1] % k.shape[1]:
-            yield ctx.reject(name, "shape", "(batch, heads, length, size), k like v, q's heads a multiple, of at most 256")
+        elif len({len(s.shape) for s in (q, k, v)} | {4}) > 1 or k.shape != v.shape or q.shape[0] != k.shape[0]:
+            yield ctx.reject(name, "shape", "(batch, heads, length, size), k like v, one batch")
         elif p["dynamic_rows"] or any(0 in s.shape for s in ctx.specs) or any(s.stride[-1] != 1 for s in (q, k, v)):
             yield ctx.reject(name, "dynamic_shape", "fixed shapes with elements, head dimension contiguous")
-        elif (p["scale"] or 1.0) <= 0:
+        elif q.shape[3] > 256 or q.shape[1] % k.shape[1]:
+            yield ctx.reject(name, "shape", "heads of at most 256, as many in q as in k or a multiple")
+        elif p["uniform"] and (p["causal"] or p["window"]):
+            yield ctx.reject(name, "mask", "a row that sees no key is 0 here, and the mean of v in eager")
+        elif p["scale"] is not None and p["scale"] <= 0:
             yield ctx.reject(name, "scale", "a scale above 0")
         else:
             size, rows = 4 if q.dtype == "float32" else 2, q.shape[1] // k.shape[1] * q.shape[2]
@@ -174,11 +178,11 @@ class Triton:
             yield ctx.candidate(self.kernels["triton.decode_attention"], variant=variant, head=head)
 
     def _depthwise(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        name, p, x, (channels, inner, *size) = "triton.depthwise_conv", ctx.params, ctx.spec("x"), ctx.spec("w").shape
+        name, p, x, (channels, _, *size) = "triton.depthwise_conv", ctx.params, ctx.spec("x"), ctx.spec("w").shape
         if x.dtype not in FLOATS:
             yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {x.dtype}")
-        elif p["groups"] != channels or inner != 1 or channels != x.shape[1] or max(size) > 7 or set(p["dilation"]) != {1}:
-            yield ctx.reject(name, "shape", "one filter a channel, at most 7x7, not dilated")
+        elif p["groups"] != channels or channels == 1 or channels != x.shape[1] or max(size) > 7 or set(p["dilation"]) != {1}:
+            yield ctx.reject(name, "shape", "one filter a channel of several, at most 7x7, not dilated")
         elif len({*p["stride"]}) > 1 or len({*p["padding"]}) > 1 or p["dynamic_rows"] or 0 in x.shape:
             yield ctx.reject(name, "shape", "equal strides and paddings, fixed and not empty")
         elif p["act"] or p["binary"]:
@@ -199,8 +203,10 @@ class Triton:
             yield ctx.reject(name, "epilogue", "an activation or a residual, not both")
         elif p.get("act") not in (None, "relu", "silu", "gelu", "gelu_tanh"):
             yield ctx.reject(name, "epilogue", f"no fused {p['act']}")
-        elif p.get("transposed") and not frozen:
+        elif not frozen and p.get("transposed"):
             yield ctx.reject(name, "stride", "reads the weight row by row")
+        elif ctx.region.op == "linear" and any(spec.stride[-1] != 1 for spec in ctx.specs):
+            yield ctx.reject(name, "stride", "the last dimension of each input must be contiguous")
         else:
             yield from self._variants(ctx, name, frozen)
 
