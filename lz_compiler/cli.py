@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .errors import LayerZeroError, OptionError, unknown
+
+if TYPE_CHECKING:
+    from .timings import TimingStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 cache_app = typer.Typer(no_args_is_help=True, help="Stored timings, device peaks and verdicts.")
@@ -122,11 +125,7 @@ def demo(rounds: int = 15) -> None:
 @cache_app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
     """What is stored, by kind."""
-    from .backend import open_store
-    from .options import Options
-
-    store = open_store(cache_dir or Options.resolve().cache_dir)
-    held = store.ls()
+    held = _store(cache_dir).ls()
     if as_json:
         found = {"path": str(held.path) if held.path else None, "bytes": held.bytes, "counts": dict(held.counts)}
         out.print(json.dumps(found), markup=False)
@@ -140,8 +139,23 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 def cache_clear(kind: Annotated[str | None, typer.Argument(help="timing, verdict, peaks; all if left out")] = None,
                 cache_dir: CacheDir = None) -> None:  # fmt: skip
     """Forget stored facts, or one kind of them."""
+    out.print(f"{_store(cache_dir).clear(kind)} removed")
+
+
+@cache_app.command("export")
+def cache_export(file: str, cache_dir: CacheDir = None) -> None:
+    """Write timings and device peaks to FILE.jsonl, to plan for this machine on another one."""
+    out.print(f"{_store(cache_dir).export(file)} written")
+
+
+@cache_app.command("merge")
+def cache_merge(file: str, cache_dir: CacheDir = None) -> None:
+    """Add what an exported FILE.jsonl, or another machine's store, knows and this store does not."""
+    out.print(f"{_store(cache_dir).merge(file)} added")
+
+
+def _store(cache_dir: str | None) -> TimingStore:
     from .backend import open_store
     from .options import Options
 
-    removed = open_store(cache_dir or Options.resolve().cache_dir).clear(kind)
-    out.print(f"{removed} removed")
+    return open_store(cache_dir or Options.resolve().cache_dir)

@@ -313,7 +313,7 @@ def _uncontended(samples: list[tuple[float, float]]) -> list[float]:
 
 def signature(ctx: SelectionContext, candidate: Candidate, environment: str, version: str) -> str:
     """The identity of a measurement: everything that decides what runs, and nothing about where in which model."""
-    params = ",".join(f"{k}={v}" for k, v in candidate.params if k not in ("values", "out_reshape", "mask"))
+    params = ",".join(f"{k}={v}" for k, v in candidate.params if k not in ("values", "out_reshape", "mask", "square"))
     specs = ";".join(f"{s.shape}{s.stride}{s.dtype}" for s in ctx.specs)
     formats = ";".join(map(str, (*candidate.in_formats, *candidate.out_formats)))
     return f"{candidate.kernel}#{kernel(candidate.kernel).version}|{version}|{specs}|{formats}|{params}|{environment}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import torch_private
+from .errors import OptionError, unknown
 from .timings import TimingStore
 from .types import Target
 
@@ -67,8 +68,35 @@ def detect(device: str, store: TimingStore, graphs: bool = False) -> Target:
     if peaks is None:
         peaks = measure_peaks(device)
         store.put_record("peaks", key, peaks)
+    return _target(env, peaks, graphs)
+
+
+def stored_target(store: TimingStore, name: str, graphs: bool = False) -> Target:
+    """The target of a device that need not be here, from its stored peaks: the newest of that name (`NVIDIA H200`).
+
+    OptionError if the store has none.
+    """
+    known: dict[str, tuple[dict[str, str], str]] = {}
+    for entry in sorted((e for e in store.ls().entries if e.kind == "peaks"), key=lambda e: (e.created or 0.0, e.key)):
+        env = dict(part.split("=", 1) for part in entry.key.split("|"))
+        known[env["name"]] = env, entry.key
+    if name not in known:
+        raise OptionError(unknown("target", name, known))
+    env, key = known[name]
+    peaks = store.get_record("peaks", key)
+    assert peaks is not None
+    return _target(env, peaks, graphs)
+
+
+def is_here(target: Target) -> bool:
+    """Whether kernels can be measured for the target: it is a device of this machine, with the same libraries."""
+    present = target.device == "cpu" or torch.cuda.is_available()
+    return present and environment(target.device) == dict(target.environment)
+
+
+def _target(env: dict[str, str], peaks: dict[str, Any], graphs: bool) -> Target:
     return Target(
-        device=device, name=env["name"], bandwidth=float(peaks["bandwidth"]), flops=dict(peaks["flops"]),
+        device=env["device"], name=env["name"], bandwidth=float(peaks["bandwidth"]), flops=dict(peaks["flops"]),
         launch_ns=int(peaks.get("graph_launch_ns", 0) if graphs else 0) or int(peaks["launch_ns"]),
         environment=env,
     )  # fmt: skip

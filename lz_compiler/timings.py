@@ -7,6 +7,7 @@ built anew; if the directory cannot be written to, or the disk is full, the fact
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import sys
@@ -16,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ SCHEMA_VERSION = 1
 FILE_NAME = "timings.sqlite"
 BUSY_S = 30.0
 TIMING = "timing"  # the kind under which `ls` and `clear` know the timings
+TEXT_SUFFIX = ".jsonl"  # of an exported file; any other is read as a store
 _CHUNK = 500  # variables in one statement: SQLite's limit was 999 for a long time
 
 # `epsilon` may be NULL because that is what SQLite makes of a NaN.
@@ -189,9 +191,33 @@ class TimingStore:
                 del self._records[name]
             return timings + len(records) if removed is None else removed
 
+    def export(self, file: str | Path) -> int:
+        """Write the timings and the devices' peaks as JSON lines, sorted, for `merge` elsewhere. Returns how many.
+
+        Plans and verdicts stay: they belong to a machine and its user's graphs. StoreError if the file cannot be written.
+        """
+        path = Path(os.path.expanduser(file)).absolute()
+        if path.suffix != TEXT_SUFFIX:
+            raise StoreError(f"cannot export to {path}: `merge` reads JSON lines from a name that ends in {TEXT_SUFFIX}.")
+        with self._lock:
+            timings, records = self._run(_facts) or (self._timings, self._records)
+        rows = [{"kind": kind, "key": key, "value": json.loads(text)} for (kind, key), text in sorted(records.items()) if kind == "peaks"]
+        for _, timing in sorted(timings.items()):
+            known = asdict(timing)
+            rows.append(known | {"epsilon": None} if math.isnan(timing.epsilon) else known)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StoreError(f"cannot export to {path}: {error}.") from error
+        return len(rows)
+
     def merge(self, other: str | Path) -> int:
-        """Add the facts of another store's file that are not known here. Returns how many were added."""
-        timings, records = _read_other(Path(os.path.expanduser(other)).absolute())
+        """Add the facts of another store, or of an exported file, that are not known here. Returns how many were added."""
+        path = Path(os.path.expanduser(other)).absolute()
+        timings, records = _read_text(path) if path.suffix == TEXT_SUFFIX else _read_other(path)
         with self._lock:
             added = self._run(lambda connection: _insert(connection, "IGNORE", timings.values(), records))
             if added is None:
@@ -351,7 +377,7 @@ def _read_other(path: Path, wait_s: float = BUSY_S) -> tuple[dict[str, Timing], 
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version != SCHEMA_VERSION:
                 raise StoreError(f"{path} has schema version {version}, this LayerZero reads version {SCHEMA_VERSION}.")
-            return _timings(connection.execute(_ALL_TIMINGS)), _texts(connection.execute(_ALL_RECORDS))
+            return _facts(connection)
         except sqlite3.Error as error:
             if last or _damaged(error) or _code(error) == sqlite3.SQLITE_BUSY:
                 raise StoreError(f"{path} cannot be read as a timings store: {error}.") from error
@@ -359,6 +385,34 @@ def _read_other(path: Path, wait_s: float = BUSY_S) -> tuple[dict[str, Timing], 
             if connection is not None:
                 connection.close()
     raise AssertionError("the last way either returned or raised")
+
+
+def _facts(connection: sqlite3.Connection) -> tuple[dict[str, Timing], _Records]:
+    return _timings(connection.execute(_ALL_TIMINGS)), _texts(connection.execute(_ALL_RECORDS))
+
+
+def _read_text(path: Path) -> tuple[dict[str, Timing], _Records]:
+    """All facts of an exported file. StoreError with the line if one is damaged."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read as exported timings: {error}.") from error
+    names = [field.name for field in fields(Timing)]
+    timings: dict[str, Timing] = {}
+    records: _Records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if "kind" in row:
+                records[str(row["kind"]), str(row["key"])] = json.dumps(row["value"], sort_keys=True).encode()
+                continue
+            known = _timings([[row[name] for name in names]])
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}, line {number}: not an exported fact ({error!r}). Export the store again.") from error
+        if not known:
+            raise StoreError(f"{path}, line {number}: a field of this timing has the wrong type. Export the store again.")
+        timings |= known
+    return timings, records
 
 
 def _connect(database: str, wait_s: float = BUSY_S, *, uri: bool = False) -> sqlite3.Connection:

@@ -148,6 +148,15 @@ def test_cache(tmp_path: Path) -> None:
     assert run("cache", "clear", *where).stdout == "0 removed\n"
 
 
+def test_cache_export_and_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, here, there = str(tmp_path / "card.jsonl"), str(tmp_path / "here"), str(tmp_path / "there")
+    backend.open_store(here).put(Timing("key", "aten.mm", 5, 0, 9, None, 0.0, "linear"))
+    assert run("cache", "export", file, "--cache-dir", here).stdout == "1 written\n"
+    assert run("cache", "merge", file, "--cache-dir", there).stdout == "1 added\n"
+    assert backend.open_store(there).get("key") == backend.open_store(here).get("key")
+    assert "no timings store" in fails(capsys, monkeypatch, "cache", "merge", f"{file}.none", "--cache-dir", there)
+
+
 def test_cache_dir_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERZERO_CACHE_DIR", str(tmp_path / "from-environment"))
     assert "from-environment" in json.loads(run("cache", "ls", "--json").stdout)["path"]

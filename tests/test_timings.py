@@ -462,6 +462,48 @@ def test_merge(tmp_path: Path) -> None:
     assert memory.get("both") == row("both", 1)
 
 
+def test_export_and_merge_as_text(tmp_path: Path) -> None:
+    store, other = TimingStore.open(tmp_path / "a"), TimingStore.open(tmp_path / "b")
+    nan = Timing("z", "aten.mm", 7, 0, 9, None, math.nan, "linear")
+    store.put_many([row("fast\nand odd|é"), row("failed", None), nan])
+    store.put_record("peaks", "name=a card", {"bandwidth": 1.5})
+    store.put_record("verdict", "graph", {"winner": "eager"})
+    first, again = tmp_path / "first.jsonl", tmp_path / "again.jsonl"
+    assert store.export(first) == 4
+    assert other.merge(first) == 4
+    assert other.merge(first) == 0
+    assert reopened(other).get_many(["fast\nand odd|é", "failed"]) == {t.key: t for t in (row("fast\nand odd|é"), row("failed", None))}
+    found = other.get("z")
+    assert found is not None
+    assert math.isnan(found.epsilon)
+    assert other.ls().counts == {"peaks": 1, "timing": 3}
+    assert other.get_record("peaks", "name=a card") == {"bandwidth": 1.5}
+    other.export(again)
+    assert again.read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"key": "k"}', '{"kind": "peaks", "key": "k"}', "bad ns", "\x00"])
+def test_merge_names_the_damaged_line(tmp_path: Path, line: str) -> None:
+    store, file = TimingStore.open(tmp_path), tmp_path / "file.jsonl"
+    store.put(row("good"))
+    store.export(file)
+    good = file.read_text()
+    file.write_text(good + (good.replace("100", '"fast"') if line == "bad ns" else line + "\n"))
+    fresh = TimingStore.open(tmp_path / "fresh")
+    with pytest.raises(StoreError, match="line 2"):
+        fresh.merge(file)
+    assert not fresh.ls().counts
+
+
+def test_export_names_what_is_wrong(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path)
+    for name in ("other.sqlite", "none/file.jsonl"):
+        with pytest.raises(StoreError, match="cannot export"):
+            store.export(tmp_path / name)
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.merge(tmp_path / "none.jsonl")
+
+
 def test_merge_names_what_is_wrong(tmp_path: Path) -> None:
     store = TimingStore.open(tmp_path / "a")
     store.put(row("a"))

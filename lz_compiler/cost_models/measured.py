@@ -10,6 +10,7 @@ from dataclasses import replace
 from .. import backends
 from ..backends.base import SelectionContext
 from ..measure import measurable, measure, signature
+from ..target import is_here
 from ..timings import Timing, TimingStore
 from ..types import Candidate, Cost, Rejection, Target
 from . import Priced
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 class Measured:
     """Failures are facts too: a kernel that raised or was wrong stays rejected until its version or the machine changes.
 
-    What the budget does not reach is priced by the roofline, and not remembered.
+    What has no timing, and cannot get one in the budget or on this machine, is no candidate; the graph as it stands is
+    priced by the roofline then, and that is not remembered.
     """
 
     def __init__(self, target: Target, store: TimingStore, budget_s: float) -> None:
@@ -30,6 +32,7 @@ class Measured:
         self.roofline = Roofline(target)
         self.environment = "|".join(f"{k}={v}" for k, v in sorted(target.environment.items()))
         self.versions = {name: b.version() for b in backends.all_backends().values() for name in b.kernels}
+        self.measures = is_here(target)
         self.measured = 0
 
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
@@ -38,7 +41,7 @@ class Measured:
         keys = [signature(ctx, c, self.environment, self.versions[c.kernel]) for c in candidates]
         known = self.store.get_many(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
-        if missing and time.perf_counter() < self.deadline:
+        if missing and self.measures and time.perf_counter() < self.deadline:
             found = measure(ctx, [candidates[i] for i in missing], self.deadline)
             fresh = [
                 Timing(
@@ -57,7 +60,8 @@ class Measured:
         if timing is None:
             if dict(candidate.params).get("as_is"):  # the graph as it stands must always have a price
                 return candidate, self.roofline.cost(ctx, candidate)
-            return Rejection(candidate.kernel, "not_measured", "the measuring budget was spent before its turn")
+            why = "the measuring budget was spent before its turn" if self.measures else "no stored timing, and the target is not here"
+            return Rejection(candidate.kernel, "not_measured", why)
         if timing.ns is None and dict(candidate.params).get("as_is"):
             return candidate, self.roofline.cost(ctx, candidate)
         if timing.ns is None:
