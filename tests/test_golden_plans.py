@@ -182,7 +182,9 @@ def test_bert_with_padding(h200: TimingStore) -> None:
  2 cudnn.attention(q, k, v, keys0), measured: 306 us
 29 conversions, optimal: 1558 us""",
     )
-    assert planned(h200, view, backends=["aten"]).objective > plan.objective
+    aten = planned(h200, view, backends=["aten"])
+    assert aten.objective > plan.objective
+    assert ("aten.sdpa", "measured") in {(c.candidate.kernel, c.cost.source) for c in aten.choices}  # not a call priced by its bytes
     assert_applies(on_cpu, plan)
 
 

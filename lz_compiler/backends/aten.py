@@ -4,6 +4,7 @@ convolutions and bfloat16), and MKL with a packed weight."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -30,6 +31,10 @@ def _conv(emit: Emitter, t: Values, p: Values) -> object:
     return emit.call(aten.convolution.default, t["x"], t["w"], t.get("bias"), *geometry)
 
 
+def attention_arguments(t: Values, p: Values) -> tuple[Any, ...]:
+    return t["q"], t["k"], t["v"], t.get("mask"), p["causal"], p["scale"], p["gqa"]
+
+
 def _pack_mkl(emit: Emitter, t: Values, p: Values) -> Values:
     def dense(w: torch.Tensor) -> torch.Tensor:
         return (w.t() if p["transposed"] else w).contiguous()
@@ -52,6 +57,7 @@ class Aten:
             Kernel("aten.mm", _mm),
             Kernel("aten.bmm", lambda emit, t, p: emit.call(aten.bmm.default, t["a"], t["b"])),
             Kernel("aten.conv", _conv),
+            Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *attention_arguments(t, p))),
             Kernel("mkl.linear_packed", _mkl, _pack_mkl),
         )
     }
@@ -70,6 +76,9 @@ class Aten:
                 yield from self._mkl(ctx)
         elif op == "bmm":
             yield ctx.candidate(self.kernels["aten.bmm"], as_is=True)
+        elif op == "attention" and ctx.default:
+            mask_dtype = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
+            yield ctx.candidate(self.kernels["aten.sdpa"], as_is=True, mask_dtype=mask_dtype)
         elif op == "conv" and ctx.default:
             kernel = self.kernels["aten.conv"]
             yield ctx.candidate(kernel, as_is=True)

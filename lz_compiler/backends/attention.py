@@ -15,13 +15,10 @@ import torch
 
 from .. import ops, semantics
 from ..types import Candidate, Rejection
+from .aten import attention_arguments
 from .base import Emitter, Kernel, SelectionContext, Values
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-
-def _args(t: Values, p: Values) -> tuple[Any, ...]:
-    return t["q"], t["k"], t["v"], t.get("mask"), p["causal"], p["scale"], p["gqa"]
 
 
 def _mask(emit: Emitter, t: Values, p: Values) -> Any:
@@ -124,13 +121,12 @@ class Attention:
     kernels: Mapping[str, Kernel] = {
         kernel.name: kernel
         for kernel in (
-            Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *_args(t, p))),
             Kernel("aten.flash_attention_cpu", _flash),
             Kernel("cudnn.attention", _cudnn),
             Kernel("aten.flash_attention", _flash_cuda),
             Kernel("aten.efficient_attention", _efficient),
             Kernel("attention.brgemm", _brgemm, setup=ops.attention_brgemm),
-            Kernel("aten.sdpa_math", lambda emit, t, p: emit.call(ops.sdpa_math, *_args(t, p))),
+            Kernel("aten.sdpa_math", lambda emit, t, p: emit.call(ops.sdpa_math, *attention_arguments(t, p))),
         )
     }
 
@@ -145,8 +141,6 @@ class Attention:
             return
         mask = ctx.spec("mask") if "mask" in ctx.roles else None
         extra: dict[str, Any] = {"mask_dtype": mask.dtype if mask else ""}
-        if ctx.default:
-            yield ctx.candidate(self.kernels["aten.sdpa"], as_is=True, **extra)
         if _broadcasts(ctx):
             for name in ("aten.sdpa_math", "aten.flash_attention_cpu", "cudnn.attention", "aten.flash_attention"):
                 yield ctx.reject(name, "shape", "q, k and v have different batch dimensions")
