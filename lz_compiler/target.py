@@ -42,6 +42,20 @@ def library_versions(device: str) -> Mapping[str, str]:
     }  # fmt: skip
 
 
+@functools.cache
+def onednn_computes(dtype: str) -> bool:
+    """Whether oneDNN computes in this dtype here: the 16-bit ones depend on the CPU's instructions."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    known = torch.ops.mkldnn
+    match dtype:
+        case "float16":
+            return bool(known._is_mkldnn_fp16_supported())
+        case "bfloat16":
+            return bool(known._is_mkldnn_bf16_supported())
+    return dtype == "float32"
+
+
 def last_level_cache(device: str = "cpu") -> int:
     """Bytes of the last-level cache, 32 MiB where the system does not say."""
     if device == "cuda":
@@ -126,7 +140,7 @@ def measure_peaks(device: str) -> dict[str, Any]:
         for name in ("float32", "bfloat16", "float16"):
             x = torch.randn(n, n, device=device).to(getattr(torch, name))
             runs: list[Callable[[], object]] = [lambda x=x: x @ x]  # type: ignore[misc]
-            if device == "cpu" and torch.backends.mkldnn.is_available() and name != "float16":
+            if device == "cpu" and onednn_computes(name):
                 runs.append(lambda x=x: torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""))  # type: ignore[misc]
             peaks[name] = 2.0 * n**3 / min(_best(run, device) for run in runs)
         tiny = torch.ones(1, device=device)

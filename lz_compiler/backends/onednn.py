@@ -3,7 +3,6 @@ packed weights, in float32 and bfloat16, 1x1 convolutions as products, batch nor
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
+from ..target import onednn_computes
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, split_columns
 from .folding import fold_constants, folded, rows_of
@@ -24,18 +24,6 @@ _ATTR = {
 }  # fmt: skip
 _CONV_ACTS = (None, "silu", "sigmoid", "tanh")
 RELU = "oneDNN's fused relu turns NaN into 0, eager's keeps it (so does its clip)"
-
-
-@functools.cache
-def _has(dtype: str) -> bool:
-    """Whether oneDNN computes in this dtype here: the 16-bit ones depend on the CPU's instructions."""
-    known = torch.ops.mkldnn
-    match dtype:
-        case "float16":
-            return bool(known._is_mkldnn_fp16_supported())
-        case "bfloat16":
-            return bool(known._is_mkldnn_bf16_supported())
-    return dtype == "float32"
 
 
 def _vector(emit: Emitter, value: Any, p: Values) -> Any:
@@ -152,13 +140,13 @@ class OneDNN:
             return
         name = f"onednn.{ctx.region.op}"
         x = ctx.spec("x")
-        if not _has(x.dtype):
+        if not onednn_computes(x.dtype):
             yield ctx.reject(name, "dtype", f"no oneDNN kernel for {x.dtype} on this CPU")
         elif any(0 in spec.shape for spec in (*ctx.specs, *ctx.outputs)):
             yield ctx.reject(name, "empty", "an input has no elements")
         else:
             dtypes = [x.dtype]
-            if x.dtype == "float32" and ctx.options.error_budget > 0 and _has("bfloat16"):
+            if x.dtype == "float32" and ctx.options.error_budget > 0 and onednn_computes("bfloat16"):
                 dtypes.append("bfloat16")
             for dtype in dtypes:
                 yield from self._linear(ctx, dtype) if ctx.region.op != "conv" else self._conv(ctx, dtype)
