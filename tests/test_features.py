@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -627,7 +628,8 @@ def test_the_race_decides_and_stores_its_verdict(raced: tuple[nn.Module, Tensor,
         store.put_record("verdict", record.key, {**verdict, "winner": winner})
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        torch._inductor.codecache.FxGraphCache.clear()
+        with suppress(OSError):  # another process may be writing into Inductor's cache
+            torch._inductor.codecache.FxGraphCache.clear()
         with torch.no_grad():
             same(compiled(model, **options)(x), model(x))
         assert RECORDS[-1].key == record.key
