@@ -166,8 +166,14 @@ sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v,
 
 @functools.cache
 def attention_brgemm() -> Any:
-    """attention_brgemm(q, k, v, mask, causal, scale): the operator of backends/attention.cpp, compiled on first use."""
-    torch_private.load_cpp(str(Path(__file__).with_name("backends") / "attention.cpp"))
+    """attention_brgemm(q, k, v, mask, causal, scale): the operator of backends/attention.cpp, compiled on first use
+    and kept beside the timings."""
+    import platformdirs
+
+    from .options import Options
+
+    folder = Path(Options.resolve().cache_dir or platformdirs.user_cache_dir("layerzero")).expanduser() / "compiled"
+    torch_private.load_cpp(str(Path(__file__).with_name("backends") / "attention.cpp"), str(folder))
 
     def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
         batch, heads, length = q.shape[:3]

@@ -6,6 +6,7 @@ Imports of torch's private modules are inside the functions, so that `import lz_
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
+
+log = logging.getLogger(__name__)
 
 SUPPORTED = ((2, 11), (2, 15))
 
@@ -126,8 +129,6 @@ def _no_autocast() -> Iterator[None]:
 @contextmanager
 def cudagraph_skips(tell: Callable[[str], None]) -> Iterator[None]:
     """Tell why Inductor does not use CUDA graphs for what is compiled inside, where it decides so."""
-    import logging
-
     from torch._inductor.cudagraph_utils import cudagraphs_log
 
     class Handler(logging.Handler):
@@ -415,13 +416,23 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
 
 
 @functools.cache
-def load_cpp(path: str) -> None:
-    """Compile a C++ file as Inductor compiles its loops, and load it; both once, Inductor keeps the result on disk."""
+def load_cpp(path: str, folder: str) -> None:
+    """Compile a C++ file as Inductor compiles its loops, and load it; the result is kept in `folder`, or in Inductor's own
+    cache where that cannot be written to."""
+    import os
     from pathlib import Path
+    from unittest import mock
 
     from torch._inductor.codecache import CppCodeCache
 
-    CppCodeCache.load(Path(path).read_text())
+    place = {}
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        place = {"TORCHINDUCTOR_CACHE_DIR": folder} if os.access(folder, os.W_OK) else {}
+    except OSError as error:
+        log.info("compiled kernels go to Inductor's cache: %s", error)
+    with mock.patch.dict(os.environ, place):
+        CppCodeCache.load(Path(path).read_text())
 
 
 def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:
