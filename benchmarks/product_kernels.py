@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lz_compiler.backends.base import quantize_rows
 from lz_compiler.kernels import depthwise_conv as depthwise
 from lz_compiler.kernels import gemv
 
@@ -82,7 +83,7 @@ def product(m: int, n: int, k: int, quantized: torch.dtype | None = None, gated:
     inputs: list[Inputs] = []
     for _ in range(copies(n * k * (1 if quantized else 2))):
         w = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") / k**0.5
-        inputs.append((x, *gemv.quantize_rows(w, quantized)) if quantized else (x, w, None))
+        inputs.append((x, *quantize_rows(w, quantized)) if quantized else (x, w, None))
     _, w, scale = inputs[0]
     assert w is not None
     exact = x.double() @ w.double().T

@@ -77,42 +77,6 @@ def infer_mask(
     return None
 
 
-def visible(predicate: MaskPredicate, values: Callable[[fx.Node], Tensor], batch: int, queries: int, keys: int) -> Tensor:
-    """The boolean mask (B, 1, Q, K) that a predicate stands for, in plain torch; `values` gives the tensors of its nodes."""
-    device = next((values(r.node).device for r in (*predicate.keys, predicate.position) if r is not None), None)
-    i = torch.arange(queries, device=device)[:, None]
-    j = torch.arange(keys, device=device)
-    shift: Any = predicate.offset + (keys - queries if predicate.bottom else 0)
-    if predicate.position is not None:
-        shift = shift + read(predicate.position, values, batch, 1)[:, None, None, :]
-    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=device)
-    if predicate.causal:
-        seen = seen & (j <= i + shift)
-    if predicate.window:
-        seen = seen & (j > i + shift - predicate.window)
-    for key in predicate.keys:
-        seen = seen & read(key, values, batch, keys)[:, None, None, :]
-    return seen
-
-
-def read(reading: Reading, values: Callable[[fx.Node], Tensor], batch: int, keys: int) -> Tensor:
-    """What a reading stands for, as a tensor (B, K)."""
-    tensor, dims = values(reading.node), []
-    for position in reversed(range(len(reading.index))):
-        entry = reading.index[position]
-        if entry == "key":
-            tensor = tensor.narrow(position, reading.shift, keys)
-        elif entry != "batch":
-            tensor = tensor.select(position, entry)
-    dims = [entry for entry in reading.index if entry in ("batch", "key")]
-    if dims == ["key", "batch"]:
-        tensor = tensor.mT
-    elif dims == ["batch"]:
-        tensor = tensor[:, None]
-    tensor = tensor.expand(batch, keys)
-    return ~tensor if reading.negated else tensor
-
-
 def describe(predicate: MaskPredicate | None) -> str:
     """A predicate in words, for reports."""
     if predicate is None:

@@ -15,10 +15,47 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lz_compiler import backend, ops, torch_private
-from lz_compiler.masks import MaskPredicate, Reading, describe, infer_mask, visible
+from lz_compiler.masks import MaskPredicate, Reading, describe, infer_mask
+from lz_compiler.passes import drop_masks
 
 INF, MIN = -math.inf, torch.finfo(torch.float32).min
 Program = Callable[..., Tensor]
+
+
+def visible(predicate: MaskPredicate, values: Callable[[fx.Node], Tensor], batch: int, queries: int, keys: int) -> Tensor:
+    """The boolean mask (B, 1, Q, K) that a predicate stands for, in plain torch; `values` gives the tensors of its nodes."""
+    device = next((values(r.node).device for r in (*predicate.keys, predicate.position) if r is not None), None)
+    i = torch.arange(queries, device=device)[:, None]
+    j = torch.arange(keys, device=device)
+    shift: Any = predicate.offset + (keys - queries if predicate.bottom else 0)
+    if predicate.position is not None:
+        shift = shift + read(predicate.position, values, batch, 1)[:, None, None, :]
+    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=device)
+    if predicate.causal:
+        seen = seen & (j <= i + shift)
+    if predicate.window:
+        seen = seen & (j > i + shift - predicate.window)
+    for key in predicate.keys:
+        seen = seen & read(key, values, batch, keys)[:, None, None, :]
+    return seen
+
+
+def read(reading: Reading, values: Callable[[fx.Node], Tensor], batch: int, keys: int) -> Tensor:
+    """What a reading stands for, as a tensor (B, K)."""
+    tensor, dims = values(reading.node), []
+    for position in reversed(range(len(reading.index))):
+        entry = reading.index[position]
+        if entry == "key":
+            tensor = tensor.narrow(position, reading.shift, keys)
+        elif entry != "batch":
+            tensor = tensor.select(position, entry)
+    dims = [entry for entry in reading.index if entry in ("batch", "key")]
+    if dims == ["key", "batch"]:
+        tensor = tensor.mT
+    elif dims == ["batch"]:
+        tensor = tensor[:, None]
+    tensor = tensor.expand(batch, keys)
+    return ~tensor if reading.negated else tensor
 
 
 def trace(program: Program, *inputs: Any, mode: str = "fake") -> tuple[fx.GraphModule, fx.Node]:
@@ -442,3 +479,46 @@ def test_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
     t5 = tf.T5Model(tf.T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
     masks = attention_masks(monkeypatch, t5, False, input_ids=ids(), decoder_input_ids=ids(7), use_cache=False)
     assert masks == [None, None, MaskPredicate()]
+
+
+# --- where gradients flow -------------------------------------------------------------------------------------------------
+
+
+class Attends(torch.nn.Module):
+    """Three attentions over one projection: causal, all keys, and a window, each with its mask as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        masks = (j <= i, (j >= 0).expand(length, length), (j <= i) & (j > i - 5))
+        return sum(F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in masks)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_masks_are_dropped_in_training(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Attends(), torch.randn(2, 24, 32, requires_grad=True)
+    calls: list[tuple[str, Any, bool]] = []
+
+    def drop(graph: fx.Graph) -> int:
+        dropped = drop_masks.drop_masks_pass(graph)
+        kernels = {*drop_masks.FORWARD, *drop_masks.FORWARD.values()}
+        for node in (n for n in graph.nodes if n.target in kernels):
+            calls.append((node.target.name(), drop_masks._get(node, "mask") is None, bool(drop_masks._get(node, "is_causal"))))
+        return dropped
+
+    monkeypatch.setattr(backend, "drop_masks_pass", drop)
+    compiled = torch.compile(model, backend="layerzero", dynamic=dynamic, options={"cost_model": "roofline", "race": False})
+    for length in (24, 31) if dynamic else (24,):
+        x = torch.randn(2, length, 32, requires_grad=True)
+        expected = torch.autograd.grad(model(x).square().sum(), (x, *model.parameters()))
+        found = torch.autograd.grad(compiled(x).square().sum(), (x, *model.parameters()))
+        torch.testing.assert_close(found, expected)
+    forward, backward = ([c[1:] for c in calls if c[0].endswith("backward") is last] for last in (False, True))
+    # Without a mask and causal; without a mask; the window's mask is kept.
+    assert sorted(forward) == sorted(backward) == [(False, False), (True, False), (True, True)]
+    assert any("2 attention masks" in note for note in backend.RECORDS[-1].notes)

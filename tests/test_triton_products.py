@@ -20,10 +20,11 @@ INTERPRETED = __name__ == "__main__"
 if INTERPRETED:
     import interpreter  # noqa: F401  (before the kernels)
 
+    from lz_compiler.backends.base import quantize_rows
     from lz_compiler.kernels import depthwise_conv as depthwise
     from lz_compiler.kernels import gemv as products
     from lz_compiler.kernels.depthwise_conv import depthwise_conv
-    from lz_compiler.kernels.gemv import gemv, quantize_rows
+    from lz_compiler.kernels.gemv import gemv
 
 # Relative error in the norm; the interpreter cuts to bf16 where a GPU rounds to nearest.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2**-7}

@@ -183,7 +183,7 @@ class Attention:
 
     def _brgemm(self, ctx: SelectionContext, extra: dict[str, Any]) -> Candidate | Rejection:
         name, q = "attention.brgemm", ctx.spec("q")
-        if q.device != "cpu" or q.dtype != "float32" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        if q.dtype != "float32" or torch.backends.cpu.get_cpu_capability() != "AVX512":
             return ctx.reject(name, "device", "float32 on a CPU with AVX-512, which torch's brgemm needs")
         if len(q.shape) != 4 or ctx.params["dynamic_rows"] or any(0 in spec.shape for spec in ctx.specs):
             return ctx.reject(name, "shape", "four dimensions, fixed and not empty: oneDNN generates code for each shape")
@@ -197,9 +197,7 @@ class Attention:
 
     def _flash(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name, q, v = "aten.flash_attention_cpu", ctx.spec("q"), ctx.spec("v")
-        if q.device != "cpu":
-            yield ctx.reject(name, "device", f"runs on cpu, not {q.device}")
-        elif q.dtype not in ("float32", "bfloat16", "float16", "float64"):
+        if q.dtype not in ("float32", "bfloat16", "float16", "float64"):
             yield ctx.reject(name, "dtype", f"no flash kernel for {q.dtype}")
         elif len(q.shape) != 4 or q.shape[-1] != v.shape[-1]:
             yield ctx.reject(name, "shape", "needs (batch, heads, length, size) with equal head sizes of q and v")

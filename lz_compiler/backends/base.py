@@ -103,6 +103,23 @@ def split_columns(emit: Emitter, whole: Any, widths: tuple[int, ...]) -> tuple[A
     return tuple(emit.call(torch.ops.aten.slice.Tensor, whole, 1, stop - width, stop) for stop, width in parts)
 
 
+def stacked(weights: Iterable[torch.Tensor], params: Values) -> torch.Tensor:
+    """Weights of one input, one below the other: (N0 + N1 + ..., K), whichever way round they are given."""
+    return torch.cat([w.t() if params.get("transposed") else w for w in weights]).contiguous()
+
+
+def quantize_rows(w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """w (N, K) as (q, scale) with w ~ q * scale[:, None]: symmetric per row, q int8 or float8_e4m3fn, scale (N,) float32.
+
+    The largest magnitude of a row lands on the largest of `dtype`; a row of zeros has scale 1.
+    """
+    top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    largest = w.float().abs().amax(1)
+    scale = torch.where(largest > 0, largest / top, 1.0)
+    q = w.float() / scale[:, None]
+    return (q.round() if dtype == torch.int8 else q).clamp(-top, top).to(dtype), scale
+
+
 def _converts(role: str, spec: TensorSpec) -> bool:
     matrix = role in ("x", "other", "q", "k", "v", "w") or (role[0] == "w" and role[1:].isdigit())
     return matrix and spec.dtype in ("float32", "float64", "float16", "bfloat16")

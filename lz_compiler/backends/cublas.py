@@ -9,14 +9,14 @@ import torch
 
 from .. import ops, semantics
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, split_columns
+from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold_constants, folded, folding_candidate, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 ACTS = ("relu", "gelu", "gelu_tanh")
 FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
+FP8_MAX = torch.finfo(FP8).max
 
 
 def _rows_n(emit: Emitter, t: Values, p: Values) -> Any:
@@ -29,10 +29,7 @@ def _activated(emit: Emitter, t: Values, p: Values) -> Any:
 
 
 def _merge(emit: Emitter, t: Values, p: Values) -> Values:
-    def rows(*weights: torch.Tensor) -> torch.Tensor:
-        return torch.cat([w.t() if p["transposed"] else w for w in weights])
-
-    weight = emit.constant(rows, *(t[f"w{i}"] for i in range(p["count"])))
+    weight = emit.constant(lambda *weights: stacked(weights, p), *(t[f"w{i}"] for i in range(p["count"])))
     bias = emit.constant(lambda *b: torch.cat(b), *(t[f"b{i}"] for i in range(p["count"]))) if "b0" in t else None
     return {"x": t["x"], "w": emit.call(aten.permute.default, weight, [1, 0]), "bias": bias}
 
@@ -56,7 +53,6 @@ def _patch_weight(emit: Emitter, t: Values, p: Values) -> Values:
         weight, bias = t["w"], t["bias"]
     else:
         weight, bias = folded(emit, t, p)
-        bias = None if bias is None else emit.call(prims.convert_element_type.default, bias, semantics.torch_dtype(p["dtype"]))
     return {"x": t["x"], "w": emit.call(aten.reshape.default, weight, [p["w_shape"][0], -1]), "bias": bias}
 
 
@@ -89,16 +85,9 @@ def _finished(emit: Emitter, x: Any, t: Values, p: Values) -> Any:
     return emit.call(aten.permute.default, emit.call(aten.reshape.default, y, [batch, height, width, channels]), [0, 3, 1, 2])
 
 
-def _quantized(w: torch.Tensor, p: Values) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) in float8 with one scale a row, such that w = q * scale."""
-    w = (w.t() if p["transposed"] else w).float()
-    scale = w.abs().amax(1, keepdim=True).clamp_min(1e-12) / FP8_MAX
-    return (w / scale).to(FP8), scale
-
-
 def _fp8_weight(emit: Emitter, t: Values, p: Values) -> Values:
-    weight = emit.constant(lambda w: _quantized(w, p)[0], t["w"])
-    scale = emit.constant(lambda w: _quantized(w, p)[1].t().contiguous(), t["w"])
+    weight = emit.constant(lambda w: quantize_rows(stacked([w], p), FP8)[0], t["w"])
+    scale = emit.constant(lambda w: quantize_rows(stacked([w], p), FP8)[1][None, :], t["w"])
     return {**t, "w": emit.call(aten.permute.default, weight, [1, 0]), "scale": scale}
 
 

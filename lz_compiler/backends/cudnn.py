@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 
-from .. import ops, semantics
+from .. import ops
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values
 from .folding import fold_constants, folded, folding_candidate
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
 
 def _fold(emit: Emitter, t: Values, p: Values) -> Values:
     if p["is_frozen"]:
         return fold_constants(emit, t, p, lambda w: w.contiguous(memory_format=torch.channels_last))
     weight, bias = folded(emit, t, p)
-    if bias is not None:
-        bias = emit.call(prims.convert_element_type.default, bias, semantics.torch_dtype(p["dtype"]))
     return {**t, "w": emit.call(aten.clone.default, weight, memory_format=torch.channels_last), "bias": bias}
 
 

@@ -15,8 +15,10 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def folded(emit: Emitter, t: Values, p: Values) -> tuple[Any, Any]:
-    """Weight and bias with the per-channel steps folded in, computed in the graph (weights may change between calls)."""
+    """Weight and bias with the per-channel steps folded in, in the kernel's dtype (a batch norm's steps are float32, also in
+    a bfloat16 model), computed in the graph (weights may change between calls)."""
     weight, shift, scale = t["w"], t.get("bias"), None
+    dtype = semantics.torch_dtype(p["dtype"])
     for i, step in enumerate(p["affine"]):
         c = emit.call(aten.reshape.default, t[f"c{i}"], [-1])
         if step == "mul":
@@ -28,7 +30,9 @@ def folded(emit: Emitter, t: Values, p: Values) -> tuple[Any, Any]:
             shift = emit.call(aten.add.Tensor if step == "add" else aten.sub.Tensor, shift, c)
     if scale is not None:
         weight = emit.call(aten.mul.Tensor, weight, emit.call(aten.reshape.default, scale, [-1, 1, 1, 1]))
-        weight = emit.call(prims.convert_element_type.default, weight, semantics.torch_dtype(p["dtype"]))
+        weight = emit.call(prims.convert_element_type.default, weight, dtype)
+    if p["affine"] and shift is not None:
+        shift = emit.call(prims.convert_element_type.default, shift, dtype)
     return weight, shift
 
 

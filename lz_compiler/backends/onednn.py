@@ -27,8 +27,8 @@ RELU = "oneDNN's fused relu turns NaN into 0, eager's keeps it (so does its clip
 
 
 def _vector(emit: Emitter, value: Any, p: Values) -> Any:
-    """A bias in the kernel's dtype (a batch norm's shift is float32, also in a bfloat16 model)."""
-    if value is None or (p["dtype"] == p["vector_dtype"] and not p.get("affine")):
+    """A bias in the kernel's dtype."""
+    if value is None or p["dtype"] == p["vector_dtype"]:
         return value
     return emit.call(prims.convert_element_type.default, value, semantics.torch_dtype(p["dtype"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from .. import semantics
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, split_columns
+from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold_constants, folded, folding_candidate
 
 aten = torch.ops.aten
@@ -24,21 +25,12 @@ FLOATS = ("bfloat16", "float16", "float32")
 
 
 @functools.cache
-def _gemv_module() -> ModuleType:
-    from ..kernels import gemv
-
-    return gemv
-
-
-@functools.cache
-def _depthwise_module() -> ModuleType:
-    from ..kernels import depthwise_conv
-
-    return depthwise_conv
+def _kernels(module: str) -> ModuleType:
+    return import_module(f"..kernels.{module}", __package__)
 
 
 def _gemv(emit: Emitter, t: Values, p: Values) -> Any:
-    op, width = _gemv_module().gemv._opoverload, p["width"]
+    op, width = _kernels("gemv").gemv._opoverload, p["width"]
     other = emit.call(aten.reshape.default, t["other"], [-1, width]) if "other" in t else None
     args = (t["x"], t["w"], t.get("bias"), other, t.get("scale"), p.get("act") or "", p.get("gated", False))
     return emit.call(op, *args, **dict(p["variant"]))
@@ -54,16 +46,13 @@ def _pack(emit: Emitter, t: Values, p: Values) -> Values:
     biases = [t[r] for r in t if r[0] == "b"]
     kept: dict[str, Any] = {r: t[r] for r in t if r[0] not in "wb"}
 
-    def rows(*values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([w.t() if p.get("transposed") else w for w in values])
-
     if biases:
         kept["bias"] = emit.constant(lambda *b: torch.cat(b), *biases)
     if not p["weight_dtype"]:
-        return {**kept, "w": emit.constant(lambda *w: rows(*w).contiguous(), *weights)}
-    quantize, dtype = _gemv_module().quantize_rows, semantics.torch_dtype(p["weight_dtype"])
-    kept["w"] = emit.constant(lambda *w: quantize(rows(*w), dtype)[0], *weights)
-    return {**kept, "scale": emit.constant(lambda *w: quantize(rows(*w), dtype)[1], *weights)}
+        return {**kept, "w": emit.constant(lambda *w: stacked(w, p), *weights)}
+    dtype = semantics.torch_dtype(p["weight_dtype"])
+    kept["w"] = emit.constant(lambda *w: quantize_rows(stacked(w, p), dtype)[0], *weights)
+    return {**kept, "scale": emit.constant(lambda *w: quantize_rows(stacked(w, p), dtype)[1], *weights)}
 
 
 def _prepared(emit: Emitter, t: Values, p: Values) -> Values:
@@ -78,34 +67,20 @@ def _depthwise_weight(emit: Emitter, t: Values, p: Values) -> Values:
 
 
 def _depthwise(emit: Emitter, t: Values, p: Values) -> Any:
-    op = _depthwise_module().depthwise_conv._opoverload
+    op = _kernels("depthwise_conv").depthwise_conv._opoverload
     return emit.call(op, t["x"], t["w"], t["bias"], p["stride"][0], p["padding"][0], **dict(p["variant"]))
-
-
-@functools.cache
-def _decode_module() -> ModuleType:
-    from ..kernels import decode_attention
-
-    return decode_attention
 
 
 def _decode(emit: Emitter, t: Values, p: Values) -> Any:
     position, keys = semantics.mask_inputs(emit.call, t, p)
-    op, scale = _decode_module().decode_attention._opoverload, _scale(p)
+    op, scale = _kernels("decode_attention").decode_attention._opoverload, _scale(p)
     shift = p["shift"] if p["causal"] else p["keys"]  # not causal: every key comes before the last
     return emit.call(op, t["q"], t["k"], t["v"], position, keys, shift, p["window"], scale, **dict(p["variant"]))
 
 
-@functools.cache
-def _attention_module() -> ModuleType:
-    from ..kernels import attention
-
-    return attention
-
-
 def _attention(emit: Emitter, t: Values, p: Values) -> Any:
     position, keys = semantics.mask_inputs(emit.call, t, p)
-    op, mask = _attention_module().attention._opoverload, (p["shift"], p["causal"], p["window"], p["uniform"])
+    op, mask = _kernels("attention").attention._opoverload, (p["shift"], p["causal"], p["window"], p["uniform"])
     return emit.call(op, t["q"], t["k"], t["v"], position, keys, *mask, _scale(p), **dict(p["variant"]))
 
 
@@ -160,19 +135,19 @@ class Triton:
             yield ctx.reject(name, "scale", "a scale above 0")
         else:
             size, rows = 4 if q.dtype == "float32" else 2, q.shape[1] // k.shape[1] * q.shape[2]
-            first = _attention_module().parameters(q.shape[2], q.shape[3], size)
+            first = _kernels("attention").parameters(q.shape[2], q.shape[3], size)
             narrow = {"block_n": 64, "warps": 4 if q.shape[3] <= 64 else 8, "stages": 3}
             for variant in (first, {**first, **narrow}) if size == 2 and q.shape[2] > 64 else (first,):
                 yield ctx.candidate(self.kernels[name], variant=tuple(variant.items()), head=q.shape[3])
             bounded = p["causal"] or not p["window"]
-            if q.shape[2] <= MAX_QUERIES and rows <= _decode_module().MAX_ROWS and bounded and not p["uniform"]:
+            if q.shape[2] <= MAX_QUERIES and rows <= _kernels("decode_attention").MAX_ROWS and bounded and not p["uniform"]:
                 yield from self._decode(ctx, rows, size)
 
     def _decode(self, ctx: SelectionContext, rows: int, size: int) -> Iterable[Candidate]:
         (batch, heads, length, head), units = ctx.spec("k").shape, MULTIPROCESSORS
         if torch.cuda.is_available():
             units = torch.cuda.get_device_properties().multi_processor_count
-        first = _decode_module().parameters(batch, heads, rows, length, head, size, units)
+        first = _kernels("decode_attention").parameters(batch, heads, rows, length, head, size, units)
         for splits in sorted({first["splits"], 2 * first["splits"], max(1, first["splits"] // 2)}):
             variant = tuple({**first, "splits": splits}.items())
             yield ctx.candidate(self.kernels["triton.decode_attention"], variant=variant, head=head)
@@ -188,7 +163,7 @@ class Triton:
         elif p["act"] or p["binary"]:
             yield ctx.reject(name, "epilogue", "ends with a bias only")
         else:
-            for variant in _depthwise_module().variants(ctx.outputs[0].shape[3]):
+            for variant in _kernels("depthwise_conv").variants(ctx.outputs[0].shape[3]):
                 weight = {"layouts": {"w": natural_layout(ctx.spec("w"))}}
                 yield folding_candidate(ctx, self.kernels[name], variant=tuple(variant.items()), **weight)
 
@@ -220,7 +195,7 @@ class Triton:
                 continue
             extra: dict[str, Any] = {"weight_dtype": dtype, "gated": gated, **({"lossy": True} if dtype else {})}
             size = 1 if dtype else 2
-            for variant in _gemv_module().variants(rows, width, inner, size):
+            for variant in _kernels("gemv").variants(rows, width, inner, size):
                 if ctx.spec("x").dtype == "float32" and variant.get("dot"):
                     continue
                 packed = {"w": "packed"} if dtype and ctx.region.op == "linear" else layouts

@@ -233,15 +233,3 @@ def variants(m: int, n: int, k: int, weight_bytes: int = 2) -> list[dict[str, An
             {"dot": True, "block_n": 64, "block_k": 128, "splits": 2 * splits, "warps": 4, "stages": 5},
         ]
     return choices
-
-
-def quantize_rows(w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """w (N, K) as (q, scale) with w ~ q * scale[:, None]: symmetric per row, q int8 or float8_e4m3fn, scale (N,) float32.
-
-    The largest magnitude of a row lands on the largest of `dtype`; a row of zeros has scale 1.
-    """
-    top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    largest = w.float().abs().amax(1)
-    scale = torch.where(largest > 0, largest / top, 1.0)
-    q = w.float() / scale[:, None]
-    return (q.round() if dtype == torch.int8 else q).clamp(-top, top).to(dtype), scale
