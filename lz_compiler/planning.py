@@ -55,7 +55,9 @@ def solve_within(problem: Problem, options: Options, budget: float) -> Solution:
     if not solution.chosen and problem.sinks:
         solution = planner.solve(problem, "cp_sat", options.solve_budget_s)
         if not solution.chosen and solution.status == "infeasible":
-            raise SolverError(f"no valid plan with solver={options.solver!r}: {solution.status}. Use solver='cp_sat'.")
+            if problem.candidate_class:  # repeated blocks that cannot all take the same decision
+                return solve_within(replace(problem, candidate_class=(), tensor_class={}), options, budget)
+            raise SolverError(f"no valid plan: {solution.status} with solver={options.solver!r} and with 'cp_sat'.")
     violations = planner.check(problem, solution)
     assert not violations, f"the solver's plan breaks the problem's rules: {violations[:5]}"
     return solution

@@ -77,10 +77,15 @@ def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy:
             continue
         inputs = tuple(dict.fromkeys(view.base(n).name for n in node.all_input_nodes if _has_tensor(n)))
         region = Region(_op_name(node), (node.name,), inputs, (node.name,))
+        offered: set[Candidate] = set()
         for kernel, layouts, cost in _ways(view, node, convolutional, roofline):
             ins = tuple(_entry(view, view.by_name[name], *layouts) for name in inputs)
             out = _entry(view, node, *layouts)
-            found.add(Candidate(kernel, region, ins, (out,)), cost)
+            candidate = Candidate(kernel, region, ins, (out,))
+            if candidate in offered:  # eager's layout is channels_last already
+                continue
+            offered.add(candidate)
+            found.add(candidate, cost)
             if lossy and kernel == VIEW and out.dtype == "float32" and len(ins) == 1:
                 half = tuple(Format(f.layout, "bfloat16") for f in (*ins, out))  # a view of a bfloat16 result
                 found.add(Candidate(kernel, region, half[:1], half[1:]), cost)

@@ -11,8 +11,9 @@ from torch import nn
 
 import lz_compiler as lz
 from lz_compiler.backend import RECORDS, open_store
+from lz_compiler.planning import solve_within
 from lz_compiler.target import environment
-from lz_compiler.types import Plan
+from lz_compiler.types import Candidate, Cost, Format, Plan, Problem, Region
 
 
 def planned(model: nn.Module, x: torch.Tensor, **options: object) -> tuple[Plan, torch.Tensor]:
@@ -54,6 +55,23 @@ def test_frozen_weights_make_bfloat16_pay() -> None:
     assert 0 < plan.epsilon <= 5e-2
     assert 0 < (RECORDS[-1].error or 0) <= 5e-2  # the whole plan's, on the real input
     torch.testing.assert_close(y, model(x), rtol=5e-2, atol=5e-2)
+
+
+def test_a_window_loop_on_an_image_that_is_channels_last_already() -> None:
+    """Its two layouts are one: offered once, or the tie of equal candidates would ask for both."""
+    model = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 8, 3)).eval()
+    x = torch.randn(2, 4, 16, 16).to(memory_format=torch.channels_last)
+    plan, y = planned(model, x)
+    assert sum(c.candidate.region.op == "avg_pool2d" for c in plan.choices) <= 1
+    torch.testing.assert_close(y, model(x))
+
+
+def test_blocks_that_cannot_take_the_same_decision_are_untied() -> None:
+    fmt = Format("strided", "float32")
+    regions = Region("a", ("n",), (), ("n",)), Region("b", ("n",), (), ("n",))
+    twins = tuple(Candidate(region.op, region, (), (fmt,)) for region in regions)
+    problem = Problem(twins, (Cost(2, "test"), Cost(1, "test")), sinks=(("n", fmt),), candidate_class=(0, 0), tensor_class={"n": 0})
+    assert solve_within(problem, lz.Options(), 0.0).chosen == (1,)
 
 
 def test_every_solver_gives_a_plan_that_runs() -> None:
