@@ -26,6 +26,7 @@ from .options import Options
 from .passes.apply import apply_plan
 from .passes.drop_masks import drop_masks_pass
 from .passes.keep_attention import keep_attention_pass
+from .passes.output_strides import output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
 from .plan_io import plan_from_dict, plan_to_dict
 from .planning import make_plan
@@ -193,12 +194,25 @@ class _Session:
 
     def _inductor(self) -> Callable[..., Any]:
         gm = torch_private.copy_graph_module(self.gm)
-        return torch_private.compile_with_inductor(gm, self.inputs, self._patches())
+        return torch_private.compile_with_inductor(gm, self.inputs, self._patches(drop_masks=False))
 
-    def _patches(self) -> dict[str, Any]:
-        """Inductor's configuration, the same for every finalist."""
+    def _patches(self, drop_masks: bool) -> dict[str, Any]:
+        """Inductor's configuration, the same for every finalist, and the passes around its own on the joint graph."""
+        before: dict[int, tuple[Any, ...]] = {}
+
+        def first(graph: fx.Graph) -> None:
+            before.clear()
+            before.update(output_strides(graph))
+            if drop_masks:
+                self._drop_masks(graph)
+
         graphs = {"triton.cudagraphs": True} if self.options.cudagraphs else {}
-        return torch_private.mode_patches(self.options.mode) | graphs
+        return torch_private.mode_patches(self.options.mode) | graphs | {
+            "joint_custom_pre_pass": torch_private.joint_pass(first, f"{__version__}:{drop_masks=}"),
+            "joint_custom_post_pass": torch_private.joint_pass(
+                lambda graph: restore_output_strides_pass(graph, before), f"{__version__}:strides"
+            ),
+        }  # fmt: skip
 
     def _planned(self, options: Options, plans: list[Plan], cached: str | None = None) -> Callable[..., Any]:
         """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
@@ -211,8 +225,7 @@ class _Session:
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
         uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"
-        patches = self._patches()
-        patches["joint_custom_pre_pass"] = torch_private.joint_pass(self._drop_masks, f"{__version__}:drop_masks")
+        patches = self._patches(drop_masks=True)
         patches["post_grad_custom_pre_pass"] = torch_private.graph_pass(run, lambda: uuid)
         if not torch.is_grad_enabled():
             patches["layout_optimization"] = False  # layouts are the plan's decision

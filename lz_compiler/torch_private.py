@@ -96,7 +96,7 @@ def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | N
     return Pass()
 
 
-def joint_pass(run: Callable[[fx.Graph], None], uuid: str) -> Any:
+def joint_pass(run: Callable[[fx.Graph], object], uuid: str) -> Any:
     """`run(graph)` as an Inductor pass on the graph of forward and backward together, before it is partitioned."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 

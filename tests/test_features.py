@@ -263,6 +263,24 @@ def test_a_budget_check_keeps_what_inputs_share() -> None:
     same(ours, theirs)
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("race", [False, True], ids=["planned", "raced"])
+def test_outputs_of_padded_products_have_eagers_strides(gradients: bool, race: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor pads products on a GPU to aligned sizes; here it is told to pad everywhere."""
+    from torch._inductor.fx_passes import pad_mm
+
+    monkeypatch.setattr(pad_mm, "check_device", lambda *args: True)
+    monkeypatch.setattr(pad_mm, "has_triton", lambda: True)
+    x, w = torch.randn(7, 24).bfloat16(), torch.randn(24, 10).bfloat16().requires_grad_(gradients)
+    fn = lambda x, w: (x @ w, (w.t() @ x.t()).t().sin())  # noqa: E731
+    with torch._inductor.config.patch(force_shape_pad=True):
+        run = torch.compile(fn, backend="layerzero", options={"race": race})
+        for _ in range(8):
+            for y, expected in zip(run(x, w), fn(x, w), strict=True):
+                assert y.stride() == expected.stride()
+                torch.testing.assert_close(y, expected)
+
+
 def test_outputs_alias_what_eagers_alias() -> None:
     model = linear(6, 6)
 

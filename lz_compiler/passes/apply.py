@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from .. import backends, semantics, torch_private
 from ..capture import RESHAPES, VIEWS, GraphView, propagate
 from ..problem import CALL, LOOP, VIEW
 from ..types import Candidate, Choice, Format
+from .output_strides import output_strides, restore_output_strides_pass
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -187,29 +187,9 @@ class _Rewriter:
 
 def apply_plan(view: GraphView, choices: Sequence[Choice]) -> int:
     """Rewrite `view.graph` in place; returns how many regions run a kernel that was not there before."""
-    (output,) = (n for n in view.nodes if n.op == "output")
-    before = {i: n.meta["val"].stride() for i, n in enumerate(_outputs(output)) if _is_strided(n)}
-    rewriter = _Rewriter(view, choices)
-    count = rewriter.run()
+    before = output_strides(view.graph)
+    count = _Rewriter(view, choices).run()
     if count:
-        _own_outputs(rewriter.emit, output, before)
+        restore_output_strides_pass(view.graph, before)
         view.graph.eliminate_dead_code()
     return count
-
-
-def _own_outputs(emit: GraphEmitter, output: fx.Node, before: dict[int, Any]) -> None:
-    """Copy an output that became part of a larger tensor: Inductor returns a view as it is, whatever gaps it has."""
-    for i, node in enumerate(_outputs(output)):
-        if i in before and node.target in (*RESHAPES, *VIEWS) and node.meta["val"].stride() != before[i]:
-            with emit.graph.inserting_before(output):
-                copied = emit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-            output.replace_input_with(node, copied)
-
-
-def _outputs(output: fx.Node) -> list[Any]:
-    return pytree.tree_leaves(output.args)
-
-
-def _is_strided(node: object) -> bool:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return isinstance(value, Tensor) and value.layout is torch.strided
