@@ -97,6 +97,15 @@ def test_decode_in_float16() -> None:
     close(out, reference(q, k, v, predicate(q, k, 70)), atol=2e-3)
 
 
+def test_batches_share_their_keys() -> None:
+    q, k, v = inputs(3, 2, 1, 1, 40, 64, "BHSD")
+    keys = torch.rand(3, 40)[:1] > 0.4
+    shared = keys.clone()  # nothing of ours behind its end
+    expected = reference(q, k, v, predicate(q, k, 39, keys=keys))
+    close(decode.decode_attention(q, k, v, None, shared, 39, 0, SCALE, splits=2, block_n=16, warps=4, stages=2), expected)
+    close(flash.attention(q, k, v, None, shared, 39, True, 0, False, SCALE, block_m=16, block_n=16, warps=4, stages=2), expected)
+
+
 def test_decode_reads_no_hidden_key() -> None:
     q, k, v = inputs(1, 2, 1, 1, 100, 64, "BHSD")
     keys = torch.arange(100)[None] >= 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -121,15 +121,18 @@ def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def assert_lossless(
-    ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], slack: float = 32, strides: bool = True, least: float = 0.0
-) -> None:
-    """Error against float64 at most twice eager's own, plus a few ulps of the output's scale (which counts as `least` or more)."""
+    ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], slack: float = 32, strides: bool = True, least: float = 0.0,
+    inductors: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
+    """Error against float64 at most twice eager's own (or Inductor's, if given and larger), plus a few ulps of the output's scale
+    (which counts as `least` or more)."""
     assert len(ours) == len(eager) == len(exact)
-    for y, e, x in zip(ours, eager, exact, strict=True):
+    for y, e, x, i in zip(ours, eager, exact, inductors or eager, strict=True):
         assert y.shape == e.shape
         assert y.dtype == e.dtype
         assert y.stride() == e.stride() or not strides
-        own, theirs = ((t.double() - x).abs().max().item() for t in (y, e))
+        own, theirs, compiled = ((t.double() - x).abs().max().item() for t in (y, e, i))
+        theirs = max(theirs, compiled)
         allowed = 2 * theirs + slack * torch.finfo(y.dtype).eps * max(x.abs().max().item(), least)
         assert own <= allowed, f"error {own:.3g}, eager's {theirs:.3g}, allowed {allowed:.3g}"
 
@@ -144,8 +147,11 @@ def check_inference(model: nn.Module, inputs: dict[str, Any], slack: float = 32,
     assert counters["kernels"] + sum(len(r.plans) for r in RECORDS[-counters["graphs"] :]) > 0
 
 
-def check_training_step(model: nn.Module, inputs: dict[str, Any], slack: float, least: float = 0.0, **options: Any) -> None:
-    """Gradients of all parameters after one backward pass, and parameters after one optimizer step.
+def check_training_step(
+    model: nn.Module, inputs: dict[str, Any], slack: float, least: float = 0.0, or_inductor: bool = False, **options: Any
+) -> None:
+    """Gradients of all parameters after one backward pass, and parameters after one optimizer step: as near to float64 as
+    eager's, or (`or_inductor`) as those of Inductor alone, whose normalisations round otherwise in 16 bits.
 
     The model is in eval mode: no dropout, so that the three runs compute the same function. A gradient below `least` of the
     largest one counts as noise: some are 0 but for rounding (of a bias before a softmax, say).
@@ -159,11 +165,14 @@ def check_training_step(model: nn.Module, inputs: dict[str, Any], slack: float, 
 
     other, double = copy.deepcopy(model), in_float64(model)
     exact, exact_after = step(double, double, cast(inputs, torch.float64))
+    third = copy.deepcopy(model)
+    inductors, inductors_after = step(third, torch.compile(third), inputs) if or_inductor else ((), ())
     eager, eager_after = step(model, model, inputs)
     ours, ours_after = step(other, compiled(other, **options), inputs)
     scale = least * max(float(x.abs().max()) for x in exact)
-    assert_lossless(ours, eager, exact, slack, strides=False, least=scale)  # autograd lets a gradient have any dense strides
-    assert_lossless(ours_after, eager_after, exact_after, slack, least=scale)
+    # Autograd lets a gradient have any dense strides.
+    assert_lossless(ours, eager, exact, slack, strides=False, least=scale, inductors=inductors)
+    assert_lossless(ours_after, eager_after, exact_after, slack, least=scale, inductors=inductors_after)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

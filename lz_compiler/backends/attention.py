@@ -115,6 +115,15 @@ def _unfit(ctx: SelectionContext) -> tuple[str, str] | None:
     return None
 
 
+def _aligned(ctx: SelectionContext) -> bool:
+    """Whether the rows of the term that is added begin at multiples of eight elements, as torch's own wrapper sees to."""
+    if "mask" not in ctx.roles:
+        return bool(ctx.params["keys"] % 8 == 0)
+    mask = ctx.spec("mask")
+    steps = [step for size, step in zip(mask.shape[:-1], mask.stride[:-1], strict=True) if size > 1]
+    return mask.shape[-1] == ctx.params["keys"] and mask.shape[-1] % 8 == 0 and mask.stride[-1] == 1 and all(s % 8 == 0 for s in steps)
+
+
 class Attention:
     name = "attention"
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -176,6 +185,8 @@ class Attention:
             yield ctx.candidate(self.kernels[flash], **extra)
         if masked and p["dynamic_rows"]:
             yield ctx.reject(efficient, "dynamic_shape", "a mask is expanded to fixed shapes")
+        elif masked and not _aligned(ctx):
+            yield ctx.reject(efficient, "stride", "it reads a mask eight elements at once: rows must begin at multiples of eight")
         elif grouped:
             yield ctx.reject(efficient, "shape", "needs as many heads in k and v as in q")
         else:

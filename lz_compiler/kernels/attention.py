@@ -196,8 +196,8 @@ def attention(
 
     q is (B, H, Q, D), k and v are (B, G, K, D) with G dividing H; any strides but 1 in the last dimension; bfloat16, float16 or
     float32; D at most 256; scale positive. With o = `offset` + `shift` (offset: integers, one element or (B,); None: 0), key j is
-    visible to query i where (not causal or j <= i + o), (window is 0 or j > i + o - window) and keys[b, j] (bool, (B, K); None:
-    all). A row that sees no key is 0; with `uniform`, for neither causal nor window, it is the mean of v over all keys, as under
+    visible to query i where (not causal or j <= i + o), (window is 0 or j > i + o - window) and keys[b, j] (bool, (B or 1, K);
+    None: all). A row that sees no key is 0; with `uniform`, for neither causal nor window, it is the mean of v over all keys, as under
     an additive mask of the most negative number. Sums are float32.
 
     `block_m`, `block_n`, `warps` and `stages` are for speed alone; see `parameters`.
@@ -211,7 +211,7 @@ def attention(
         q, k, v, q if offset is None else offset, q if keys is None else keys, out,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         0 if offset is None or offset.numel() == 1 else offset.stride(0),
-        0 if keys is None else keys.stride(0), 0 if keys is None else keys.stride(1),
+        0 if keys is None or keys.shape[0] == 1 else keys.stride(0), 0 if keys is None else keys.stride(1),
         heads, queries, length, shift,
         GROUP=heads // k.shape[1], HEAD=head, CAUSAL=causal, WINDOW=window, SCALE=scale,
         HAS_OFFSET=offset is not None, HAS_KEYS=keys is not None, UNIFORM=uniform,

@@ -171,7 +171,7 @@ def decode_attention(
     q is (B, H, Q, D), k and v are (B, G, K, D) with G dividing H; any strides but 1 in the last dimension; bfloat16, float16 or
     float32; D at most 256; (H / G) Q at most MAX_ROWS. Key j is visible to query i where j <= p + i + shift, with p
     `position` (integers, one element or (B,); None: 0), and j > p + i + shift - window (window 0: no such bound), and keys[b, j]
-    (bool, (B, K); None: all). A row that sees no key is 0. Sums are float32.
+    (bool, (B or 1, K); None: all). A row that sees no key is 0. Sums are float32.
 
     A key that nobody sees is not read: unlike under eager's boolean mask, NaN in it does not reach the result.
 
@@ -190,7 +190,7 @@ def decode_attention(
         q, k, v, q if position is None else position, q if keys is None else keys, partial, lse,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         0 if position is None or position.numel() == 1 else position.stride(0),
-        0 if keys is None else keys.stride(0), 0 if keys is None else keys.stride(1),
+        0 if keys is None or keys.shape[0] == 1 else keys.stride(0), 0 if keys is None else keys.stride(1),
         kv_heads, length, shift,
         GROUP=group, QUERIES=queries, HEAD=head, WINDOW=window, SCALE=scale,
         HAS_POSITION=position is not None, HAS_KEYS=keys is not None,
