@@ -94,7 +94,7 @@ class Bench:
             for column, done in prepared.items():
                 plan = what_was_planned(done.run) if self.suite.columns[column].backend == "layerzero" else None
                 cells[column] = Cell(stats[column], errors.get(column), done.graphs, first_s=done.first_s, plan=plan)
-            if cold in prepared:
+            if cold in prepared and time.monotonic() < self.last_start:
                 progress(f"{self.name}: {cold} again, with its timings and verdict")
                 torch._dynamo.reset()
                 with self.compiling(cold):
