@@ -20,6 +20,7 @@ aten = torch.ops.aten
 
 MAX_ROWS = 8  # of x, beyond which tensor cores win
 MAX_QUERIES = 8
+MIN_KEYS = 16  # with a single key and a key mask the decode kernel has faulted on an H200 now and then, for a reason not found
 MULTIPROCESSORS = 132  # of Hopper's large chips, when planning for a card that is elsewhere
 FLOATS = ("bfloat16", "float16", "float32")
 
@@ -140,7 +141,8 @@ class Triton:
             for variant in (first, {**first, **narrow}) if size == 2 and q.shape[2] > 64 else (first,):
                 yield ctx.candidate(self.kernels[name], variant=tuple(variant.items()), head=q.shape[3])
             bounded = p["causal"] or not p["window"]
-            if q.shape[2] <= MAX_QUERIES and rows <= _kernels("decode_attention").MAX_ROWS and bounded and not p["uniform"]:
+            fits = q.shape[2] <= MAX_QUERIES and rows <= _kernels("decode_attention").MAX_ROWS and bounded and not p["uniform"]
+            if fits and k.shape[2] >= MIN_KEYS:
                 yield from self._decode(ctx, rows, size)
 
     def _decode(self, ctx: SelectionContext, rows: int, size: int) -> Iterable[Candidate]:
