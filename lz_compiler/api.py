@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from . import backends
 from .backend import RECORDS, GraphRecord, layerzero, open_store
+from .errors import OptionError
 from .options import Options
 from .report import Report, explain_plan, explain_records
 from .target import detect
 from .types import Plan
 
+if TYPE_CHECKING:
+    from .offline import ModelPlan
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compile(model: F, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> F:
-    """`torch.compile(model, backend="layerzero", ...)` with LayerZero's options as keyword arguments, beside a mode."""
+def compile(
+    model: F, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False,
+    plan: ModelPlan | str | os.PathLike[str] | None = None, **options: Any,
+) -> F:  # fmt: skip
+    """`torch.compile(model, backend="layerzero", ...)` with LayerZero's options as keyword arguments, beside a mode.
+
+    `plan`: of `lz.solve`, or its file. The module then runs by it, for inference, and nothing is planned (offline.PlannedModel).
+    """
+    if plan is not None:
+        from . import offline
+
+        if not isinstance(model, torch.nn.Module) or mode is not None or dynamic is not None:
+            raise OptionError("with plan=..., compile takes an nn.Module, and neither mode nor dynamic: the plan holds them.")
+        stored = plan if isinstance(plan, offline.ModelPlan) else offline.load_plan(plan)
+        return offline.PlannedModel(model, stored, options)  # type: ignore[return-value]
     given = Options.resolve(options, mode)  # a wrong option is reported here, not at the first call
     backends.allowed_backends(given.backends)
 

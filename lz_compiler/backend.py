@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from . import __version__, ops, race, torch_private
 from .backends import set_up
 from .capture import GraphView, fingerprint, tensors_in
+from .errors import PlanError
 from .options import Options
 from .passes.apply import apply_plan
 from .passes.drop_masks import drop_masks_pass
@@ -60,7 +61,7 @@ RECORDS: list[GraphRecord] = []  # of the compiled graphs that are still there
 
 
 @functools.cache
-def _setup() -> None:
+def setup() -> None:
     torch_private.check_version()
     ops.register_lowerings()
 
@@ -76,13 +77,13 @@ def layerzero(
     **_: Any,
 ) -> Callable[..., Any]:  # fmt: skip
     """Plan and compile one graph. `mode` and `options` as in torch.compile; see Options for the options."""
-    _setup()
+    setup()
     chosen = Options.resolve(options, mode)
     device = _device(example_inputs, gm)
     store = open_store(chosen.cache_dir)
     if chosen.freeze:
         torch_private.guard_owned(gm)
-    return _Session(gm, list(example_inputs), chosen, store, device).compile()
+    return Session(gm, list(example_inputs), chosen, store, device, torch_private.placeholder_tensors(gm)).compile()
 
 
 def _device(example_inputs: Sequence[Any], gm: fx.GraphModule) -> str:
@@ -90,12 +91,14 @@ def _device(example_inputs: Sequence[Any], gm: fx.GraphModule) -> str:
     return "cuda" if "cuda" in found else "cpu"
 
 
-class _Session:
-    """The compilation of one graph."""
+class Session:
+    """The compilation of one graph. `real`: for each placeholder the tensor behind it, and whether it is a weight of the model."""
 
-    def __init__(self, gm: fx.GraphModule, inputs: list[Any], options: Options, store: TimingStore, device: str) -> None:
-        self.gm, self.inputs, self.options, self.store, self.device = gm, inputs, options, store, device
-        self.real = torch_private.placeholder_tensors(gm)
+    def __init__(
+        self, gm: fx.GraphModule, inputs: list[Any], options: Options, store: TimingStore, device: str,
+        real: Sequence[tuple[Tensor | None, bool]],
+    ) -> None:  # fmt: skip
+        self.gm, self.inputs, self.options, self.store, self.device, self.real = gm, inputs, options, store, device, real
         env = [f"{k}={v}" for k, v in sorted(environment(device).items())]
         grad = f"grad={torch.is_grad_enabled()}"
         self.key = fingerprint(gm, (options.key(), __version__, grad, *env))
@@ -105,18 +108,23 @@ class _Session:
         )
         self.lossless: list[Plan] = []  # instead of the record's, should its error be over the budget
         self.written: list[int] | None = None
+        self.known: list[Plan] = []  # of an earlier verdict: applied where they fit, so that nothing is planned again
+        self.follows = False  # a stored plan: nothing may be planned
         self.dropped = 0  # masks
         torch_private.counters()["graphs"] += 1
 
-    def compile(self) -> Callable[..., Any]:
-        """Finalists in a race, or the one that is known to win; with frozen weights, Dynamo guards that they are the same."""
-        compiled = functools.partial(self._compile())
+    def compile(self, verdict: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+        """Finalists in a race, or the one that is known to win; with frozen weights, Dynamo guards that they are the same.
+
+        `verdict`: of a stored plan. It is followed as it is, and PlanError where its plans are not for this graph.
+        """
+        self.follows = verdict is not None
+        compiled = functools.partial(self._compile(verdict or self.store.get_record("verdict", self.key)))
         RECORDS.append(self.record)
         weakref.finalize(compiled, RECORDS.remove, self.record)
         return compiled
 
-    def _compile(self) -> Callable[..., Any]:
-        verdict = self.store.get_record("verdict", self.key)
+    def _compile(self, verdict: Mapping[str, Any] | None) -> Callable[..., Any]:
         if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
             return self._from_verdict(verdict)
         planned = self._planned(self.options, self.record.plans)
@@ -143,7 +151,7 @@ class _Session:
         winner = verdict["winner"]
         self.record.times, self.record.winner, self.record.decided = dict(verdict["times"]), winner, True
         self.record.error = verdict.get("error")
-        stored = [plan_from_dict(p) for p in verdict["plans"]]
+        stored = self.known = [plan_from_dict(p) for p in verdict["plans"]]
         self.record.plans = stored
         set_up({c.candidate.kernel for plan in stored for c in plan.choices})
         if winner == EAGER:
@@ -218,9 +226,13 @@ class _Session:
         """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
         gm = keep_attention_pass(torch_private.copy_graph_module(self.gm))
         target = detect(self.device, self.store, options.graphs)
+        known = [p for p in self.known if p.epsilon <= options.error_budget]
 
         def run(graph: fx.Graph, is_inference: bool) -> None:
-            plan = plan_and_apply(graph, options, target, self.store, self._frozen(graph, is_inference), is_inference)
+            frozen = self._frozen(graph, is_inference)
+            plan = plan_and_apply(graph, options, target, self.store, frozen, is_inference, known)
+            if self.follows and plan not in known:
+                raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
             plans.append(plan)
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
@@ -265,9 +277,10 @@ def _written(graph: fx.Graph) -> set[Any]:
 
 
 def plan_and_apply(
-    graph: fx.Graph, options: Options, target: Target, store: TimingStore, frozen: Mapping[fx.Node, Tensor], is_inference: bool
-) -> Plan:
-    """Plan a functional ATen graph and rewrite it in place."""
+    graph: fx.Graph, options: Options, target: Target, store: TimingStore, frozen: Mapping[fx.Node, Tensor], is_inference: bool,
+    known: Sequence[Plan] = (),
+) -> Plan:  # fmt: skip
+    """Plan a functional ATen graph, unless one of the known plans is for it, and rewrite it in place."""
     view = GraphView(graph, frozen)
     before = interface(graph)
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
@@ -275,7 +288,11 @@ def plan_and_apply(
     kind = "inference" if is_inference else "backward" if backward else "forward"
     module = graph.owning_module
     assert module is not None
-    plan = make_plan(view, options, target, store, fingerprint=fingerprint(module), kind=kind)
+    # A plan speaks of nodes by name, and of weights as frozen or not.
+    key = fingerprint(module, [*(n.name for n in graph.nodes), *(f"frozen {n.name}" for n in frozen)])
+    plan = next((p for p in known if p.fingerprint == key and p.kind == kind), None)
+    torch_private.counters()["known_plans"] += plan is not None
+    plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind)
     applied = apply_plan(view, plan.choices)
     torch_private.counters()["kernels"] += applied
     verify(graph, before)

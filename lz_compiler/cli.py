@@ -99,6 +99,51 @@ def explain(factory: str, as_json: Json = False, option: Option = None, calls: i
 
 
 @app.command()
+def solve(
+    factory: str, file: Annotated[str, typer.Argument(help="where the plan goes, as JSON")],
+    dynamic: Annotated[list[str] | None, typer.Option(help="A dimension that varies: ARGUMENT:DIMENSION=SYMBOL; repeatable.")] = None,
+    bucket: Annotated[list[str] | None, typer.Option(help="A symbol's upper ends: SYMBOL=16,64,256; repeatable.")] = None,
+    option: Option = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Plan what MODULE:FACTORY returns for ranges of shapes; `lz_compiler.compile(model, plan=FILE)` runs by it."""
+    from . import offline
+
+    buckets, dims = _parsed_buckets(bucket or []), _parsed_dynamic(dynamic or [])
+    model, args, kwargs = load_factory(factory)
+    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, **parse_options(option))
+    plan.save(file)
+    if as_json:
+        cells = [{"ranges": c.ranges, "winner": c.winner, "times": dict(c.times)} for c in plan.cells]
+        out.print(json.dumps({"file": file, "cells": cells}), markup=False)
+        return
+    for cell in plan.cells:
+        ranges = ", ".join(f"{s} {low}..{high}" for s, (low, high) in cell.ranges.items()) or "the given shapes"
+        times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in cell.times.items())
+        out.print(f"{ranges:24s} {cell.winner:12s} {times}", markup=False)
+
+
+def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:
+    found = {}
+    for text in texts:
+        symbol, _, ends = text.partition("=")
+        if not symbol or not all(end.isdigit() for end in ends.split(",")):
+            raise OptionError(f"--bucket {text!r} is not SYMBOL=END,END,..., for example seq=16,64,256")
+        found[symbol] = [int(end) for end in ends.split(",")]
+    return found
+
+
+def _parsed_dynamic(texts: list[str]) -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        place, _, symbol = text.partition("=")
+        name, _, dim = place.rpartition(":")
+        if not name or not symbol or not dim.isdigit():
+            raise OptionError(f"--dynamic {text!r} is not ARGUMENT:DIMENSION=SYMBOL, for example input_ids:1=seq")
+        found.setdefault(name, {})[int(dim)] = symbol
+    return found
+
+
+@app.command()
 def bench(factory: str, as_json: Json = False, option: Option = None, rounds: int = 15) -> None:
     """Eager, Inductor and LayerZero on what MODULE:FACTORY returns, interleaved in one run."""
     from .demo import measure_columns

@@ -1,4 +1,4 @@
-"""A Plan as plain data and back: JSON, nothing else."""
+"""Plans as plain data and back: JSON, nothing else."""
 
 from __future__ import annotations
 

@@ -161,6 +161,24 @@ def capture(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@contextmanager
+def tracing_like(graph: fx.Graph) -> Iterator[None]:
+    """Compile as if Dynamo had just traced this graph: with its fake tensors and symbols."""
+    from torch._guards import TracingContext, tracing
+
+    with tracing(TracingContext(fake_mode_of(graph))):
+        yield
+
+
+def export_errors() -> tuple[type[Exception], ...]:
+    """What torch.export raises for a model that it cannot trace, or not for the declared ranges."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._export.verifier import SpecViolationError
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return TorchDynamoException, SpecViolationError, GuardOnDataDependentSymNode
+
+
 def fake_mode_of(graph: fx.Graph) -> Any:
     """The FakeTensorMode that the graph was traced with, or None in a graph without tensors."""
     from torch._subclasses.fake_tensor import FakeTensor

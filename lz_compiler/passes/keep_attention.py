@@ -9,17 +9,18 @@ from torch.nn import functional as F
 
 from .. import ops, torch_private
 
+ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)  # Dynamo's, torch.export's
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
 def keep_attention_pass(gm: fx.GraphModule) -> fx.GraphModule:
-    """Replace calls of F.scaled_dot_product_attention where no gradient flows and nothing is dropped out."""
+    """Replace calls of scaled_dot_product_attention where no gradient flows and nothing is dropped out."""
     if torch.is_grad_enabled() or torch_private.autocasts(gm):
         # Forward and backward of one attention are one choice, and stay ATen's; autocast knows ATen's name only.
         return gm
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target is not F.scaled_dot_product_attention:
+        if node.op != "call_function" or node.target not in ATTENTION:
             continue
         args = {**DEFAULTS, **dict(zip(NAMES, node.args, strict=False)), **node.kwargs}
         if args["dropout_p"] != 0.0 or not isinstance(args["is_causal"], bool) or set(args) != set(NAMES):

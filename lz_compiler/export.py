@@ -1,0 +1,160 @@
+"""A model as graphs with a fixed signature: one torch.export program for each cell of its declared shape ranges."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from . import torch_private
+from .errors import PlanError, unknown
+
+Ranges = dict[str, tuple[int, int]]  # symbol -> lowest and highest size, both included
+Dynamic = Mapping[str, Mapping[int, str]]  # argument -> dimension -> symbol
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A graph of ATen operators, written ones among them, whose placeholders are the model's weights, then its arguments' leaves.
+
+    `weights` runs parallel to the placeholders, with None for an argument; `inputs` are the placeholders' fake values.
+    """
+
+    gm: fx.GraphModule
+    weights: tuple[Tensor | None, ...]
+    inputs: list[Any]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+
+
+def cells(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
+    """The boxes into which upper ends cut the sizes from 1 on. Size 1 is a cell of its own: torch.export compiles it in."""
+    axes: list[list[tuple[str, tuple[int, int]]]] = []
+    for symbol, ends in buckets.items():
+        low, axis = 1, []
+        for high in ends:
+            axis += [(symbol, (1, 1))] if low == 1 < high else []
+            low = 2 if low == 1 < high else low
+            axis.append((symbol, (low, high)))
+            low = high + 1
+        axes.append(axis)
+    return [dict(box) for box in itertools.product(*axes)]
+
+
+def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of a call by name, in the order of the model's signature."""
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*args, **(kwargs or {})).arguments
+    named: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise PlanError(f"argument {name!r} of {type(model).__name__}.forward has no name to plan by. Wrap the model.")
+        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
+
+
+def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[str, Sequence[int]]) -> None:
+    """PlanError for a declaration that does not fit the arguments or itself."""
+    for name, dims in dynamic.items():
+        if not isinstance(named.get(name), Tensor):
+            raise PlanError("dynamic: " + unknown("tensor argument", name, [n for n, v in named.items() if isinstance(v, Tensor)]))
+        for dim, symbol in dims.items():
+            if not isinstance(dim, int) or not 0 <= dim < named[name].dim():
+                raise PlanError(f"dynamic: {name!r} has dimensions 0 to {named[name].dim() - 1}, given: {dim!r}.")
+            if symbol not in buckets:
+                raise PlanError(f"dynamic: symbol {symbol!r} has no buckets. Give buckets={{{symbol!r}: [upper ends]}}.")
+    for symbol, ends in buckets.items():
+        if symbol not in {s for dims in dynamic.values() for s in dims.values()}:
+            raise PlanError(
+                f"buckets: no dimension is called {symbol!r}. Say which one is: dynamic={{argument: {{dimension: {symbol!r}}}}}."
+            )
+        if not ends or any(not isinstance(e, int) or e < 1 for e in ends) or sorted(set(ends)) != list(ends):
+            raise PlanError(f"buckets: {symbol!r} is {list(ends)!r}. Give upper ends: positive integers that grow.")
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """How one tensor among the arguments was planned: dtype, device type, and its dimensions from the outermost in memory on."""
+
+    dtype: str
+    device: str
+    order: tuple[int, ...]
+
+    @staticmethod
+    def of(value: Tensor) -> Argument:
+        strides = value.stride()
+        order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
+        return Argument(str(value.dtype).removeprefix("torch."), value.device.type, tuple(order))
+
+    def misfit(self, value: Tensor) -> str:
+        """How a tensor differs from what was planned; empty if it does not."""
+        if str(value.dtype) != f"torch.{self.dtype}":
+            return f"is {value.dtype}, planned as torch.{self.dtype}"
+        if value.device.type != self.device:
+            return f"is on {value.device}, planned on {self.device}"
+        return "" if value.stride() == self._strides(value) else f"has strides {value.stride()}, planned as {self._strides(value)}"
+
+    def converted(self, value: Tensor) -> Tensor:
+        """`value` as planned: dense, and itself if it is so already."""
+        if not self.misfit(value):
+            return value
+        return torch.empty_strided(value.shape, self._strides(value), dtype=getattr(torch, self.dtype), device=self.device).copy_(value)
+
+    def _strides(self, value: Tensor) -> tuple[int, ...]:
+        step, strides = 1, [0] * value.dim()
+        for dim in reversed(self.order):
+            strides[dim], step = step, step * max(value.shape[dim], 1)
+        return tuple(strides)
+
+
+def resized(named: Mapping[str, Any], dynamic: Dynamic, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The arguments at other sizes, made of their own values (again from the first one where they end), and dense."""
+    made = pytree.tree_map_only(Tensor, lambda t: Argument.of(t).converted(t), dict(named))
+    for name, dims in dynamic.items():
+        for dim, symbol in dims.items():
+            value: Tensor = made[name]
+            if value.shape[dim] == 0:
+                raise PlanError(f"dimension {dim} of the example {name!r} is empty. Give an example with values.")
+            if value.shape[dim] != sizes[symbol]:
+                longer = value.index_select(dim, torch.arange(sizes[symbol], device=value.device) % value.shape[dim])
+                made[name] = Argument.of(value).converted(longer)
+    return made
+
+
+def export_program(model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges) -> Program:
+    """The model on one cell, traced at the upper ends of its ranges. No gradient. PlanError where torch.export cannot."""
+    from torch.export import Dim, ShapesCollection, export
+
+    symbols = {s: Dim(s, min=low, max=high) for s, (low, high) in ranges.items() if low < high}
+    example = resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})
+    shapes = ShapesCollection()
+    for name, dims in dynamic.items():
+        shapes[example[name]] = {dim: symbols[s] for dim, s in dims.items() if s in symbols}
+    try:
+        with torch.no_grad():
+            exported = export(
+                model, (), example, dynamic_shapes=shapes.dynamic_shapes(model, (), example) if symbols else None, strict=False
+            )
+    except torch_private.export_errors() as error:
+        raise PlanError(f"torch.export cannot trace {type(model).__name__} for {_ranges(ranges)}: {error}") from error
+    gm = exported.graph_module
+    state = {**exported.state_dict, **exported.constants}
+    weights = tuple(state.get(spec.target) if spec.target else None for spec in exported.graph_signature.input_specs)
+    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    return Program(gm, weights, inputs, exported.call_spec.in_spec, exported.call_spec.out_spec)
+
+
+def _ranges(ranges: Ranges) -> str:
+    return ", ".join(f"{s} {low}..{high}" for s, (low, high) in ranges.items()) or "the given shapes"
+
+
+def covering(every: Sequence[Ranges], sizes: Mapping[str, int]) -> Iterator[int]:
+    """Which of the cells hold these sizes."""
+    return (i for i, ranges in enumerate(every) if all(low <= sizes[s] <= high for s, (low, high) in ranges.items()))

@@ -1,0 +1,284 @@
+"""Plan a model once for its range of shapes, and run it by that plan: `lz.solve`, and `lz.compile(model, plan=...)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import __version__, backends, export, torch_private
+from .backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, open_store, setup
+from .capture import fingerprint
+from .errors import PlanError, unknown
+from .export import Argument, Dynamic, Program, Ranges
+from .options import Options
+from .plan_io import plan_from_dict, plan_to_dict
+from .problem import CALL, LOOP, VIEW
+from .target import environment
+from .timings import TimingStore
+from .types import Plan
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+CALLS = 60  # at most, until a race is decided
+WINNERS = (PLANNED, LOSSLESS, INDUCTOR, EAGER)
+
+
+@dataclass(frozen=True, slots=True)
+class CellPlan:
+    """What was decided for one box of sizes: the finalist that won on the example (at the upper ends), seconds a call of each,
+    and the plan of each graph. `fingerprint` is the exported graph's."""
+
+    ranges: Ranges
+    fingerprint: str
+    winner: str
+    times: Mapping[str, float]
+    error: float | None
+    plans: tuple[Plan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A model's plans over all shape buckets, and the environment for which they hold."""
+
+    model: str
+    environment: Mapping[str, str]
+    options: Mapping[str, Any]
+    dynamic: Mapping[str, Mapping[int, str]]
+    buckets: Mapping[str, tuple[int, ...]]
+    arguments: tuple[str, ...]
+    tensors: tuple[Argument, ...]
+    cells: tuple[CellPlan, ...]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON: whole or not at all."""
+        data = {"layerzero_model_plan": VERSION, "layerzero": __version__, **dataclasses.asdict(self)}
+        data["cells"] = [
+            {**dataclasses.asdict(cell), "plans": [plan_to_dict(p) for p in cell.plans]} for cell in self.cells
+        ]  # fmt: skip
+        target = Path(path)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, suffix=".tmp", delete=False) as file:
+            json.dump(data, file, indent=1)
+        Path(file.name).replace(target)
+
+
+def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
+    """Read what `ModelPlan.save` wrote. PlanError for a file that is not one, is damaged, or is of another schema."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}. Make one: lz.solve(...).save(path).") from error
+    version = data.get("layerzero_model_plan") if isinstance(data, dict) else None
+    if version != VERSION:
+        raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r}; this LayerZero reads {VERSION}. Solve again.")
+    try:
+        return _model_plan(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"the plan {os.fspath(path)!r} is damaged ({type(error).__name__}: {error}). Solve again.") from error
+
+
+def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
+    cells = tuple(
+        CellPlan(
+            {str(s): (int(low), int(high)) for s, (low, high) in cell["ranges"].items()}, str(cell["fingerprint"]),
+            _winner(cell["winner"]), {str(k): float(v) for k, v in cell["times"].items()},
+            None if cell["error"] is None else float(cell["error"]), tuple(plan_from_dict(p) for p in cell["plans"]),
+        )
+        for cell in data["cells"]
+    )  # fmt: skip
+    plan = ModelPlan(
+        str(data["model"]), {str(k): str(v) for k, v in data["environment"].items()}, dict(data["options"]),
+        {str(n): {int(d): str(s) for d, s in dims.items()} for n, dims in data["dynamic"].items()},
+        {str(s): tuple(int(e) for e in ends) for s, ends in data["buckets"].items()},
+        tuple(map(str, data["arguments"])),
+        tuple(Argument(str(a["dtype"]), str(a["device"]), tuple(map(int, a["order"]))) for a in data["tensors"]), cells,
+    )  # fmt: skip
+    known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
+    for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
+        raise PlanError(unknown("kernel", kernel, known))
+    if [c.ranges for c in plan.cells] != export.cells(plan.buckets):
+        raise PlanError(f"the plan's cells are not those of its buckets {dict(plan.buckets)}")
+    return plan
+
+
+def _winner(name: str) -> str:
+    if name not in WINNERS:
+        raise PlanError(unknown("winner", name, WINNERS))
+    return name
+
+
+def solve(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
+    buckets: Mapping[str, Sequence[int]] | None = None, dynamic: Dynamic | None = None, **options: Any,
+) -> ModelPlan:  # fmt: skip
+    """Plan a model's inference for ranges of shapes, and race the plans on the given arguments.
+
+    `dynamic` names the dimensions that vary, as in torch.export: {argument: {dimension: symbol}}; `buckets` gives each symbol's
+    upper ends, the first bucket starting at 1. A cell (one bucket of each symbol) is planned and raced at its upper ends.
+    """
+    named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
+    export.check_dynamic(named, dynamic, buckets)
+    chosen = Options.resolve(options)
+    backends.allowed_backends(chosen.backends)
+    setup()
+    solved = []
+    for ranges in export.cells(buckets):
+        program = export.export_program(model, named, dynamic, ranges)
+        traced = fingerprint(program.gm)
+        session = _session(program, chosen, open_store(chosen.cache_dir))
+        run, written = _compile(session, program)
+        _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
+        record = session.record
+        solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
+        log.info("solved %s: %s", ranges, record.winner)
+    return ModelPlan(
+        type(model).__qualname__, environment(session.device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
+        {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
+        tuple(Argument.of(v) for v in pytree.tree_leaves(named) if isinstance(v, Tensor)), tuple(solved),
+    )  # fmt: skip
+
+
+def _as_data(options: Options) -> dict[str, Any]:
+    """What decides a plan; where facts are kept, and for how long they are sought, does not."""
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if f.metadata["plans"]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as JSON has them
+
+
+def _session(program: Program, options: Options, store: TimingStore) -> Session:
+    real = [(w, w is not None) for w in program.weights]
+    device = "cuda" if any(isinstance(v, Tensor) and v.is_cuda for v in program.inputs) else "cpu"
+    with torch.no_grad():
+        return Session(program.gm, program.inputs, options, store, device, real)
+
+
+def _compile(session: Session, program: Program, cell: CellPlan | None = None) -> tuple[Callable[..., Any], list[int]]:
+    """The compiled graph, and which of its inputs it writes into."""
+    verdict = None
+    if cell is not None:
+        plans = [plan_to_dict(p) for p in cell.plans]
+        verdict = {"winner": cell.winner, "times": cell.times, "plans": plans, "error": cell.error}
+    with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
+        run = session.compile(verdict)
+        written = torch_private.written_inputs(len(program.inputs))
+    return run, list(range(len(program.inputs))) if written is None else written
+
+
+def _flat(program: Program, named: Mapping[str, Any]) -> list[Any]:
+    """A call's values in the order of the graph's placeholders."""
+    leaves = iter(pytree.tree_leaves(((), dict(named))))
+    return [next(leaves) if w is None else w for w in program.weights]
+
+
+def _race(session: Session, run: Callable[..., Any], written: Sequence[int], inputs: list[Any]) -> None:
+    """Call until the race is decided, each time on copies of what the model writes into."""
+    racing = session.options.race and not session.options.deterministic
+    with torch.no_grad():
+        for _ in range(CALLS if racing else 1):
+            run(*[v.clone() if i in written and isinstance(v, Tensor) else v for i, v in enumerate(inputs)])
+            if session.record.decided:
+                return
+
+
+class PlannedModel(nn.Module):
+    """A model that runs by a stored plan: one compiled graph for each cell, compiled when its first call comes; never planned.
+
+    Inference only: no gradient flows, and weights are those of a cell's first call. `adapted` counts inputs that were
+    converted, and calls outside of the plan, by case.
+    """
+
+    def __init__(self, model: nn.Module, plan: ModelPlan, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        _check_environment(plan)
+        self.model, self.plan = model, plan
+        planned = dict(plan.options)
+        mode = planned.pop("mode")
+        self.options = Options.resolve({**planned, **options}, mode)
+        for name, value in _as_data(self.options).items():
+            if value != plan.options[name] and name != "layout_mode":
+                raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options[name]!r}. Solve again.")
+        self.adapted: dict[str, int] = {}
+        self._cells: dict[int, tuple[Program, Callable[..., Any]]] = {}
+        setup()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = export.bind(self.model, args, kwargs)
+        if tuple(named) != self.plan.arguments:
+            raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(self.plan.arguments)}.")
+        index = self._cell(named)
+        if index is None:
+            return self.model(*args, **kwargs)
+        named = self._fitted(named)
+        if index not in self._cells:
+            self._cells[index] = self._prepare(index, named)
+        program, run = self._cells[index]
+        with torch.no_grad():
+            outputs = run(*_flat(program, named))
+        return pytree.tree_unflatten(outputs, program.out_spec)
+
+    def _cell(self, named: Mapping[str, Any]) -> int | None:
+        sizes: dict[str, int] = {}
+        for name, dims in self.plan.dynamic.items():
+            for dim, symbol in dims.items():
+                size = int(named[name].shape[dim])
+                if sizes.setdefault(symbol, size) != size:
+                    raise PlanError(f"{symbol!r} is {sizes[symbol]} in one argument and {size} in {name!r} (dimension {dim}).")
+        found = next(export.covering([c.ranges for c in self.plan.cells], sizes), None)
+        if found is None:
+            ends = ", ".join(f"{s} 1..{e[-1]}" for s, e in self.plan.buckets.items())
+            given = ", ".join(f"{s}={n}" for s, n in sizes.items())
+            self._adapt(f"{given} is outside of the plan ({ends})", "the call runs uncompiled")
+        return found
+
+    def _prepare(self, index: int, named: Mapping[str, Any]) -> tuple[Program, Callable[..., Any]]:
+        cell = self.plan.cells[index]
+        program = export.export_program(self.model, named, self.plan.dynamic, cell.ranges)
+        if fingerprint(program.gm) != cell.fingerprint:
+            raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
+        session = _session(program, self.options, open_store(self.options.cache_dir))
+        return program, _compile(session, program, cell)[0]
+
+    def _fitted(self, named: Mapping[str, Any]) -> Any:
+        """The arguments in the dtype, device and dimension order in which they were planned."""
+        leaves, spec = pytree.tree_flatten(dict(named))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if [leaves[i].dim() for i in places] != [len(planned.order) for planned in self.plan.tensors]:
+            raise PlanError(f"the arguments hold other tensors than those planned: dimensions {[leaves[i].dim() for i in places]}.")
+        for i, planned in zip(places, self.plan.tensors, strict=True):
+            why = planned.misfit(leaves[i])
+            if why:
+                self._adapt(f"an input {why}", "it is converted in every call")
+                leaves[i] = planned.converted(leaves[i])
+        return pytree.tree_unflatten(leaves, spec)
+
+    def _adapt(self, what: str, effect: str) -> None:
+        if self.options.layout_mode == "strict":
+            raise PlanError(f"{what}. Give what was planned, or compile with layout_mode='adapt'.")
+        if what not in self.adapted:
+            warnings.warn(f"LayerZero: {what}: {effect}", stacklevel=3)
+        self.adapted[what] = self.adapted.get(what, 0) + 1
+
+
+def _check_environment(plan: ModelPlan) -> None:
+    """PlanError on another device or torch, a warning where another library could change a price."""
+    here = (
+        environment(plan.environment.get("device", "cpu")) if plan.environment.get("device") != "cuda" or torch.cuda.is_available() else {}
+    )
+    for name in ("device", "name", "torch"):
+        if here.get(name) != plan.environment.get(name):
+            raise PlanError(f"the plan is for {name} {plan.environment.get(name)!r}, here it is {here.get(name)!r}. Solve again here.")
+    other = {k: (v, here.get(k)) for k, v in plan.environment.items() if here.get(k) != v}
+    if other:
+        told = ", ".join(f"{k} {given!r}, here {found!r}" for k, (given, found) in other.items())
+        warnings.warn(f"LayerZero: the plan was solved with {told}: it is right here too, perhaps not the fastest", stacklevel=4)

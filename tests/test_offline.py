@@ -1,0 +1,235 @@
+"""Plans solved once over shape buckets, stored, and followed: nothing is planned again, nothing is different from eager."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lz_compiler as lz
+from lz_compiler import export, offline
+from lz_compiler.errors import OptionError, PlanError
+from lz_compiler.zoo import Llama, LlamaConfig
+
+VOCAB = 128
+FAST = {"race": False, "cost_model": "roofline"}
+SEQ: dict[str, Any] = {"buckets": {"seq": [8, 32]}, "dynamic": {"input_ids": {1: "seq"}}}
+
+
+def llama() -> Llama:
+    torch.manual_seed(0)
+    return Llama(LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96, vocab=VOCAB, max_len=64)).eval()
+
+
+def ids(length: int, batch: int = 1) -> Tensor:
+    return torch.randint(VOCAB, (batch, length))
+
+
+@pytest.fixture(scope="module")
+def planned() -> tuple[Llama, offline.ModelPlan]:
+    model = llama()
+    return model, lz.solve(model, (ids(20),), **SEQ, freeze=True, **FAST)
+
+
+def counters() -> Any:
+    return torch._dynamo.utils.counters["layerzero"]
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------------
+
+ENDS = st.lists(st.integers(1, 60), min_size=1, max_size=5, unique=True).map(sorted)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), ENDS, min_size=1, max_size=3), st.data())
+def test_cells_partition_the_declared_range(buckets: dict[str, list[int]], data: st.DataObject) -> None:
+    """Every size vector within the last ends is in exactly one cell, every other in none, and size 1 is alone."""
+    cells = export.cells(buckets)
+    sizes = {s: data.draw(st.integers(1, 70)) for s in buckets}
+    inside = all(sizes[s] <= ends[-1] for s, ends in buckets.items())
+    found = list(export.covering(cells, sizes))
+    assert len(found) == inside
+    assert all((low == 1) == (high == 1) or low > 1 for cell in cells for low, high in cell.values())
+    for s in buckets:
+        assert not found or (sizes[s] == 1) == (cells[found[0]][s] == (1, 1))
+
+
+# --- running by a plan ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_plan_runs_and_nothing_is_planned(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
+    model, plan = planned
+    plan.save(tmp_path / "plan.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert lz.load_plan(tmp_path / "plan.json") == plan
+    counters().clear()
+    run = lz.compile(model, plan=tmp_path / "plan.json")
+    with torch.no_grad():
+        for length in (1, 2, 7, 8, 9, 31, 32, 8, 3):
+            x = ids(length)
+            expected, found = model(x), run(x)
+            assert found.stride() == expected.stride()
+            torch.testing.assert_close(found, expected)
+    assert (counters()["plans"], counters()["known_plans"]) == (0, 3)
+    assert counters()["kernels"] > 0
+    kernels = {c.candidate.kernel for cell in plan.cells for p in cell.plans for c in p.choices}
+    assert "cublas.merged" not in kernels
+    assert any(k.startswith("onednn.") for k in kernels), kernels
+
+
+def test_solving_races_on_the_given_arguments() -> None:
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).eval()
+    plan = lz.solve(model, (torch.randn(4, 256),), freeze=True, measure_budget_s=5.0)
+    (cell,) = plan.cells
+    assert cell.ranges == {}
+    assert cell.winner in ("layerzero", "inductor", "eager")
+    if cell.times:
+        assert cell.times[cell.winner] == min(cell.times.values())
+    x = torch.randn(4, 256)
+    torch.testing.assert_close(lz.compile(model, plan=plan)(x), model(x))
+
+
+class Counting(nn.Module):
+    """Writes into a buffer and into an argument, returns a structure with a constant and an alias."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], *, scale: float = 2.0) -> dict[str, Any]:
+        self.calls.add_(1)
+        y = self.linear(x) * scale
+        cache["sum"].add_(y.sum(0))
+        return {"y": y, "view": y[:1], "n": 3}
+
+
+def test_written_buffers_and_arguments() -> None:
+    model = Counting().eval()
+    other = copy.deepcopy(model)
+    args: Any = (torch.randn(3, 16), {"sum": torch.zeros(16)})
+    plan = lz.solve(model, args, {"scale": 3.0}, dynamic={"x": {0: "rows"}}, buckets={"rows": [8]}, **FAST)
+    assert model.calls == 0, "solving must not leave traces in the model"
+    assert not args[1]["sum"].any()
+    run = lz.compile(model, plan=plan)
+    mine, theirs = torch.zeros(16), torch.zeros(16)
+    for rows in (1, 5, 8):
+        x = torch.randn(rows, 16)
+        found, expected = run(x, {"sum": mine}, scale=3.0), other(x, {"sum": theirs}, scale=3.0)
+        torch.testing.assert_close(found, expected)
+        assert found["view"].data_ptr() == found["y"].data_ptr()
+        torch.testing.assert_close(mine, theirs)
+    assert model.calls == other.calls == 3
+
+
+def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) -> None:
+    model, plan = planned
+    run, strict = lz.compile(model, plan=plan), lz.compile(model, plan=plan, layout_mode="strict")
+    cases = {
+        "outside of the plan": ids(33), "torch.int32, planned as torch.int64": ids(8).int(),
+        "strides": ids(16).repeat_interleave(2, 1)[:, ::2],
+    }  # fmt: skip
+    for what, x in cases.items():
+        with pytest.warns(UserWarning, match=what):
+            found = run(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+        run(x)
+        assert [n for case, n in run.adapted.items() if what in case] == [2]
+        with pytest.raises(PlanError, match=what):
+            strict(x)
+    with pytest.raises(PlanError, match="arguments given"):
+        lz.compile(Counting(), plan=plan)(ids(8), {})
+    with pytest.raises(PlanError, match=r"other tensors than those planned: dimensions \[3\]"):
+        run(ids(8)[None])
+
+
+def test_options_must_be_the_plans(planned: tuple[Llama, offline.ModelPlan]) -> None:
+    model, plan = planned
+    with pytest.raises(PlanError, match="'freeze'"):
+        lz.compile(model, plan=plan, freeze=False)
+    with pytest.raises(OptionError, match="plan holds them"):
+        lz.compile(model, plan=plan, mode="max-autotune")
+    with pytest.raises(OptionError, match=r"nn\.Module"):
+        lz.compile(torch.relu, plan=plan)
+
+
+def test_another_model_and_another_machine(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
+    _, plan = planned
+    wider = Llama(LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
+    with pytest.raises(PlanError, match="not the one that was planned"):
+        lz.compile(wider, plan=plan)(ids(4))
+    plan.save(tmp_path / "p.json")
+    data = json.loads((tmp_path / "p.json").read_text())
+    for name, value in (("name", "NVIDIA H200"), ("torch", "2.0.0")):
+        (tmp_path / "q.json").write_text(json.dumps({**data, "environment": {**data["environment"], name: value}}))
+        with pytest.raises(PlanError, match=f"is for {name} {value!r}, here"):
+            lz.compile(llama(), plan=tmp_path / "q.json")
+    (tmp_path / "q.json").write_text(json.dumps({**data, "environment": {**data["environment"], "threads": "96"}}))
+    with pytest.warns(UserWarning, match="threads '96'"):
+        lz.compile(llama(), plan=tmp_path / "q.json")
+
+
+def test_broken_plan_files(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
+    """One clear error each, and nothing that stands in a file is ever executed or imported."""
+    _, plan = planned
+    file = tmp_path / "p.json"
+    plan.save(file)
+    text, data = file.read_text(), json.loads(file.read_text())
+    cell = data["cells"][0]
+    broken = {
+        "cannot read": text[: len(text) // 2], "schema None": "{}", "schema 99": json.dumps({**data, "layerzero_model_plan": 99}),
+        "damaged": json.dumps({**data, "cells": [{k: v for k, v in cell.items() if k != "plans"}]}),
+        "not those of its buckets": json.dumps({**data, "cells": data["cells"][1:]}),
+        "unknown winner": json.dumps({**data, "cells": [{**cell, "winner": "__import__('os')"}, *data["cells"][1:]]}),
+    }  # fmt: skip
+    for message, content in broken.items():
+        file.write_text(content)
+        with pytest.raises(PlanError, match=message):
+            lz.load_plan(file)
+    with pytest.raises(PlanError, match="cannot read"):
+        lz.load_plan(tmp_path / "none.json")
+
+
+def test_a_plan_with_a_kernel_exchanged_is_refused(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
+    model, plan = planned
+    plan.save(tmp_path / "p.json")
+    data = json.loads((tmp_path / "p.json").read_text())
+    for choice in (c for cell in data["cells"] for p in cell["plans"] for c in p["choices"]):
+        choice["candidate"]["kernel"] = "os.system"
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"unknown kernel 'os\.system'"):
+        lz.compile(model, plan=tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dynamic": {"tokens": {1: "seq"}}}, "unknown tensor argument 'tokens'"),
+        ({"dynamic": {"input_ids": {2: "seq"}}}, "dimensions 0 to 1, given: 2"),
+        ({"dynamic": {"input_ids": {1: "length"}}}, "'length' has no buckets"),
+        ({"dynamic": {}}, "no dimension is called 'seq'"),
+        ({"buckets": {"seq": [32, 8]}}, "positive integers that grow"),
+        ({"buckets": {"seq": []}}, "positive integers that grow"),
+    ],
+)
+def test_declarations_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        lz.solve(llama(), (ids(4),), **{**SEQ, **changes}, **FAST)
+
+
+def test_a_model_that_does_not_allow_the_range() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(4, -1) if x.shape[0] == 8 else x
+
+    with pytest.raises(PlanError, match=r"torch\.export cannot trace Fixed for rows 2\.\.8"):
+        lz.solve(Fixed(), (torch.randn(8, 2),), dynamic={"x": {0: "rows"}}, buckets={"rows": [8]}, **FAST)
