@@ -11,10 +11,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
+    from .model_fingerprint import fingerprint
     from .options import Options
 
-_LAZY = {"compile": ".api", "explain": ".api", "doctor": ".api", "Options": ".options"}
-__all__ = ["Options", "__version__", "compile", "doctor", "explain"]
+_LAZY = {
+    "compile": ".api", "explain": ".api", "doctor": ".api", "Options": ".options", "fingerprint": ".model_fingerprint",
+}  # fmt: skip
+__all__ = ["Options", "__version__", "compile", "doctor", "explain", "fingerprint"]
 
 
 def __getattr__(name: str) -> Any:

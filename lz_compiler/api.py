@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 
 from . import backends
-from .backend import RECORDS, GraphRecord, layerzero, open_store
+from .backend import RECORDS, GraphRecord, layerzero
 from .options import Options
 from .report import Report, explain_plan, explain_records
 from .target import detect
+from .timings import open_store
 from .types import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
