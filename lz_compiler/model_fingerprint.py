@@ -42,7 +42,10 @@ _WEIGHTS = re.compile(r".+\.(safetensors|bin)(\.index\.json)?")
 _PATTERNS = dict(zip(GROUPS, (_TOKENIZER, _CONFIG, _WEIGHTS), strict=True))
 
 # Where a folder came from and what wrote it, not what it does.
-_ORIGIN = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_file", "special_tokens_map_file"}
+_ORIGIN = {
+    "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_file", "special_tokens_map_file", "is_local",
+    "local_files_only",
+}  # fmt: skip
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _PIPELINE = {
     "normaliser": "normalizer", "pre-tokenizer": "pre_tokenizer", "post-processor": "post_processor", "decoder": "decoder",

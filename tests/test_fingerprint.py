@@ -198,6 +198,27 @@ def test_older_files_give_the_same_vocabulary_and_merges(tmp_path_factory: pytes
     assert {part for part in piece[0] if piece[0][part] != piece[1][part]} == {"model file"}
 
 
+def test_saved_again_by_transformers(tmp_path: Path, cache: str) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE({"<s>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    core.normalizer, core.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", additional_special_tokens=["<x>"], chat_template="{{ x }}")
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    for saved in (made, LlamaConfig(hidden_size=64)):
+        saved.save_pretrained(first)
+    loaded = AutoTokenizer.from_pretrained(first)
+    for saved in (loaded, AutoConfig.from_pretrained(first)):
+        saved.save_pretrained(again)
+    assert differences(fingerprint(first, cache), fingerprint(again, cache)) == []
+    loaded.add_tokens(["<tool>"])
+    loaded.backend_tokenizer.normalizer = normalizers.NFKC()
+    loaded.save_pretrained(other)
+    found = differences(fingerprint(again, cache), fingerprint(other, cache))
+    assert found == ["tokenizer: added tokens (only in the second)", "tokenizer: normaliser", "config: config.json (only in the first)"]
+
+
 # --- the cache ----------------------------------------------------------------------------------------------------------------
 
 
