@@ -11,11 +11,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
+    from .model_fingerprint import fingerprint
     from .offline import load_plan, solve
     from .options import Options
 
-_LAZY = {"compile": ".api", "explain": ".api", "doctor": ".api", "solve": ".offline", "load_plan": ".offline", "Options": ".options"}
-__all__ = ["Options", "__version__", "compile", "doctor", "explain", "load_plan", "solve"]
+_LAZY = {
+    "compile": ".api", "explain": ".api", "doctor": ".api", "fingerprint": ".model_fingerprint", "solve": ".offline",
+    "load_plan": ".offline", "Options": ".options",
+}  # fmt: skip
+__all__ = ["Options", "__version__", "compile", "doctor", "explain", "fingerprint", "load_plan", "solve"]
 
 
 def __getattr__(name: str) -> Any:

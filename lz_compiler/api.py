@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from . import backends
-from .backend import RECORDS, GraphRecord, layerzero, open_store
+from .backend import RECORDS, GraphRecord, layerzero
 from .errors import OptionError
 from .options import Options
 from .report import Report, explain_plan, explain_records
 from .target import detect
+from .timings import open_store
 from .types import Plan
 
 if TYPE_CHECKING:

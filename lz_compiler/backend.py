@@ -32,7 +32,7 @@ from .passes.verify import interface, verify
 from .plan_io import plan_from_dict, plan_to_dict
 from .planning import make_plan
 from .target import detect, environment
-from .timings import TimingStore
+from .timings import TimingStore, open_store
 from .types import Plan, Target
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,6 @@ RECORDS: list[GraphRecord] = []  # of the compiled graphs that are still there
 def setup() -> None:
     torch_private.check_version()
     ops.register_lowerings()
-
-
-@functools.cache
-def open_store(cache_dir: str | None) -> TimingStore:
-    """One store per process and folder."""
-    return TimingStore.open(cache_dir)
 
 
 def layerzero(

@@ -160,6 +160,22 @@ def bench(factory: str, as_json: Json = False, option: Option = None, rounds: in
 
 
 @app.command()
+def fingerprint(folder: Annotated[str, typer.Argument(metavar="DIR", help="A Hugging Face model folder.")], as_json: Json = False,
+                cache_dir: CacheDir = None) -> None:  # fmt: skip
+    """Hashes of a model folder's tokenizer, part by part, of its config and of its weights."""
+    from .model_fingerprint import fingerprint as made_of
+
+    found = made_of(folder, cache_dir)
+    if as_json:
+        out.print(json.dumps(found.to_dict(), indent=2), markup=False)
+        return
+    for group, whole in found.digests().items():
+        out.print(f"{whole}  {group}", markup=False)
+        for part, digest in getattr(found, group):
+            out.print(f"  {digest}  {part}", markup=False)
+
+
+@app.command()
 def demo(rounds: int = 15) -> None:
     """Compile a Llama-shaped model with eager, Inductor and LayerZero, and show what was chosen and why."""
     from .demo import run
@@ -200,7 +216,7 @@ def cache_merge(file: str, cache_dir: CacheDir = None) -> None:
 
 
 def _store(cache_dir: str | None) -> TimingStore:
-    from .backend import open_store
     from .options import Options
+    from .timings import open_store
 
     return open_store(cache_dir or Options.resolve().cache_dir)

@@ -65,9 +65,9 @@ def run(out: Any, err: Any, rounds: int) -> None:
     from rich.table import Table
 
     from . import api, zoo
-    from .backend import open_store
     from .options import Options
     from .target import detect
+    from .timings import open_store
 
     model, args, kwargs = zoo.llama()
     target = detect("cpu", open_store(Options.resolve().cache_dir))

@@ -22,6 +22,10 @@ class PlanError(LayerZeroError, ValueError):
     """A plan that cannot be read, or does not belong to this graph or machine."""
 
 
+class FingerprintError(LayerZeroError, ValueError):
+    """A model folder that has no fingerprint, or a stored fingerprint that cannot be read."""
+
+
 class SolverError(LayerZeroError, RuntimeError):
     """No valid plan exists for the problem as posed."""
 

@@ -139,9 +139,9 @@ def export_program(model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic,
         shapes[example[name]] = {dim: symbols[s] for dim, s in dims.items() if s in symbols}
     try:
         with torch.no_grad():
-            exported = export(
-                model, (), example, dynamic_shapes=shapes.dynamic_shapes(model, (), example) if symbols else None, strict=False
-            )
+            dims = shapes.dynamic_shapes(model, (), example) if symbols else None
+            # What torch cannot prove for the whole range is asserted in the graph.
+            exported = export(model, (), example, dynamic_shapes=dims, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
     except torch_private.export_errors() as error:
         raise PlanError(f"torch.export cannot trace {type(model).__name__} for {_ranges(ranges)}: {error}") from error
     gm = exported.graph_module

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import __version__, backends, export, torch_private
-from .backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, open_store, setup
+from .backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, setup
 from .capture import fingerprint
 from .errors import PlanError, unknown
 from .export import Argument, Dynamic, Program, Ranges
@@ -26,7 +26,7 @@ from .options import Options
 from .plan_io import plan_from_dict, plan_to_dict
 from .problem import CALL, LOOP, VIEW
 from .target import environment
-from .timings import TimingStore
+from .timings import TimingStore, open_store
 from .types import Plan
 
 log = logging.getLogger(__name__)

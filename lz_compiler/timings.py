@@ -6,6 +6,7 @@ built anew; if the directory cannot be written to, or the disk is full, the fact
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -304,6 +305,12 @@ class TimingStore:
             "Set cache_dir (LAYERZERO_CACHE_DIR) to a directory that can be written to.",
             stacklevel=2,
         )
+
+
+@functools.cache
+def open_store(cache_dir: str | None) -> TimingStore:
+    """One store per process and folder."""
+    return TimingStore.open(cache_dir)
 
 
 def _timings(rows: Iterable[Sequence[Any]]) -> dict[str, Timing]:

@@ -73,7 +73,7 @@ def test_help_loads_no_torch() -> None:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("doctor", "demo", "explain", "bench", "cache"):
+    for command in ("doctor", "demo", "explain", "bench", "fingerprint", "cache"):
         assert command in done.stdout
     assert time.perf_counter() - start < 20  # a busy machine; about half a second on a quiet one
 
@@ -251,7 +251,7 @@ def test_every_error_of_ours_is_one_line(capsys: pytest.CaptureFixture[str], mon
     def fail(*_: Any) -> None:
         raise LayerZeroError("what was given, what is allowed, what to do")
 
-    monkeypatch.setattr("lz_compiler.backend.open_store", fail)
+    monkeypatch.setattr("lz_compiler.timings.open_store", fail)
     assert fails(capsys, monkeypatch, "cache", "ls") == "lz: what was given, what is allowed, what to do"
 
 
