@@ -13,7 +13,7 @@ from . import backends
 from .backend import RECORDS, GraphRecord, layerzero
 from .errors import OptionError
 from .options import Options
-from .report import Report, explain_plan, explain_records
+from .report import Report, explain_model_plan, explain_plan, explain_records
 from .target import detect
 from .timings import open_store
 from .types import Plan
@@ -49,12 +49,16 @@ def compile(
 
 
 def explain(compiled: Any = None) -> Report:
-    """What was decided for a compiled module or function, for a Plan, or (no argument) in this whole process.
+    """What was decided for a compiled module or function, for a Plan or ModelPlan, or (no argument) in this whole process.
 
     A compiled module is known by its parameters, a function by the source lines that its graphs were traced from.
     """
     if isinstance(compiled, Plan):
         return explain_plan(compiled)
+    from .offline import ModelPlan
+
+    if isinstance(compiled, ModelPlan):
+        return explain_model_plan(compiled)
     return explain_records([r for r in list(RECORDS) if compiled is None or _belongs(r, compiled)])
 
 

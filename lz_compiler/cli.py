@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from rich.console import Console
 from .errors import LayerZeroError, OptionError, unknown
 
 if TYPE_CHECKING:
+    from .report import Report
     from .timings import TimingStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -82,8 +84,23 @@ def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 
 
 @app.command()
-def explain(factory: str, as_json: Json = False, option: Option = None, calls: int = 40) -> None:
-    """Compile what MODULE:FACTORY returns, run it CALLS times (the race needs some), and explain every choice."""
+def explain(
+    what: Annotated[str, typer.Argument(metavar="MODULE:FACTORY|FILE.json", help="what to compile, or a plan of `lz solve`")],
+    as_json: Json = False, option: Option = None, calls: int = 40,
+) -> None:  # fmt: skip
+    """Explain every choice: of a stored plan, or of what MODULE:FACTORY returns, compiled and run CALLS times for the race."""
+    from . import api, offline
+
+    if what.endswith(".json"):
+        if option:
+            raise OptionError("a plan file holds its options: give no --option with it")
+        result = api.explain(offline.load_plan(what))
+    else:
+        result = _explain_factory(what, option, calls)
+    out.print(result.to_json() if as_json else str(result), markup=False)
+
+
+def _explain_factory(factory: str, option: list[str] | None, calls: int) -> Report:
     import torch
 
     from . import api
@@ -94,8 +111,7 @@ def explain(factory: str, as_json: Json = False, option: Option = None, calls: i
         compiled = api.compile(model, **options)
         for _ in range(calls):
             compiled(*args, **kwargs)
-    result = api.explain(compiled)
-    out.print(result.to_json() if as_json else str(result), markup=False)
+    return api.explain(compiled)
 
 
 @app.command()
@@ -107,8 +123,11 @@ def solve(
 ) -> None:  # fmt: skip
     """Plan what MODULE:FACTORY returns for ranges of shapes; `lz_compiler.compile(model, plan=FILE)` runs by it."""
     from . import offline
+    from .report import ranges_text
 
     buckets, dims = _parsed_buckets(bucket or []), _parsed_dynamic(dynamic or [])
+    if not Path(file).absolute().parent.is_dir():  # told now, not after minutes of measuring
+        raise OptionError(f"there is no folder for {file!r}. Make it first.")
     model, args, kwargs = load_factory(factory)
     plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, **parse_options(option))
     plan.save(file)
@@ -117,9 +136,8 @@ def solve(
         out.print(json.dumps({"file": file, "cells": cells}), markup=False)
         return
     for cell in plan.cells:
-        ranges = ", ".join(f"{s} {low}..{high}" for s, (low, high) in cell.ranges.items()) or "the given shapes"
         times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in cell.times.items())
-        out.print(f"{ranges:24s} {cell.winner:12s} {times}", markup=False)
+        out.print(f"{ranges_text(cell.ranges):24s} {cell.winner:12s} {times}", markup=False)
 
 
 def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:

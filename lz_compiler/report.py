@@ -16,6 +16,7 @@ from .types import Choice, Plan
 
 if TYPE_CHECKING:
     from .backend import GraphRecord
+    from .offline import CellPlan, ModelPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +152,35 @@ def explain_records(records: Sequence[GraphRecord]) -> Report:
 
 def explain_plan(plan: Plan) -> Report:
     return Report("LayerZero: one plan", describe_plan(plan), tuple(_plan_lines(plan)))
+
+
+def describe_cell(cell: CellPlan) -> dict[str, Any]:
+    return {
+        "ranges": {symbol: list(ends) for symbol, ends in cell.ranges.items()}, "fingerprint": cell.fingerprint, "winner": cell.winner,
+        "times_s": dict(cell.times), "error": cell.error, "plans": [describe_plan(p) for p in cell.plans],
+    }  # fmt: skip
+
+
+def _cell_lines(cell: CellPlan) -> Iterator[str]:
+    yield f"{ranges_text(cell.ranges)}: {cell.winner}"
+    for name, seconds in sorted(cell.times.items(), key=lambda item: item[1]):
+        yield f"  {name}: {seconds * 1e3:.3f} ms a call at the upper ends"
+    if cell.error is not None:
+        yield f"  measured error {cell.error:.2e}"
+    for plan in cell.plans:
+        yield from _plan_lines(plan)
+
+
+def explain_model_plan(plan: ModelPlan) -> Report:
+    """Each cell's ranges, winner, times and plans; and where they hold."""
+    env = ", ".join(f"{k} {v}" for k, v in plan.environment.items())
+    data = {
+        "model": plan.model, "environment": dict(plan.environment), "options": dict(plan.options), "arguments": list(plan.arguments),
+        "cells": [describe_cell(c) for c in plan.cells],
+    }  # fmt: skip
+    lines = (f"solved on {env}", *(line for cell in plan.cells for line in _cell_lines(cell)))
+    return Report(f"LayerZero: plan of {plan.model}, {len(plan.cells)} cell{'s' if len(plan.cells) != 1 else ''}", data, lines)
+
+
+def ranges_text(ranges: Mapping[str, tuple[int, int]]) -> str:
+    return ", ".join(f"{s} {low}..{high}" for s, (low, high) in ranges.items()) or "the given shapes"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from lz_compiler import backend, backends
+from lz_compiler import backend, backends, explain, load_plan
 from lz_compiler.cli import app, load_factory, main, parse_options
 from lz_compiler.errors import LayerZeroError, OptionError
 from lz_compiler.options import parse_text
@@ -128,6 +128,35 @@ def test_explain_and_bench(models: str, tmp_path: Path) -> None:
     assert all(row["median_ms"] > 0 for row in rows.values())
 
 
+def test_solve_and_explain_of_the_plan(models: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "plan.json")
+    solve = ("solve", f"{models}:tiny", file, "--dynamic", "input:0=rows", "--bucket", "rows=4,8")
+    options = ("-o", "race=false", "-o", "cost_model=roofline", "-o", "freeze=true", "-o", f"cache_dir={tmp_path}")
+    text = run(*solve, *options)
+    assert text.exit_code == 0, text.output
+    assert [line.split()[:3] for line in text.stdout.splitlines()] == [
+        ["rows", ends, "layerzero"] for ends in ("1..1", "2..4", "5..8")
+    ]  # fmt: skip
+    plan = load_plan(file)
+    assert [(c.ranges, len(c.plans)) for c in plan.cells] == [({"rows": ends}, 1) for ends in ((1, 1), (2, 4), (5, 8))]
+    as_json = run(*solve, "--json", *options)
+    assert as_json.exit_code == 0, as_json.output
+    found = json.loads(as_json.stdout)
+    assert found["file"] == file
+    assert [c["ranges"] for c in found["cells"]] == [{"rows": [1, 1]}, {"rows": [2, 4]}, {"rows": [5, 8]}]
+
+    explained = json.loads(run("explain", file, "--json").stdout)
+    assert explained["environment"] == plan.environment
+    assert [c["ranges"] for c in explained["cells"]] == [c["ranges"] for c in found["cells"]]
+    shown = run("explain", file).stdout
+    assert shown == f"{explain(load_plan(file))}\n"
+    for cell in explained["cells"]:
+        (inner,) = cell["plans"]
+        (region,) = inner["regions"]
+        assert f"rows {cell['ranges']['rows'][0]}..{cell['ranges']['rows'][1]}: layerzero\n" in shown
+        assert f"    {region['op']}{' + gelu' if 'gelu' in region['epilogue'] else ''}: {region['kernel']}  " in shown
+
+
 def test_cache(tmp_path: Path) -> None:
     where = ("--cache-dir", str(tmp_path))
     store = backend.open_store(str(tmp_path))
@@ -234,6 +263,35 @@ def test_an_error_inside_the_users_module_is_not_hidden(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(KeyError, match="missing"):
         load_factory("lz_cli_broken:f")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["p.json", "--bucket", "rows"], "--bucket 'rows' is not SYMBOL=END,END,..., for example seq=16,64,256"),
+        (["p.json", "--bucket", "rows=4,x"], "--bucket 'rows=4,x' is not"),
+        (["p.json", "--dynamic", "input=rows"], "--dynamic 'input=rows' is not ARGUMENT:DIMENSION=SYMBOL, for example input_ids:1=seq"),
+        (["p.json", "--dynamic", "input:0"], "--dynamic 'input:0' is not"),
+        (["p.json", "--dynamic", "inputs:0=rows", "--bucket", "rows=4"], "Did you mean 'input'?"),
+        (["p.json", "--dynamic", "input:0=rows"], "symbol 'rows' has no buckets"),
+        (["p.json", "--bucket", "rows=4"], "no dimension is called 'rows'"),
+        (["none/p.json"], "there is no folder for 'none/p.json'"),
+        (["p.json", "-o", "frezee=1"], "Did you mean 'freeze'?"),
+    ],
+)
+def test_wrong_arguments_of_solve(
+    arguments: list[str], message: str, models: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert message in fails(capsys, monkeypatch, "solve", f"{models}:tiny", *arguments)
+    assert not list(tmp_path.glob("*.json")), "nothing is written"
+
+
+def test_wrong_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "p.json"
+    assert "cannot read the plan" in fails(capsys, monkeypatch, "explain", str(file))
+    file.write_text("{}")
+    assert "is a plan of schema None" in fails(capsys, monkeypatch, "explain", str(file))
+    assert "give no --option" in fails(capsys, monkeypatch, "explain", str(file), "-o", "freeze=1")
 
 
 @pytest.mark.parametrize("command", ["explain", "bench"])
