@@ -11,15 +11,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
+    from .baking import bake
     from .model_fingerprint import fingerprint
     from .offline import load_plan, solve
     from .options import Options
 
 _LAZY = {
-    "compile": ".api", "explain": ".api", "doctor": ".api", "fingerprint": ".model_fingerprint", "solve": ".offline",
+    "compile": ".api", "explain": ".api", "bake": ".baking", "doctor": ".api", "fingerprint": ".model_fingerprint", "solve": ".offline",
     "load_plan": ".offline", "Options": ".options",
 }  # fmt: skip
-__all__ = ["Options", "__version__", "compile", "doctor", "explain", "fingerprint", "load_plan", "solve"]
+__all__ = ["Options", "__version__", "bake", "compile", "doctor", "explain", "fingerprint", "load_plan", "solve"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ Dynamic = Mapping[str, Mapping[int, str]]  # argument -> dimension -> symbol
 class Program:
     """A graph of ATen operators, written ones among them, whose placeholders are the model's weights, then its arguments' leaves.
 
-    `weights` runs parallel to the placeholders, with None for an argument; `inputs` are the placeholders' fake values.
+    `weights` runs parallel to the placeholders, with None for an argument; so do their names in the model, and `inputs`, the
+    placeholders' fake values.
     """
 
     gm: fx.GraphModule
     weights: tuple[Tensor | None, ...]
+    names: tuple[str, ...]
     inputs: list[Any]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
@@ -81,17 +83,22 @@ def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[s
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """How one tensor among the arguments was planned: dtype, device type, and its dimensions from the outermost in memory on."""
+    """How one tensor among the arguments was planned: dtype, device type, sizes (-1: dynamic), and its dimensions from the
+    outermost in memory on."""
 
     dtype: str
     device: str
+    shape: tuple[int, ...]
     order: tuple[int, ...]
 
     @staticmethod
-    def of(value: Tensor) -> Argument:
-        strides = value.stride()
+    def of(value: Tensor, dynamic: Container[int] = ()) -> Argument:
+        strides, shape = value.stride(), tuple(-1 if dim in dynamic else size for dim, size in enumerate(value.shape))
         order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
-        return Argument(str(value.dtype).removeprefix("torch."), value.device.type, tuple(order))
+        return Argument(str(value.dtype).removeprefix("torch."), value.device.type, shape, tuple(order))
+
+    def fits(self, value: Tensor) -> bool:
+        return value.dim() == len(self.shape) and all(p in (-1, n) for p, n in zip(self.shape, value.shape, strict=True))
 
     def misfit(self, value: Tensor) -> str:
         """How a tensor differs from what was planned; empty if it does not."""
@@ -132,23 +139,25 @@ def export_program(model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic,
     """The model on one cell, traced at the upper ends of its ranges. No gradient. PlanError where torch.export cannot."""
     from torch.export import Dim, ShapesCollection, export
 
-    symbols = {s: Dim(s, min=low, max=high) for s, (low, high) in ranges.items() if low < high}
+    ranged = {s: Dim(s, min=low, max=high) for s, (low, high) in ranges.items() if low < high}
     example = resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})
     shapes = ShapesCollection()
     for name, dims in dynamic.items():
-        shapes[example[name]] = {dim: symbols[s] for dim, s in dims.items() if s in symbols}
+        shapes[example[name]] = {dim: ranged[s] for dim, s in dims.items() if s in ranged}
     try:
         with torch.no_grad():
-            dims = shapes.dynamic_shapes(model, (), example) if symbols else None
+            declared = shapes.dynamic_shapes(model, (), example) if ranged else None
             # What torch cannot prove for the whole range is asserted in the graph.
-            exported = export(model, (), example, dynamic_shapes=dims, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+            exported = export(model, (), example, dynamic_shapes=declared, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
     except torch_private.export_errors() as error:
         raise PlanError(f"torch.export cannot trace {type(model).__name__} for {_ranges(ranges)}: {error}") from error
     gm = exported.graph_module
     state = {**exported.state_dict, **exported.constants}
-    weights = tuple(state.get(spec.target) if spec.target else None for spec in exported.graph_signature.input_specs)
+    specs = exported.graph_signature.input_specs
+    weights = tuple(state.get(spec.target) if spec.target else None for spec in specs)
+    names = tuple(spec.target or spec.arg.name for spec in specs)
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    return Program(gm, weights, inputs, exported.call_spec.in_spec, exported.call_spec.out_spec)
+    return Program(gm, weights, names, inputs, exported.call_spec.in_spec, exported.call_spec.out_spec)
 
 
 def _ranges(ranges: Ranges) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +59,7 @@ class ModelPlan:
     buckets: Mapping[str, tuple[int, ...]]
     arguments: tuple[str, ...]
     tensors: tuple[Argument, ...]
+    constants: tuple[str, ...]  # what is no tensor among the arguments' leaves, as text: compiled in
     cells: tuple[CellPlan, ...]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -69,9 +69,13 @@ class ModelPlan:
             {**dataclasses.asdict(cell), "plans": [plan_to_dict(p) for p in cell.plans]} for cell in self.cells
         ]  # fmt: skip
         target = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, suffix=".tmp", delete=False) as file:
-            json.dump(data, file, indent=1)
-        Path(file.name).replace(target)
+        half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            half.write_text(json.dumps(data, indent=1))
+            half.replace(target)
+        except OSError as error:
+            half.unlink(missing_ok=True)
+            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
 
 
 def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
@@ -103,7 +107,8 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         {str(n): {int(d): str(s) for d, s in dims.items()} for n, dims in data["dynamic"].items()},
         {str(s): tuple(int(e) for e in ends) for s, ends in data["buckets"].items()},
         tuple(map(str, data["arguments"])),
-        tuple(Argument(str(a["dtype"]), str(a["device"]), tuple(map(int, a["order"]))) for a in data["tensors"]), cells,
+        tuple(Argument(str(a["dtype"]), str(a["device"]), tuple(a["shape"]), tuple(a["order"])) for a in data["tensors"]),
+        tuple(map(str, data["constants"])), cells,
     )  # fmt: skip
     known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
     for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
@@ -137,8 +142,8 @@ def solve(
     for ranges in export.cells(buckets):
         program = export.export_program(model, named, dynamic, ranges)
         traced = fingerprint(program.gm)
-        session = _session(program, chosen, open_store(chosen.cache_dir))
-        run, written = _compile(session, program)
+        session = session_for(program, chosen, open_store(chosen.cache_dir))
+        run, written, _ = compile_cell(session, program)
         _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
@@ -146,7 +151,13 @@ def solve(
     return ModelPlan(
         type(model).__qualname__, environment(session.device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
         {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
-        tuple(Argument.of(v) for v in pytree.tree_leaves(named) if isinstance(v, Tensor)), tuple(solved),
+        tuple(
+            Argument.of(leaf, dynamic.get(name, ()))
+            for name, v in named.items()
+            for leaf in pytree.tree_leaves(v)
+            if isinstance(leaf, Tensor)
+        ),
+        _constants(pytree.tree_leaves(named)), tuple(solved),
     )  # fmt: skip
 
 
@@ -156,23 +167,32 @@ def _as_data(options: Options) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as JSON has them
 
 
-def _session(program: Program, options: Options, store: TimingStore) -> Session:
+def _constants(leaves: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+
+
+def session_for(program: Program, options: Options, store: TimingStore) -> Session:
     real = [(w, w is not None) for w in program.weights]
     device = "cuda" if any(isinstance(v, Tensor) and v.is_cuda for v in program.inputs) else "cpu"
     with torch.no_grad():
         return Session(program.gm, program.inputs, options, store, device, real)
 
 
-def _compile(session: Session, program: Program, cell: CellPlan | None = None) -> tuple[Callable[..., Any], list[int]]:
-    """The compiled graph, and which of its inputs it writes into."""
+def compile_cell(
+    session: Session, program: Program, cell: CellPlan | None = None, winner: str | None = None
+) -> tuple[Callable[..., Any], list[int], bool]:
+    """The compiled graph, which of its inputs it writes into, and whether an output is a view of an input or of another one.
+
+    With a `cell`, its plan is followed, and its winner unless another is given."""
     verdict = None
     if cell is not None:
         plans = [plan_to_dict(p) for p in cell.plans]
-        verdict = {"winner": cell.winner, "times": cell.times, "plans": plans, "error": cell.error}
+        verdict = {"winner": winner or cell.winner, "times": cell.times, "plans": plans, "error": cell.error}
     with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
         run = session.compile(verdict)
         written = torch_private.written_inputs(len(program.inputs))
-    return run, list(range(len(program.inputs))) if written is None else written
+        aliased = torch_private.aliased_outputs()
+    return run, list(range(len(program.inputs))) if written is None else written, aliased
 
 
 def _flat(program: Program, named: Mapping[str, Any]) -> list[Any]:
@@ -200,7 +220,7 @@ class PlannedModel(nn.Module):
 
     def __init__(self, model: nn.Module, plan: ModelPlan, options: Mapping[str, Any]) -> None:
         super().__init__()
-        _check_environment(plan)
+        check_environment(plan)
         self.model, self.plan = model, plan
         planned = dict(plan.options)
         mode = planned.pop("mode")
@@ -246,15 +266,18 @@ class PlannedModel(nn.Module):
         program = export.export_program(self.model, named, self.plan.dynamic, cell.ranges)
         if fingerprint(program.gm) != cell.fingerprint:
             raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
-        session = _session(program, self.options, open_store(self.options.cache_dir))
-        return program, _compile(session, program, cell)[0]
+        session = session_for(program, self.options, open_store(self.options.cache_dir))
+        return program, compile_cell(session, program, cell)[0]
 
     def _fitted(self, named: Mapping[str, Any]) -> Any:
         """The arguments in the dtype, device and dimension order in which they were planned."""
         leaves, spec = pytree.tree_flatten(dict(named))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if [leaves[i].dim() for i in places] != [len(planned.order) for planned in self.plan.tensors]:
-            raise PlanError(f"the arguments hold other tensors than those planned: dimensions {[leaves[i].dim() for i in places]}.")
+        if _constants(leaves) != self.plan.constants:
+            raise PlanError(f"the plan is for the constants {', '.join(self.plan.constants)}; given: {', '.join(_constants(leaves))}.")
+        found, expected = [tuple(leaves[i].shape) for i in places], [planned.shape for planned in self.plan.tensors]
+        if len(found) != len(expected) or not all(p.fits(leaves[i]) for i, p in zip(places, self.plan.tensors, strict=True)):
+            raise PlanError(f"the plan is for tensors of sizes {expected} (-1 varies); given: {found}.")
         for i, planned in zip(places, self.plan.tensors, strict=True):
             why = planned.misfit(leaves[i])
             if why:
@@ -266,11 +289,11 @@ class PlannedModel(nn.Module):
         if self.options.layout_mode == "strict":
             raise PlanError(f"{what}. Give what was planned, or compile with layout_mode='adapt'.")
         if what not in self.adapted:
-            warnings.warn(f"LayerZero: {what}: {effect}", stacklevel=3)
+            warnings.warn(f"LayerZero: {what}: {effect}", stacklevel=6)
         self.adapted[what] = self.adapted.get(what, 0) + 1
 
 
-def _check_environment(plan: ModelPlan) -> None:
+def check_environment(plan: ModelPlan) -> None:
     """PlanError on another device or torch, a warning where another library could change a price."""
     here = (
         environment(plan.environment.get("device", "cpu")) if plan.environment.get("device") != "cuda" or torch.cuda.is_available() else {}

@@ -164,16 +164,20 @@ def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: 
 sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])), _FIXED)
 
 
-@functools.cache
-def attention_brgemm() -> Any:
-    """attention_brgemm(q, k, v, mask, causal, scale): the operator of backends/attention.cpp, compiled on first use
-    and kept beside the timings."""
+def attention_library() -> str:
+    """The compiled backends/attention.cpp, kept beside the timings."""
     import platformdirs
 
     from .options import Options
 
     folder = Path(Options.resolve().cache_dir or platformdirs.user_cache_dir("layerzero")).expanduser() / "compiled"
-    torch_private.load_cpp(str(Path(__file__).with_name("backends") / "attention.cpp"), str(folder))
+    return torch_private.load_cpp(str(Path(__file__).with_name("backends") / "attention.cpp"), str(folder))
+
+
+@functools.cache
+def attention_brgemm() -> Any:
+    """attention_brgemm(q, k, v, mask, causal, scale): the operator of backends/attention.cpp, compiled on first use."""
+    attention_library()
 
     def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
         batch, heads, length = q.shape[:3]

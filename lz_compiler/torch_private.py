@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,12 +48,68 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], pat
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         token = _is_inference.set(bool(kwargs.get("is_inference")))
         try:
-            return compile_fx_inner(gm, inputs, **kwargs)
+            compiled = compile_fx_inner(gm, inputs, **kwargs)
         finally:
             _is_inference.reset(token)
+        generated = _generated.get()
+        if generated is not None:
+            generated.sources.append(compiled.source_code)  # type: ignore[attr-defined]
+            generated.constants |= compiled.constants or {}  # type: ignore[attr-defined]
+        return compiled
 
-    known = {} if _passes_know_inference() else {"inner_compile": inner}
-    return compile_fx(gm, list(example_inputs), config_patches=dict(patches), **known)  # type: ignore[return-value,arg-type]
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches), inner_compile=inner)  # type: ignore[return-value,arg-type]
+
+
+@dataclass(slots=True)
+class Generated:
+    """What Inductor generated for the graphs that were compiled: the Python source of each, the constants that they read by
+    name, and of a constant in a library's own layout how it was packed: (operator, plain tensor, further arguments)."""
+
+    sources: list[str] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    packed: dict[str, tuple[str, torch.Tensor, tuple[Any, ...]]] = field(default_factory=dict)
+
+
+_generated: ContextVar[Generated | None] = ContextVar("generated", default=None)
+
+
+@contextmanager
+def generated_code() -> Iterator[Generated]:
+    """Collect what Inductor generates inside."""
+    found = Generated()
+    token = _generated.set(found)
+    try:
+        yield found
+    finally:
+        _generated.reset(token)
+
+
+@contextmanager
+def packing(name: str) -> Iterator[None]:
+    """If code is collected, note how the constant that is made inside is packed."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    generated = _generated.get()
+    if generated is None:
+        yield
+        return
+    packed = generated.packed
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "_reorder_" in func.name():
+                packed[name] = (func.name().split(".")[0], args[0], tuple(args[1:]))
+            return func(*args, **(kwargs or {}))
+
+    with Note():
+        yield
+
+
+def compiled_cpp(argument_types: Sequence[str], source: str) -> str:
+    """The shared library (a Python extension with one function, `kernel`) of a C++ loop nest that Inductor generated."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    return str(CppPythonBindingsCodeCache.load_pybinding(list(argument_types), source).__self__.__file__)
 
 
 _is_inference: ContextVar[bool] = ContextVar("is_inference", default=False)
@@ -74,6 +131,15 @@ def written_inputs(count: int) -> list[int] | None:
     if found is None or len(found.input_info) != count:
         return None
     return [i for i, info in enumerate(found.input_info) if info.mutates_data or info.mutates_metadata]
+
+
+def aliased_outputs() -> bool:
+    """Whether the graph that AOTAutograd just compiled returns an input, or views (also when it did not say)."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    found = context.fw_metadata if context is not None else None
+    return found is None or any("alias" in info.output_type.name and info.output_type.name != "non_alias" for info in found.output_info)
 
 
 def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | None]) -> Any:
@@ -434,9 +500,9 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
 
 
 @functools.cache
-def load_cpp(path: str, folder: str) -> None:
-    """Compile a C++ file as Inductor compiles its loops, and load it; the result is kept in `folder`, or in Inductor's own
-    cache where that cannot be written to."""
+def load_cpp(path: str, folder: str) -> str:
+    """Compile a C++ file as Inductor compiles its loops, and load it; the library, which is returned, is kept in `folder`, or in
+    Inductor's own cache where that cannot be written to."""
     import os
     from pathlib import Path
     from unittest import mock
@@ -450,7 +516,7 @@ def load_cpp(path: str, folder: str) -> None:
     except OSError as error:
         log.info("compiled kernels go to Inductor's cache: %s", error)
     with mock.patch.dict(os.environ, place):
-        CppCodeCache.load(Path(path).read_text())
+        return str(CppCodeCache.load(Path(path).read_text())._name)
 
 
 def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:

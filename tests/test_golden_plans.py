@@ -62,7 +62,7 @@ def capture(model: torch.nn.Module, **inputs: Any) -> tuple[GraphView, GraphView
     """The graph that the planner is given in the one call: as traced on a CPU, and as on a CUDA device."""
     found: list[GraphView] = []
 
-    def stop(graph: fx.Graph, options: Options, target: object, store: object, frozen: Frozen, is_inference: bool) -> None:
+    def stop(graph: fx.Graph, options: Options, target: object, store: object, frozen: Frozen, is_inference: bool, *_: Any) -> None:
         found.extend((copied(graph, frozen), moved(copied(graph, frozen))))
         raise Captured
 

@@ -129,6 +129,8 @@ def test_written_buffers_and_arguments() -> None:
         assert found["view"].data_ptr() == found["y"].data_ptr()
         torch.testing.assert_close(mine, theirs)
     assert model.calls == other.calls == 3
+    with pytest.raises(PlanError, match=r"constants 3\.0; given: 2\.0"):
+        run(torch.randn(8, 16), {"sum": mine}, scale=2.0)
 
 
 def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) -> None:
@@ -148,8 +150,9 @@ def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) 
             strict(x)
     with pytest.raises(PlanError, match="arguments given"):
         lz.compile(Counting(), plan=plan)(ids(8), {})
-    with pytest.raises(PlanError, match=r"other tensors than those planned: dimensions \[3\]"):
-        run(ids(8)[None])
+    for x in (ids(8)[None], ids(8, batch=2)):
+        with pytest.raises(PlanError, match=r"sizes \[\(1, -1\)\] \(-1 varies\); given"):
+            run(x)
 
 
 def test_options_must_be_the_plans(planned: tuple[Llama, offline.ModelPlan]) -> None:

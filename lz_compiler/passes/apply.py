@@ -64,11 +64,11 @@ class GraphEmitter:
     def constant(self, make: Callable[..., Tensor], *values: fx.Node) -> fx.Node:
         known = [self.view.constant(v) for v in values]
         assert all(k is not None for k in known), "constant() of something that is not frozen"
-        with torch_private.real_tensors():
-            tensor = make(*(k.detach() for k in known if k is not None))
         module = self.graph.owning_module
         assert module is not None
         name = f"_layerzero_{len([key for key in module._buffers if key.startswith('_layerzero_')])}"
+        with torch_private.real_tensors(), torch_private.packing(name):
+            tensor = make(*(k.detach() for k in known if k is not None))
         module.register_buffer(name, tensor)
         node = self.graph.get_attr(name)
         self.mode.allow_non_fake_inputs = True  # lowering runs shape rules on the constant itself

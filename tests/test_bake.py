@@ -1,0 +1,209 @@
+"""Baked folders: run in processes that never see LayerZero, equal to the model, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_offline import FAST, SEQ, Counting, ids, llama
+from torch import Tensor, nn
+
+import lz_compiler as lz
+from lz_compiler.baking import read_generated
+from lz_compiler.errors import PlanError
+
+BLOCKED = "import sys; [sys.modules.__setitem__(m, None) for m in ('lz_compiler', 'networkx', 'ortools')]; "
+
+
+def baked_process(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """`code` with the baked module as `p`, in a process in which neither LayerZero nor its solvers can be imported."""
+    command = [sys.executable, "-c", f"{BLOCKED}import torch, _layerzero_plan as p\n{code}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_baked(folder: Path, inputs: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], str]:
+    """Outputs of the baked file for each call, and what the process printed."""
+    for i, tensors in enumerate(inputs):
+        save_file(tensors, folder.parent / f"in{i}.safetensors")
+    ran = baked_process(
+        folder,
+        "from safetensors.torch import load_file, save_file\n"
+        f"for i in range({len(inputs)}):\n"
+        f"    given = load_file(f'../in{{i}}.safetensors')\n"
+        "    out = p.forward(**given)\n"
+        "    out = out if isinstance(out, dict) else {'out': out}\n"
+        "    save_file({k: v.contiguous() for k, v in out.items()}, f'../out{i}.safetensors')\n"
+        "print('inductor', 'torch._inductor' in sys.modules)\n",
+    )
+    assert ran.returncode == 0, ran.stderr
+    return [load_file(folder.parent / f"out{i}.safetensors") for i in range(len(inputs))], ran.stdout
+
+
+@pytest.fixture(scope="module")
+def baked(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    model = llama()
+    plan = lz.solve(model, (ids(20),), **SEQ, freeze=True, **FAST)
+    folder = tmp_path_factory.mktemp("bake") / "out"
+    assert lz.bake(plan, folder, model, (ids(20),)) == folder / "_layerzero_plan.py"
+    return model, folder
+
+
+def test_baked_equals_the_model_without_layerzero(baked: tuple[nn.Module, Path]) -> None:
+    model, folder = baked
+    inputs = [{"input_ids": ids(n)} for n in (1, 2, 7, 8, 9, 31, 32)]
+    outputs, printed = run_baked(folder, inputs)
+    for given, out in zip(inputs, outputs, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(out["out"], model(**given))
+    assert "inductor False" in printed
+
+
+def test_the_file_is_flat(baked: tuple[nn.Module, Path]) -> None:
+    """Comparisons of sizes, then straight-line calls: no loop, no class, and nothing of LayerZero's."""
+    _, folder = baked
+    text = (folder / "_layerzero_plan.py").read_text()
+    functions = {n.name: n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)}
+    assert {f"cell_{i}" for i in range(3)} <= set(functions)
+    for name, function in functions.items():
+        if name == "forward" or name.startswith("cell_"):
+            kinds = {type(n) for n in ast.walk(function)}
+            assert not kinds & {ast.For, ast.While, ast.ClassDef, ast.With, ast.Try, ast.Lambda}
+            assert name == "forward" or ast.If not in kinds
+    imported = {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
+    assert not {m for m in imported if m.split(".")[0] in ("lz_compiler", "networkx", "ortools")}
+    assert "onednn.linear_packed" in (ast.get_docstring(functions["cell_2"]) or "")
+    assert "torch.ops.mkldnn._linear_pointwise" in text
+
+
+def test_what_does_not_fit_is_refused_or_converted(baked: tuple[nn.Module, Path]) -> None:
+    _, folder = baked
+    ran = baked_process(
+        folder,
+        "import warnings\n"
+        "good = torch.arange(16)[None]\n"
+        "def error(x):\n"
+        "    try: p.forward(x)\n"
+        "    except ValueError as e: print('error:', e)\n"
+        "error(torch.zeros(1, 33, dtype=torch.int64)); error(torch.zeros(1, 0, dtype=torch.int64))\n"
+        "error(torch.zeros(2, 4, dtype=torch.int64)); error(good[0])\n"
+        "for x in (good.int(), (torch.arange(32) % 5)[None].clone()[:, ::2]):\n"
+        "    with warnings.catch_warnings(record=True) as caught:\n"
+        "        warnings.simplefilter('always')\n"
+        "        same = torch.equal(p.forward(x), p.forward(x.long().contiguous())); p.forward(x)\n"
+        "    print('same', same, 'warnings', len(caught), 'counted', list(p.adapted.values())[-1])\n"
+        "p.LAYOUT_MODE = 'strict'; error(good.int())\n",
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[0] == "error: seq is 33; this file was made for 1 to 32"
+    assert lines[1] == "error: seq is 0; this file was made for 1 to 32"
+    assert lines[2] == "error: input_ids has sizes (2, 4); this file was made for (1, -1) (-1 varies)"
+    assert lines[3] == "error: input_ids has 1 dimensions; this file was made for 2"
+    assert lines[4:6] == ["same True warnings 1 counted 2"] * 2
+    assert lines[6].startswith("error: input_ids is torch.int32 on cpu")
+
+
+def test_the_self_test_and_the_loops_source(baked: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Every cell runs on made-up inputs; without its compiled loops the file compiles them from their source."""
+    _, folder = baked
+    ran = subprocess.run([sys.executable, "_layerzero_plan.py"], cwd=folder, capture_output=True, text=True, timeout=300, check=True)
+    assert [line.split(":")[0] for line in ran.stdout.splitlines()] == ["cell 0", "cell 1", "cell 2"]
+    assert "NaN" not in ran.stdout
+    other = tmp_path / "copy"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "print(p.forward(torch.arange(8)[None]).double().sum().item())"
+    runs = [baked_process(place, code) for place in (folder, other)]
+    assert all(ran.returncode == 0 for ran in runs), runs[1].stderr
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_another_torch_or_machine_is_refused(baked: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    _, folder = baked
+    text = (folder / "_layerzero_plan.py").read_text()
+    (tmp_path / "_layerzero_plan.py").write_text(text.replace(f"'torch': '{torch.__version__}'", "'torch': '2.0.0'"))
+    ran = baked_process(tmp_path, "")
+    assert "was baked for torch '2.0.0'; here it is" in ran.stderr
+    (tmp_path / "_layerzero_plan.py").write_text(text)
+    assert "weights.safetensors" in baked_process(tmp_path, "").stderr
+
+
+class Structured(nn.Module):
+    """Tied weights, a constant argument, two inputs, an output with structure, a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 16, bias=False)
+        self.b = nn.Linear(16, 16, bias=False)
+        self.b.weight = self.a.weight
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, image: Tensor, *, scale: float = 2.0) -> dict[str, Tensor]:
+        return {"image": self.norm(self.conv(image)).relu(), "x": self.b(self.a(x).tanh()) * scale}
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["plain", "freeze"])
+def test_structures_constants_and_tied_weights(freeze: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Structured().eval()
+    x, image = torch.randn(5, 16), torch.randn(2, 3, 8, 8)
+    dynamic: Any = {"x": {0: "rows"}, "image": {2: "height"}}
+    plan = lz.solve(model, (x, image), {"scale": 3.0}, dynamic=dynamic, buckets={"rows": [8], "height": [8, 12]}, freeze=freeze, **FAST)
+    lz.bake(plan, tmp_path / "out", model, (x, image), {"scale": 3.0})
+    inputs = [{"x": torch.randn(r, 16), "image": torch.randn(2, 3, h, 8)} for r in (1, 2, 8) for h in (1, 2, 8, 9, 12)]
+    outputs, _ = run_baked(tmp_path / "out", inputs)
+    for given, out in zip(inputs, outputs, strict=True):
+        torch.testing.assert_close(out, model(**given, scale=3.0))
+    stored = load_file(tmp_path / "out" / "weights.safetensors")
+    assert sum(tuple(w.shape) == (16, 16) for w in stored.values()) == 1
+    ran = baked_process(tmp_path / "out", "p.forward(torch.randn(2, 16), torch.randn(2, 3, 8, 8), scale=2.0)")
+    assert "scale is 2.0; this file was made for 3.0" in ran.stderr
+
+
+def test_the_manifest_names_every_file(baked: tuple[nn.Module, Path]) -> None:
+    import hashlib
+
+    _, folder = baked
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert set(manifest["files"]) == found - {"manifest.json"}
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_what_cannot_be_baked(tmp_path: Path) -> None:
+    model = Counting().eval()
+    args: Any = (torch.randn(3, 16), {"sum": torch.zeros(16)})
+    plan = lz.solve(model, args, **FAST)
+    with pytest.raises(PlanError, match="'cache' is dict; baked files take tensors and constants"):
+        lz.bake(plan, tmp_path / "a", model, args)
+    linear = nn.Linear(16, 16)
+    plan = lz.solve(linear, (torch.randn(2, 16),), **FAST)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(PlanError, match="not an empty folder"):
+        lz.bake(plan, tmp_path / "full", linear, (torch.randn(2, 16),))
+    with pytest.raises(PlanError, match="not the one that was planned"):
+        lz.bake(plan, tmp_path / "b", nn.Sequential(nn.Linear(16, 16), nn.ReLU()), (torch.randn(2, 16),))
+
+    class Viewing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:1]
+
+    plan = lz.solve(Viewing(), (torch.randn(2, 16),), **FAST)
+    with pytest.raises(PlanError, match="returns views"):
+        lz.bake(plan, tmp_path / "b", Viewing(), (torch.randn(2, 16),))
+    assert not [p for p in tmp_path.iterdir() if p.name != "full"], "nothing half-written stays"
+
+
+def test_generated_code_of_another_kind() -> None:
+    with pytest.raises(PlanError, match=r"async_compile\.triton in the generated code"):
+        read_generated("k = async_compile.triton('k', '''source''')\ndef call(args):\n    a, = args\n    return (a,)\n")
