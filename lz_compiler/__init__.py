@@ -11,10 +11,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
+    from .kv_cache import KVCacheSpec
     from .options import Options
 
-_LAZY = {"compile": ".api", "explain": ".api", "doctor": ".api", "Options": ".options"}
-__all__ = ["Options", "__version__", "compile", "doctor", "explain"]
+_LAZY = {"compile": ".api", "explain": ".api", "doctor": ".api", "KVCacheSpec": ".kv_cache", "Options": ".options"}
+__all__ = ["KVCacheSpec", "Options", "__version__", "compile", "doctor", "explain"]
 
 
 def __getattr__(name: str) -> Any:
