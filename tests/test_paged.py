@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from paged_pool import Pool
-from test_kernels import Case, placed_values, trace
+from test_kernels import Case, trace
 from test_regions import offered, on_cuda
 from torch import Tensor, nn
 
 import lz_compiler as lz
 from lz_compiler import backends, measure, ops, semantics
 from lz_compiler.backend import RECORDS
+from lz_compiler.backends.base import SelectionContext
 from lz_compiler.errors import OptionError
 
 SPEC = {"strategy": "paged", "page_size": 16, "kv_heads": 2, "head_size": 64, "dtype": "float16", "device": "cpu"}
@@ -102,38 +103,34 @@ def test_what_does_not_fit_is_refused() -> None:
 # --- the planner ------------------------------------------------------------------------------------------------------------
 
 
-def region(layout: str = "NHD", dtype: torch.dtype = torch.bfloat16, heads: int = 4, queries: int = 1, **change: Any) -> Any:
+def region(layout: str = "NHD", dtype: torch.dtype = torch.bfloat16, heads: int = 4, queries: int = 1, **change: Any) -> SelectionContext:
     pool = Pool(2, 64, 16, layout, dtype)
     q = torch.randn(len(pool.lengths), heads, queries, 64).to(dtype)
-    traced = trace(Case("", lambda *t: torch.ops.lz.paged_attention(*t, layout=layout, **change), (q, *pool.tensors())))
-    (ctx,) = traced.contexts
-    return ctx, traced.values
+    case = Case("", lambda *t: torch.ops.lz.paged_attention(*t, layout=layout, **change), (q, *pool.tensors()))
+    (ctx,) = trace(case).contexts
+    return ctx
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_region(layout: str) -> None:
-    ctx, values = region(layout, torch.float32, scale=0.3)
+    ctx = region(layout, torch.float32, scale=0.3)
     assert (ctx.region.op, ctx.params["scale"], ctx.params["keys"]) == ("paged_attention", 0.3, 64)
     spec = {**SPEC, "dtype": "float32"}
     assert ctx.kv_cache == lz.KVCacheSpec(**spec, layout=layout)
-    assert ctx.kv_cache is region(layout, torch.float32)[0].kv_cache
+    assert ctx.kv_cache is region(layout, torch.float32).kv_cache
     assert ctx.spec("k_cache").shape[0] == 28  # a pool is as large as memory, block tables name 28 pages of it
-    read, (expected,) = placed_values(ctx, values)
-    assert torch.equal(semantics.REFERENCES["paged_attention"](read, ctx.params), expected)
     assert [answer.kernel for answer in backends.answers(ctx)] == ["aten.paged_attention"]
-    (candidate,) = backends.answers(ctx)
-    assert measure._wrong(measure.Bound(candidate, ctx), ctx, measure._truth(ctx)) == (None, 0.0)
 
 
 def test_triton_kernel_is_offered_where_it_fits() -> None:
-    fits = region()[0]
+    fits = region()
     name = "triton.paged_attention"
     assert name in offered("triton", on_cuda(fits))
-    assert name in offered("triton", on_cuda(region("HND", torch.float16, queries=4)[0]))
+    assert name in offered("triton", on_cuda(region("HND", torch.float16, queries=4)))
     assert name not in offered("triton", on_cuda(fits, dynamic_rows=True))
-    assert name not in offered("triton", on_cuda(region(dtype=torch.float64)[0]))
-    assert name not in offered("triton", on_cuda(region(queries=128)[0]))
-    assert name not in offered("triton", on_cuda(region(scale=-1.0)[0]))
+    assert name not in offered("triton", on_cuda(region(dtype=torch.float64)))
+    assert name not in offered("triton", on_cuda(region(queries=128)))
+    assert name not in offered("triton", on_cuda(region(scale=-1.0)))
     strided = tuple(
         replace(s, stride=(*s.stride[:-1], 2)) if role == "k_cache" else s for role, s in zip(fits.roles, fits.specs, strict=True)
     )
@@ -144,7 +141,7 @@ def test_triton_kernel_is_offered_where_it_fits() -> None:
 def test_made_up_inputs(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Page numbers are in the pool and lengths fit, also where there are fewer pages than entries in block tables; and some batch
     entries stand for all."""
-    ctx, _ = region(dtype=torch.float32)
+    ctx = region(dtype=torch.float32)
     few = tuple(replace(s, shape=(5, *s.shape[1:])) if r.endswith("cache") else s for r, s in zip(ctx.roles, ctx.specs, strict=True))
     for one in (ctx, replace(ctx, specs=few, params={**ctx.params, "pages": 5})):
         values = measure.inputs(one, 0)
@@ -271,7 +268,8 @@ def test_the_cache_is_not_copied() -> None:
     x = torch.randn(BATCH, DIM)
     run = torch.compile(layer, backend="layerzero", options={"race": False, "cost_model": "roofline"})
     _, (code,) = run_and_get_code(run, x, torch.zeros(shape), torch.zeros(shape), server.table, server.step(x))
-    allocated = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
-    assert code.count("torch.ops.lz.paged_attention") == 1
-    assert allocated
-    assert not [sizes for sizes in allocated if sizes.startswith(f"{shape[0]}, ")], allocated
+    calls = re.findall(r"torch\.ops\.lz\.paged_attention\.default\(reinterpret_tensor\(.*?\), (\w+), (\w+), ", code)
+    assert [name.startswith("arg") for name in calls[0]] == [True, True]
+    assert len(calls) == 1
+    assert f"empty_strided_cpu(({shape[0]}, " not in code
+    assert "copy_(" not in code.split("def call(")[1].split("def get_args")[0]
