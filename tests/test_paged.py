@@ -68,6 +68,9 @@ def test_operator(heads: int, queries: int, page_size: int, dtype: torch.dtype, 
     assert out.dtype == dtype
     fake = ops._paged_fake(q, *pool.tensors(), 0.2, layout)
     assert (fake.shape, fake.stride()) == (out.shape, out.stride())
+    k, v, table, lengths = pool.tensors()
+    fewer = ops.paged_attention(q[:-1], k, v, table[:-1], lengths[:-1], 0.2, layout)  # the longest ends inside a page
+    torch.testing.assert_close(fewer.double(), expected[:-1], atol=TOLERANCE[dtype], rtol=0)
     pool.k[pool.inside(page_size)] = torch.nan  # a token that is seen
     expected = pool.expected(q, 0.2).isnan()
     assert torch.equal(ops.paged_attention(q, *pool.tensors(), 0.2, layout).isnan(), expected)
