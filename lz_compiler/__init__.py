@@ -12,15 +12,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
     from .baking import bake
+    from .kv_cache import KVCacheSpec
     from .model_fingerprint import fingerprint
     from .offline import load_plan, solve
     from .options import Options
 
 _LAZY = {
-    "compile": ".api", "explain": ".api", "bake": ".baking", "doctor": ".api", "fingerprint": ".model_fingerprint", "solve": ".offline",
-    "load_plan": ".offline", "Options": ".options",
+    "compile": ".api", "explain": ".api", "doctor": ".api", "bake": ".baking", "KVCacheSpec": ".kv_cache",
+    "fingerprint": ".model_fingerprint", "solve": ".offline", "load_plan": ".offline", "Options": ".options",
 }  # fmt: skip
-__all__ = ["Options", "__version__", "bake", "compile", "doctor", "explain", "fingerprint", "load_plan", "solve"]
+__all__ = [
+    "KVCacheSpec", "Options", "__version__", "bake", "compile", "doctor", "explain", "fingerprint", "load_plan", "solve",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

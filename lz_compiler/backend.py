@@ -299,7 +299,7 @@ def _changes(plan: Plan) -> bool:
     return any(not dict(c.candidate.params).get("as_is") and c.candidate.region.op in _REGIONS for c in plan.choices)
 
 
-_REGIONS = ("linear", "merged_linear", "gated_linear", "bmm", "conv", "attention")
+_REGIONS = ("linear", "merged_linear", "gated_linear", "bmm", "conv", "attention", "paged_attention")
 
 
 def _digest(plans: Sequence[Plan]) -> str:

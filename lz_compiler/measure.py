@@ -155,6 +155,8 @@ def rounding(ctx: SelectionContext) -> float:
             terms = math.prod(ctx.spec("w").shape[1:])
         case "attention":
             terms = ctx.spec("k").shape[-2] + ctx.spec("k").shape[-1]
+        case "paged_attention":
+            terms = ctx.params["keys"] + ctx.spec("q").shape[-1]
         case _:
             terms = ctx.specs[0].shape[-1]
     accumulated = 0.5 * math.sqrt(terms) * torch.finfo(torch.float32).eps

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import torch_private
+from .errors import unknown
+from .kv_cache import LAYOUTS
 
 mkldnn = torch.ops.mkldnn
 aten = torch.ops.aten
@@ -162,6 +164,90 @@ def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: 
 
 
 sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])), _FIXED)
+
+
+# --- attention over a paged cache -------------------------------------------------------------------------------------------
+
+
+def _paged_check(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, layout: str) -> None:
+    check = torch._check_value
+    check(layout in LAYOUTS, lambda: f"paged_attention: {unknown('layout', layout, LAYOUTS)}")
+    check(
+        q.dim() == k_cache.dim() == v_cache.dim() == 4 and block_table.dim() == 2 and seq_lens.dim() == 1,
+        lambda: "paged_attention: give q and the caches with 4 dimensions, block_table with 2, seq_lens with 1",
+    )
+    kv_heads = k_cache.shape[2 if layout == "NHD" else 1]
+    check(
+        k_cache.shape == v_cache.shape and q.shape[3] == k_cache.shape[3] and q.shape[1] % kv_heads == 0,
+        lambda: f"paged_attention: q {tuple(q.shape)} does not fit caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)} in {layout}",
+    )
+    check(
+        q.shape[0] == block_table.shape[0] and q.shape[0] == seq_lens.shape[0],
+        lambda: f"paged_attention: q has {q.shape[0]} batch entries, block_table {block_table.shape[0]}, seq_lens {seq_lens.shape[0]}",
+    )
+    check(
+        q.dtype == k_cache.dtype == v_cache.dtype and not block_table.is_floating_point() and not seq_lens.is_floating_point(),
+        lambda: "paged_attention: q and both caches need one dtype, block_table and seq_lens whole numbers",
+    )
+
+
+def _gathered(cache: Tensor, pages: Tensor, hidden: Tensor, layout: str) -> Tensor:
+    """The tokens of each batch entry one after the other, (B, G, K, D); what is hidden (B, K) is 0, so that nothing in it leaks."""
+    batch, count = pages.shape
+    own = cache.index_select(0, pages.reshape(-1)).unflatten(0, (batch, count))
+    own = own.transpose(2, 3) if layout == "HND" else own
+    return own.flatten(1, 2).masked_fill(hidden[:, :, None, None], 0).transpose(1, 2)
+
+
+def _paged_run(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float | None = None, layout: str = "NHD"
+) -> Tensor:  # fmt: skip
+    """softmax(scale q k^T) v over the tokens that block tables point to, (B, H, Q, D) in memory order (B, Q, H, D).
+
+    q is (B, H, Q, D), its queries the last Q tokens of each batch entry; the caches are (pages, page_size, G, D), or for layout
+    "HND" (pages, G, page_size, D), in q's dtype, with G dividing H; block_table is (B, max_pages), seq_lens (B,), both int32 or
+    int64. Token j of batch b stands in page block_table[b, j // page_size] at j % page_size. Query i sees the tokens
+    j < seq_lens[b] - Q + 1 + i; one that sees none (an entry with seq_lens 0) is 0. seq_lens is at most max_pages * page_size.
+    scale: D**-0.5 if None. Sums are float32, or float64 for float64.
+
+    Entries of block_table past a length may hold anything, and so may tokens that no query sees. Pages may be shared. For
+    inference: it has no backward formula. Raises ValueError where shapes or dtypes do not fit each other.
+    """
+    _paged_check(q, k_cache, v_cache, block_table, seq_lens, layout)
+    batch, heads, queries, head = q.shape
+    kv_heads, page_size = (k_cache.shape[i] for i in ((2, 1) if layout == "NHD" else (1, 2)))
+    count = block_table.shape[1]
+    if not q.is_cuda:  # on a GPU the longest length is not known without waiting for it
+        count = min(count, -(-int(seq_lens.max()) // page_size)) if batch else 0
+    result = q.new_zeros((batch, queries, heads, head)).transpose(1, 2)
+    if not q.numel() or not count:
+        return result
+    lengths = seq_lens[:, None]
+    used = torch.arange(count, device=q.device) * page_size < lengths
+    pages = block_table[:, :count].masked_fill(~used, 0)
+    tokens = torch.arange(count * page_size, device=q.device)
+    k, v = (_gathered(cache, pages, tokens >= lengths, layout) for cache in (k_cache, v_cache))
+    # Heads of one group as further queries: each key and value is read once, and no kernel has to know about groups.
+    last = (lengths - queries + torch.arange(queries, device=q.device)).repeat(1, heads // kv_heads)[:, None, :, None]
+    folded = q.reshape(batch, kv_heads, -1, head)
+    out = F.scaled_dot_product_attention(folded, k, v, tokens <= last, scale=scale)
+    return result.copy_(out.masked_fill_(last < 0, 0).reshape(q.shape))  # 0 also where q is NaN
+
+
+def _paged_fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float | None = None, layout: str = "NHD"
+) -> Tensor:  # fmt: skip
+    _paged_check(q, k_cache, v_cache, block_table, seq_lens, layout)
+    batch, heads, queries, head = q.shape
+    return q.new_empty((batch, queries, heads, head)).transpose(1, 2)
+
+
+paged_attention = _define(
+    'paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float? scale=None, str layout="NHD")'
+    " -> Tensor",
+    _paged_run,
+    _paged_fake,
+)
 
 
 def attention_library() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from . import ops, semantics, torch_private
 from .backends.base import SelectionContext
 from .capture import RESHAPES, GraphView, is_dynamic, spec_of, tensor_value
+from .kv_cache import KVCacheSpec
 from .masks import describe, infer_mask
 from .options import Options
-from .types import Region
+from .types import Region, TensorSpec
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -104,6 +105,7 @@ class _Draft:
     nodes: list[fx.Node]
     inputs: dict[str, fx.Node]
     params: dict[str, Any] = field(default_factory=dict)
+    kv_cache: KVCacheSpec | None = None
 
     @property
     def root(self) -> fx.Node:
@@ -116,6 +118,9 @@ class _Draft:
 def _pair(values: Any) -> tuple[int, int]:
     """A number for each spatial dimension: one alone stands for both."""
     return (*values, *values)[:2]
+
+
+_kv_cache_spec = functools.cache(KVCacheSpec)  # one object for all layers and graphs that read the same kind of cache
 
 
 class Recogniser:
@@ -156,6 +161,8 @@ class Recogniser:
             return self._conv(node)
         if node.target is ops.sdpa:
             return self._attention(node)
+        if node.target is ops.paged_attention:
+            return self._paged_attention(node)
         return None
 
     def _linear(self, node: fx.Node) -> _Draft | None:
@@ -208,6 +215,23 @@ class Recogniser:
             "shift": 0, "window": 0, "uniform": False, "square": square,
         }  # fmt: skip
         return _Draft("attention", [node], inputs, params)  # type: ignore[arg-type]
+
+    def _paged_attention(self, node: fx.Node) -> _Draft:
+        inputs = dict(zip(("q", "k_cache", "v_cache", "block_table", "seq_lens"), node.args, strict=False))
+        given: dict[str, Any] = dict(zip(("scale", "layout"), node.args[5:], strict=False))  # what is left out has its default
+        scale, layout = given.get("scale"), given.get("layout", "NHD")
+        cache, table = self.view.spec(inputs["k_cache"]), self.view.spec(inputs["block_table"]).shape  # type: ignore[arg-type]
+        page_size, kv_heads = cache.shape[1:3] if layout == "NHD" else cache.shape[2:0:-1]
+        params = {
+            "scale": scale, "layout": layout, "page_size": page_size, "keys": table[1] * page_size,
+            "pages": min(cache.shape[0], math.prod(table)),
+            "dynamic_rows": any(is_dynamic(n.meta["val"]) for n in inputs.values()),  # type: ignore[union-attr]
+        }  # fmt: skip
+        spec = _kv_cache_spec(
+            strategy="paged", page_size=page_size, layout=layout, kv_heads=kv_heads, head_size=cache.shape[3],
+            dtype=cache.dtype, device=cache.device,
+        )  # fmt: skip
+        return _Draft("paged_attention", [node], inputs, params, spec)  # type: ignore[arg-type]
 
     # What may follow, absorbed step by step; each step yields a longer region.
 
@@ -429,8 +453,15 @@ class Recogniser:
         region = Region(draft.op, tuple(n.name for n in draft.nodes if n.target not in RESHAPES), names, tuple(r.name for r in roots))
         values = tuple(n.name for n in draft.inputs.values())  # what an emitter reads, before reshapes are stripped
         return SelectionContext(
-            region=region, roles=roles, specs=tuple(self.view.spec(n) for n in draft.inputs.values()),
+            region=region, roles=roles, specs=tuple(self._spec(draft, role) for role in roles),
             outputs=tuple(self.view.spec(r) for r in roots), params={**draft.params, "values": values},
             frozen=frozenset(r for r, n in draft.inputs.items() if self.view.is_constant(n)),
-            options=self.options, default=default,
+            options=self.options, default=default, kv_cache=draft.kv_cache,
         )  # fmt: skip
+
+    def _spec(self, draft: _Draft, role: str) -> TensorSpec:
+        """What a region reads of an input: all of it, but of a pool of pages as many as block tables can name."""
+        spec = self.view.spec(draft.inputs[role])
+        if role not in ("k_cache", "v_cache"):
+            return spec
+        return replace(spec, shape=(draft.params["pages"], *spec.shape[1:]))

@@ -6,6 +6,7 @@ Tensors are given by role (`x`, `w`, `bias`, `other`, `q` ...), parameters as pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import ops
 from .types import TensorSpec
 
 aten = torch.ops.aten
@@ -145,6 +147,11 @@ def attention(t: Tensors, p: Params) -> Tensor:
     return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], mask, 0.0, causal, scale=p["scale"], enable_gqa=p["gqa"])
 
 
+def paged_attention(t: Tensors, p: Params) -> Tensor:
+    """The operator's own reference, see ops.paged_attention."""
+    return ops.paged_attention(t["q"], t["k_cache"], t["v_cache"], t["block_table"], t["seq_lens"], p["scale"], p["layout"])
+
+
 REFERENCES: dict[str, Callable[[Tensors, Params], Any]] = {
     "linear": linear,
     "merged_linear": merged_linear,
@@ -152,6 +159,7 @@ REFERENCES: dict[str, Callable[[Tensors, Params], Any]] = {
     "bmm": bmm,
     "conv": conv,
     "attention": attention,
+    "paged_attention": paged_attention,
 }
 
 
@@ -164,6 +172,8 @@ def sampled(op: str, t: Tensors, p: Params) -> tuple[dict[str, Tensor], Callable
     selection of these from a whole result: float64 is slow, and a wrong kernel is wrong in every channel."""
     if op == "attention":
         return _some_heads(t)
+    if op == "paged_attention":
+        return _some_entries(t, p)
     channels = t["w"].shape[0 if op == "conv" or not p["transposed"] else 1] if op in ("linear", "conv") else 0
     if channels <= SAMPLE or (op == "conv" and p["groups"] != 1):
         return dict(t), lambda y: y
@@ -191,6 +201,16 @@ def _some_heads(t: Tensors) -> tuple[dict[str, Tensor], Callable[[Tensor], Tenso
     return {role: pick(role, v) for role, v in t.items()}, lambda y: y[:2, :group]
 
 
+def _some_entries(t: Tensors, p: Params) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """Two batch entries of a large paged attention, with the pages that they may name."""
+    if t["q"].shape[:3].numel() * p["keys"] < LARGE:
+        return dict(t), lambda y: y
+    table = t["block_table"][:2]
+    caches = {role: t[role].index_select(0, table.reshape(-1)) for role in ("k_cache", "v_cache")}
+    own = torch.arange(table.numel(), dtype=table.dtype, device=table.device).view(table.shape)
+    return {"q": t["q"][:2], **caches, "block_table": own, "seq_lens": t["seq_lens"][:2]}, lambda y: y[:2]
+
+
 def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
@@ -200,12 +220,19 @@ def torch_dtype(name: str) -> torch.dtype:
 def example(role: str, spec: TensorSpec, generator: torch.Generator, params: Params) -> Tensor:
     """A random tensor with the spec's shape, strides, dtype and device, scaled as a trained network's would be.
 
-    A position in a cache is the last one that fits: the most work there is. A row of visible keys is padded on the right by
-    up to half, one in four has holes as well.
+    A position in a cache is the last one that fits: the most work there is. Block tables name every page of the pool in random
+    order, again and again if there are fewer than entries; lengths are from half of what fits up to all of it (the first one).
+    A row of visible keys is padded on the right by up to half, one in four has holes as well.
     """
     dtype, device = torch_dtype(spec.dtype), generator.device
     if role.startswith("keys"):
         value = _padding(next(read for read in params["reads"] if read[0] == role), spec, generator)
+    elif role == "block_table":
+        value = torch.randperm(params["pages"], generator=generator, device=device)
+        value = value.repeat(-(-math.prod(spec.shape) // params["pages"]))[: math.prod(spec.shape)].view(spec.shape)
+    elif role == "seq_lens":
+        value = torch.randint(params["keys"] // 2, params["keys"] + 1, spec.shape, generator=generator, device=device)
+        value[0] = params["keys"]
     elif dtype is torch.bool:
         value = torch.rand(spec.shape, generator=generator, device=device) > 0.2
     elif role == "position":

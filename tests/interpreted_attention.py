@@ -10,10 +10,12 @@ from typing import Any
 import interpreter
 import pytest
 import torch
+from paged_pool import Pool
 from torch import Tensor
 
 from lz_compiler.kernels import attention as flash
 from lz_compiler.kernels import decode_attention as decode
+from lz_compiler.kernels import paged_attention as paged
 
 SCALE = 0.125
 
@@ -53,6 +55,7 @@ def close(out: Tensor, expected: Tensor, *, atol: float = 2e-6) -> None:
 def test_kernels_are_interpreted() -> None:
     assert isinstance(decode._partial_kernel, interpreter.InterpretedFunction)
     assert isinstance(flash._attention_kernel, interpreter.InterpretedFunction)
+    assert isinstance(paged._partial_kernel, interpreter.InterpretedFunction)
 
 
 @pytest.mark.parametrize(
@@ -195,3 +198,32 @@ def test_scale_must_be_positive() -> None:
     q, k, v = inputs(1, 1, 1, 1, 1, 64, "BHSD")
     with pytest.raises(ValueError, match="scale"):
         flash.attention(q, k, v, None, None, 0, False, 0, False, -1.0, block_m=16, block_n=16, warps=4, stages=2)
+
+
+# --- over pages: see test_paged.py for the pool -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "queries", "head", "page_size", "splits", "block_n"),
+    [
+        (4, 2, 1, 64, 16, 1, 32),  # a tile of two pages
+        (4, 2, 1, 64, 16, 3, 32),
+        (6, 2, 3, 80, 5, 2, 16),  # pages that no tile ends with
+        (2, 2, 2, 128, 16, 2, 16),
+        (4, 1, 1, 64, 64, 4, 16),  # a page of several tiles
+        (8, 1, 5, 64, 1, 2, 16),
+    ],
+)
+def test_paged(heads: int, kv_heads: int, queries: int, head: int, page_size: int, splits: int, block_n: int, layout: str) -> None:
+    for dtype, atol in ((torch.float32, 2e-6), (torch.float16, 2e-3)):
+        pool = Pool(kv_heads, head, page_size, layout, dtype)
+        q = torch.randn(len(pool.lengths), queries, heads, head).to(dtype).transpose(1, 2)
+        tuning = {"splits": splits, "block_n": block_n, "warps": 4, "stages": 2}
+        out = paged.paged_attention(q, *pool.tensors(), SCALE, layout, **tuning)
+        assert out.dtype == dtype
+        close(out, pool.expected(q, SCALE), atol=atol)
+        pool.k[pool.inside(page_size)] = torch.nan  # a token that is seen
+        out = paged.paged_attention(q, *pool.tensors(), SCALE, layout, **tuning)
+        assert torch.equal(out.isnan(), pool.expected(q, SCALE).isnan())
+        assert out.isnan().any()

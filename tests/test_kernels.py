@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from paged_pool import Pool
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -265,7 +266,16 @@ def repeat_kv_case(dtype: torch.dtype) -> Case:
     return Case(f"attention repeat_kv {str(dtype)[6:]}", fn, args)
 
 
+def paged_case(dtype: torch.dtype, layout: str, queries: int) -> Case:
+    pool = Pool(2, 64, 5, layout, dtype)
+    q = rand(len(pool.lengths), queries, 6, 64, dtype=dtype).transpose(1, 2)
+    args = (q, *pool.tensors())
+    return Case(f"paged {layout} {queries} {dtype}", lambda *t: torch.ops.lz.paged_attention(*t, layout=layout), args)
+
+
 def attention_cases() -> Iterator[Case]:
+    for dtype in (F32, BF16):
+        yield from (paged_case(dtype, "NHD", 1), paged_case(dtype, "HND", 3))
     for dtype in (F32, BF16):
         for shape in ((2, 3, 7, 7, 64), (1, 2, 33, 128, 80), (2, 2, 1, 33, 64), (1, 1, 1, 1, 80)):
             for mask in (None, "causal", "bool", "empty row", "additive", "additive empty row", "expanded"):
@@ -516,7 +526,7 @@ PLACED: dict[str, tuple[Callable[[torch.dtype], nn.Module], Callable[[torch.dtyp
 }  # fmt: skip
 FLOAT32_ONLY = ("mkl.linear_packed", "inductor.gemv", "inductor.attention", "attention.brgemm")
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-AS_IS = {"aten.mm", "aten.bmm", "aten.sdpa"}  # the graph as it stands: nothing is placed
+AS_IS = {"aten.mm", "aten.bmm", "aten.sdpa", "aten.paged_attention"}  # the graph as it stands: nothing is placed
 
 
 def prefer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -35,6 +35,10 @@ def attention_arguments(t: Values, p: Values) -> tuple[Any, ...]:
     return t["q"], t["k"], t["v"], t.get("mask"), p["causal"], p["scale"], p["gqa"]
 
 
+def paged_arguments(t: Values) -> tuple[Any, ...]:
+    return t["q"], t["k_cache"], t["v_cache"], t["block_table"], t["seq_lens"]
+
+
 def _pack_mkl(emit: Emitter, t: Values, p: Values) -> Values:
     def dense(w: torch.Tensor) -> torch.Tensor:
         return (w.t() if p["transposed"] else w).contiguous()
@@ -58,6 +62,7 @@ class Aten:
             Kernel("aten.bmm", lambda emit, t, p: emit.call(aten.bmm.default, t["a"], t["b"])),
             Kernel("aten.conv", _conv),
             Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *attention_arguments(t, p))),
+            Kernel("aten.paged_attention", lambda emit, t, p: emit.call(ops.paged_attention, *paged_arguments(t), p["scale"], p["layout"])),
             Kernel("mkl.linear_packed", _mkl, _pack_mkl),
         )
     }
@@ -79,6 +84,8 @@ class Aten:
         elif op == "attention" and ctx.default:
             mask_dtype = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
             yield ctx.candidate(self.kernels["aten.sdpa"], as_is=True, mask_dtype=mask_dtype)
+        elif op == "paged_attention":
+            yield ctx.candidate(self.kernels["aten.paged_attention"], as_is=True)
         elif op == "conv" and ctx.default:
             kernel = self.kernels["aten.conv"]
             yield ctx.candidate(kernel, as_is=True)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..kv_cache import KVCacheSpec
 from ..options import Options
 from ..types import Candidate, Format, Region, Rejection, TensorSpec
 
@@ -50,7 +51,8 @@ class Kernel:
 class SelectionContext:
     """What a backend may know about a region. Specs and formats run parallel to `region.inputs`.
 
-    `roles` name the inputs as the region's reference does; `frozen` holds the roles whose values never change.
+    `roles` name the inputs as the region's reference does; `frozen` holds the roles whose values never change. `kv_cache` says how
+    the cache is cut up and laid out, where the region reads one from pages.
     """
 
     region: Region
@@ -61,6 +63,7 @@ class SelectionContext:
     frozen: frozenset[str]
     options: Options
     default: bool = False  # the region is one node of the graph as it stands
+    kv_cache: KVCacheSpec | None = None
 
     def spec(self, role: str) -> TensorSpec:
         return self.specs[self.roles.index(role)]

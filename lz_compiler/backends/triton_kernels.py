@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -13,6 +13,7 @@ import torch
 
 from .. import semantics
 from ..types import Candidate, Rejection
+from .aten import paged_arguments
 from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold_constants, folded, folding_candidate
 
@@ -85,8 +86,21 @@ def _attention(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(op, t["q"], t["k"], t["v"], position, keys, *mask, _scale(p), **dict(p["variant"]))
 
 
+def _paged(emit: Emitter, t: Values, p: Values) -> Any:
+    op = _kernels("paged_attention").paged_attention._opoverload
+    return emit.call(op, *paged_arguments(t), _scale(p), p["layout"], **dict(p["variant"]))
+
+
 def _scale(p: Values) -> float:
     return float(p["scale"] if p["scale"] is not None else p["head"] ** -0.5)
+
+
+def _split_variants(batch: int, kv_heads: int, rows: int, length: int, head: int, size: int) -> Iterator[tuple[tuple[str, int], ...]]:
+    """Tuning of a split-KV kernel: what should fill the card, and half and twice as many splits."""
+    units = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else MULTIPROCESSORS
+    first = _kernels("decode_attention").parameters(batch, kv_heads, rows, length, head, size, units)
+    for splits in sorted({first["splits"], 2 * first["splits"], max(1, first["splits"] // 2)}):
+        yield tuple({**first, "splits": splits}.items())
 
 
 class Triton:
@@ -101,6 +115,7 @@ class Triton:
             Kernel("triton.depthwise_conv", _depthwise, _depthwise_weight),
             Kernel("triton.decode_attention", _decode),
             Kernel("triton.attention", _attention),
+            Kernel("triton.paged_attention", _paged),
         )
     }
 
@@ -117,6 +132,8 @@ class Triton:
             yield from self._depthwise(ctx)
         elif ctx.region.op == "attention":
             yield from self._attention(ctx)
+        elif ctx.region.op == "paged_attention":
+            yield from self._paged(ctx)
 
     def _attention(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name, p, (q, k, v) = "triton.attention", ctx.params, (ctx.spec(r) for r in "qkv")
@@ -146,13 +163,28 @@ class Triton:
                 yield from self._decode(ctx, rows, size)
 
     def _decode(self, ctx: SelectionContext, rows: int, size: int) -> Iterable[Candidate]:
-        (batch, heads, length, head), units = ctx.spec("k").shape, MULTIPROCESSORS
-        if torch.cuda.is_available():
-            units = torch.cuda.get_device_properties().multi_processor_count
-        first = _kernels("decode_attention").parameters(batch, heads, rows, length, head, size, units)
-        for splits in sorted({first["splits"], 2 * first["splits"], max(1, first["splits"] // 2)}):
-            variant = tuple({**first, "splits": splits}.items())
+        batch, heads, length, head = ctx.spec("k").shape
+        for variant in _split_variants(batch, heads, rows, length, head, size):
             yield ctx.candidate(self.kernels["triton.decode_attention"], variant=variant, head=head)
+
+    def _paged(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        name, q, cache, p = "triton.paged_attention", ctx.spec("q"), ctx.kv_cache, ctx.params
+        assert cache is not None
+        rows, most = q.shape[1] // cache.kv_heads * q.shape[2], _kernels("decode_attention").MAX_ROWS
+        if q.dtype not in FLOATS:
+            yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {q.dtype}")
+        elif p["dynamic_rows"] or any(0 in s.shape for s in ctx.specs):
+            yield ctx.reject(name, "dynamic_shape", "fixed shapes with elements")
+        elif any(ctx.spec(role).stride[-1] != 1 for role in ("q", "k_cache", "v_cache")):
+            yield ctx.reject(name, "stride", "the head dimension must be contiguous")
+        elif cache.head_size > 256 or rows > most:
+            yield ctx.reject(name, "shape", f"heads of at most 256, at most {most} queries for each key-value head")
+        elif p["scale"] is not None and p["scale"] <= 0:
+            yield ctx.reject(name, "scale", "a scale above 0")
+        else:
+            size = 4 if q.dtype == "float32" else 2
+            for variant in _split_variants(q.shape[0], cache.kv_heads, rows, p["keys"], cache.head_size, size):
+                yield ctx.candidate(self.kernels[name], variant=variant, head=cache.head_size)
 
     def _depthwise(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name, p, x, (channels, _, *size) = "triton.depthwise_conv", ctx.params, ctx.spec("x"), ctx.spec("w").shape

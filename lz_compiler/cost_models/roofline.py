@@ -47,6 +47,8 @@ def flops_of(ctx: SelectionContext) -> int:
         case "attention":
             keys, size = ctx.spec("k").shape[-2:]
             return 2 * math.prod(ctx.spec("q").shape[:-1]) * keys * (size + ctx.spec("v").shape[-1])
+        case "paged_attention":
+            return 4 * out * int(ctx.params["keys"])
     return out
 
 
