@@ -140,6 +140,15 @@ def solve(
         out.print(f"{ranges_text(cell.ranges):24s} {cell.winner:12s} {times}", markup=False)
 
 
+@app.command()
+def bake(plan: Annotated[str, typer.Argument(metavar="FILE.json", help="a plan of `lz solve`")], factory: str, folder: str) -> None:
+    """Write a stored plan of what MODULE:FACTORY returns as a folder that runs without LayerZero."""
+    from . import baking, offline
+
+    model, args, kwargs = load_factory(factory)
+    out.print(str(baking.bake(offline.load_plan(plan), folder, model, args, kwargs)), markup=False)
+
+
 def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:
     found = {}
     for text in texts:

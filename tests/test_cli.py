@@ -73,7 +73,7 @@ def test_help_loads_no_torch() -> None:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("doctor", "demo", "explain", "bench", "fingerprint", "cache"):
+    for command in ("doctor", "demo", "explain", "bench", "solve", "bake", "fingerprint", "cache"):
         assert command in done.stdout
     assert time.perf_counter() - start < 20  # a busy machine; about half a second on a quiet one
 
@@ -144,6 +144,10 @@ def test_solve_and_explain_of_the_plan(models: str, tmp_path: Path) -> None:
     found = json.loads(as_json.stdout)
     assert found["file"] == file
     assert [c["ranges"] for c in found["cells"]] == [{"rows": [1, 1]}, {"rows": [2, 4]}, {"rows": [5, 8]}]
+
+    baked = run("bake", file, f"{models}:tiny", str(tmp_path / "out"))
+    assert baked.stdout.strip() == str(tmp_path / "out" / "_layerzero_plan.py"), baked.output
+    assert (tmp_path / "out" / "weights.safetensors").exists()
 
     explained = json.loads(run("explain", file, "--json").stdout)
     assert explained["environment"] == plan.environment
