@@ -69,6 +69,9 @@ def bake(
     named = export.bind(model, args, kwargs)
     if tuple(named) != plan.arguments:
         raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(plan.arguments)}.")
+    export.check_dynamic(named, plan.dynamic, plan.buckets)
+    for symbol in plan.buckets:
+        _check_name(symbol, "symbol")
     setup()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # whole or not at all
@@ -182,8 +185,8 @@ class _Writer:
         loops = [f"{name} = _loop({name!r}, {list(types)!r}, r'''{source}''')" for (types, source), name in self.loops.items()]
         library = 'torch.ops.load_library(HERE / "kernels" / "attention_brgemm.so")'
         replaced = {
-            "MODEL": self.plan.model, "VERSION": __version__,
-            "ENVIRONMENT_TEXT": ", ".join(f"{k} {v}" for k, v in self.plan.environment.items()),
+            "MODEL": _text(self.plan.model), "VERSION": __version__,
+            "ENVIRONMENT_TEXT": _text(", ".join(f"{k} {v}" for k, v in self.plan.environment.items())),
             "ENVIRONMENT": repr(dict(self.plan.environment)), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
             "STRIDES": repr({n: w.stride() for n, w in self.weights.items() if not w.is_contiguous()}),
             "LIBRARIES": library if self.brgemm else "", "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
@@ -287,21 +290,32 @@ def _comment(cell: CellPlan) -> list[str]:
     """What the cell runs, at which price, and what the clock said."""
     ranges = ", ".join(f"{s} {low}..{high}" for s, (low, high) in cell.ranges.items()) or "the planned shapes"
     raced = ", ".join(f"{name} {milliseconds(1e9 * t)}" for name, t in cell.times.items())
-    lines = [f'    """{ranges}: {cell.winner}' + (f" won the race ({raced})." if raced else ", not raced.")]
+    lines = [f"    {ranges}: {cell.winner}" + (f" won the race ({raced})." if raced else ", not raced.")]
     for plan in cell.plans:
-        lines.append(f"\n    predicted {milliseconds(plan.objective)} ({plan.status}, bound {milliseconds(plan.bound)}):")
+        lines.append("")
+        lines.append(f"    predicted {milliseconds(plan.objective)} ({plan.status}, bound {milliseconds(plan.bound)}):")
         for choice in (c for c in plan.choices if c.candidate.kernel != "inductor.loop"):
             other = min(choice.alternatives, key=lambda a: a[1].ns, default=None)
             next_best = f"; next {other[0].kernel} {milliseconds(other[1].ns)}" if other else ""
             node = choice.candidate.region.nodes[-1]
             lines.append(f"    {node}: {choice.candidate.kernel} {milliseconds(choice.cost.ns)} {choice.cost.source}{next_best}")
-    return "\n".join([*lines, '    """']).splitlines()
+    text = [_text(line) for line in lines]
+    return [f'    """{text[0].strip()}', *text[1:], '    """']
+
+
+def _text(words: str) -> str:
+    """What stands in a plan as it may stand in a docstring: nothing that could end it."""
+    return re.sub(r"[^\w .,:;()\[\]<>=+/*%-]", "?", words)
 
 
 def _parameter(name: str, value: Any) -> str:
-    if not name.isidentifier() or keyword.iskeyword(name) or name in KNOWN:
-        raise PlanError(f"argument {name!r} cannot be a parameter of the generated function. Rename it.")
+    _check_name(name, "argument")
     return name if isinstance(value, Tensor) else f"{name}={value!r}"
+
+
+def _check_name(name: str, what: str) -> None:
+    if not name.isidentifier() or keyword.iskeyword(name) or name in KNOWN:
+        raise PlanError(f"{what} {name!r} cannot be a name in the generated function. Rename it.")
 
 
 def _render(spec: pytree.TreeSpec, leaves: list[str]) -> str:

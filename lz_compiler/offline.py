@@ -107,7 +107,7 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         {str(n): {int(d): str(s) for d, s in dims.items()} for n, dims in data["dynamic"].items()},
         {str(s): tuple(int(e) for e in ends) for s, ends in data["buckets"].items()},
         tuple(map(str, data["arguments"])),
-        tuple(Argument(str(a["dtype"]), str(a["device"]), tuple(a["shape"]), tuple(a["order"])) for a in data["tensors"]),
+        tuple(map(_argument, data["tensors"])),
         tuple(map(str, data["constants"])), cells,
     )  # fmt: skip
     known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
@@ -116,6 +116,13 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
     if [c.ranges for c in plan.cells] != export.cells(plan.buckets):
         raise PlanError(f"the plan's cells are not those of its buckets {dict(plan.buckets)}")
     return plan
+
+
+def _argument(data: Mapping[str, Any]) -> Argument:
+    dtype, device = data["dtype"], data["device"]
+    if not isinstance(getattr(torch, dtype), torch.dtype) or device not in ("cpu", "cuda"):
+        raise PlanError(f"no tensor is {dtype!r} on {device!r}")
+    return Argument(dtype, device, tuple(map(int, data["shape"])), tuple(map(int, data["order"])))
 
 
 def _winner(name: str) -> str:

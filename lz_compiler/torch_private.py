@@ -75,11 +75,15 @@ _generated: ContextVar[Generated | None] = ContextVar("generated", default=None)
 
 @contextmanager
 def generated_code() -> Iterator[Generated]:
-    """Collect what Inductor generates inside."""
+    """Collect what Inductor generates inside; nothing comes from its caches, which would not say."""
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
     found = Generated()
     token = _generated.set(found)
     try:
-        yield found
+        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+            yield found
     finally:
         _generated.reset(token)
 
@@ -139,7 +143,8 @@ def aliased_outputs() -> bool:
 
     context = TracingContext.try_get()
     found = context.fw_metadata if context is not None else None
-    return found is None or any("alias" in info.output_type.name and info.output_type.name != "non_alias" for info in found.output_info)
+    fresh = ("non_alias", "unsafe_view_alias")
+    return found is None or any(info.output_type.name not in fresh for info in found.output_info)
 
 
 def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | None]) -> Any:

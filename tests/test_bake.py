@@ -204,6 +204,27 @@ def test_what_cannot_be_baked(tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name != "full"], "nothing half-written stays"
 
 
+def test_nothing_that_stands_in_a_plan_is_executed(tmp_path: Path) -> None:
+    """Words of a hostile plan end in docstrings of the file at most, and names that become code are checked."""
+    model, x = nn.Linear(16, 16).eval(), torch.randn(2, 16)
+    plan = lz.solve(model, (x,), dynamic={"input": {0: "rows"}}, buckets={"rows": [2]}, **FAST)
+    plan.save(tmp_path / "p.json")
+    text = (tmp_path / "p.json").read_text()
+    evil = '\\"\\"\\"\\nraise SystemExit(7)\\n\\"\\"\\"'
+    for place in ('"model": "Linear', '"source": "roofline', '"threads": "'):
+        assert place in text
+        (tmp_path / "q.json").write_text(text.replace(place, place + evil))
+        folder = tmp_path / place.split('"')[1]
+        lz.bake(lz.load_plan(tmp_path / "q.json"), folder, model, (x,))
+        assert baked_process(folder, "print(p.forward(torch.zeros(2, 16)).shape)").returncode == 0
+    for before, after, message in (
+        ('"dtype": "float32"', '"dtype": "float32 or exit()"', "damaged"), ('"rows"', '"rows or exit()"', "cannot be a name"),
+    ):  # fmt: skip
+        (tmp_path / "q.json").write_text(text.replace(before, after))
+        with pytest.raises(PlanError, match=message):
+            lz.bake(lz.load_plan(tmp_path / "q.json"), tmp_path / "evil", model, (x,))
+
+
 def test_generated_code_of_another_kind() -> None:
     with pytest.raises(PlanError, match=r"async_compile\.triton in the generated code"):
         read_generated("k = async_compile.triton('k', '''source''')\ndef call(args):\n    a, = args\n    return (a,)\n")

@@ -1,0 +1,177 @@
+"""What a baked plan costs on a CPU: choosing a cell, a cold start, and its steady state, for the zoo's Llama.
+
+    python benchmarks/baked.py [--processes 5] [--rounds 40] [--json FILE]
+
+1. Selection: `forward` of a baked file with 16 buckets over two dimensions, its cells replaced by one that returns its argument,
+   beside a call of that cell; and Dynamo's guards for the same function compiled with dynamic shapes.
+2. Cold start: fresh processes from their start to the first output. Baked; torch.compile with empty caches; Inductor and
+   `lz.compile(plan=...)` with warm ones.
+3. Steady state: the baked file and `lz.compile(plan=...)`, calls in turn, each cell at its upper end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import timeit
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+BUCKETS = [16, 64, 256]
+START = {
+    "baked": "import sys; sys.path.insert(0, sys.argv[1]); import torch, _layerzero_plan as p; p.forward(torch.arange(64)[None])",
+    "torch.compile, caches empty": "BACKEND = 'inductor'",
+    "torch.compile, caches warm": "BACKEND = 'inductor'",
+    "LayerZero's plan, caches warm": "PLAN = True",
+}
+COMPILED = """
+import sys, torch
+from lz_compiler import zoo
+import lz_compiler as lz
+model, args, kwargs = zoo.llama(length=64)
+model.eval()
+if {plan}:
+    run = lz.compile(model, plan=sys.argv[1] + '/../plan.json')
+else:
+    run = torch.compile(model)
+with torch.no_grad():
+    run(torch.arange(64)[None])
+"""
+
+
+def load(folder: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"baked_{folder.name}", folder / "_layerzero_plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def best(call: Any, number: int = 20000) -> float:
+    """Microseconds a call, the median of eleven runs."""
+    return median(timeit.repeat(call, number=number, repeat=11)) / number * 1e6
+
+
+def selection(folder: Path) -> dict[str, float]:
+    """Microseconds of `forward` without its cells, of an empty call, and of the same function under Dynamo's guards."""
+    import torch
+
+    import lz_compiler as lz
+
+    class Added(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    ends = {"rows": [4, 8, 16, 32], "columns": [4, 8, 16, 32]}
+    x = torch.randn(20, 20)
+    dynamic: Any = {"x": {0: "rows", 1: "columns"}}
+    plan = lz.solve(Added(), (x,), dynamic=dynamic, buckets=ends, race=False, cost_model="roofline")
+    lz.bake(plan, folder, Added(), (x,))
+    module, out = load(folder), (x,)
+
+    def cell(x: Any) -> Any:
+        return out
+
+    for name in [n for n in vars(module) if n.startswith("cell_")]:
+        setattr(module, name, cell)
+    guarded = torch.compile(Added(), backend=lambda gm, inputs: lambda *args: out, dynamic=True)
+    guarded(x)
+    plain = module.forward.__wrapped__
+    return {
+        "cells": float(len(plan.cells)), "empty call": best(lambda: cell(x)), "chosen, without no_grad": best(lambda: plain(x)),
+        "chosen": best(lambda: module.forward(x)), "Dynamo's guards": best(lambda: guarded(x)),
+    }  # fmt: skip
+
+
+def cold_starts(folder: Path, processes: int) -> dict[str, list[float]]:
+    """Seconds from a process's start to its first output."""
+    import time
+
+    found: dict[str, list[float]] = {}
+    for name, code in START.items():
+        code = code if name == "baked" else COMPILED.format(plan="PLAN" in code)
+        with tempfile.TemporaryDirectory() as warm:
+            for i in range(processes + 1):
+                with tempfile.TemporaryDirectory() as cold:
+                    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold if "empty" in name else warm}
+                    start = time.perf_counter()
+                    subprocess.run([sys.executable, "-c", code, str(folder)], env=env, check=True, capture_output=True)
+                    if i:  # the first process warms caches and files
+                        found.setdefault(name, []).append(time.perf_counter() - start)
+        print(f"{name}: {median(found[name]):.2f} s", file=sys.stderr)
+    return found
+
+
+def steady(model: Any, plan: Any, module: Any, rounds: int) -> list[tuple[str, float, float, float]]:
+    """(cell, ms baked, ms compiled, largest difference)."""
+    import time
+
+    import torch
+
+    import lz_compiler as lz
+
+    run, rows = lz.compile(model, plan=plan), []
+    for cell in plan.cells:
+        x = torch.randint(8000, (1, cell.ranges["seq"][1]))
+        times: dict[str, list[float]] = {"baked": [], "compiled": []}
+        with torch.no_grad():
+            outputs = {name: call(x) for name, call in (("baked", module.forward), ("compiled", run))}
+            for i in range(rounds + 5):
+                for name, call in (
+                    (("baked", module.forward), ("compiled", run)) if i % 2 else (("compiled", run), ("baked", module.forward))
+                ):
+                    start = time.perf_counter()
+                    call(x)
+                    if i >= 5:
+                        times[name].append(time.perf_counter() - start)
+        low, high = cell.ranges["seq"]
+        difference = float((outputs["baked"] - outputs["compiled"]).abs().max())
+        rows.append((f"seq {low}..{high}", 1e3 * median(times["baked"]), 1e3 * median(times["compiled"]), difference))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    import torch
+
+    import lz_compiler as lz
+    from lz_compiler import zoo
+
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"python benchmarks/baked.py --processes {args.processes} --rounds {args.rounds}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = selection(Path(folder) / "small")
+        print(f"| {' | '.join(chosen)} |\n|{'---|' * len(chosen)}")
+        print(f"| {' | '.join(f'{v:.2f}' for v in chosen.values())} |  (microseconds a call)\n")
+        model, given, kwargs = zoo.llama(length=64)
+        model.eval()
+        plan = lz.solve(model, given, kwargs, buckets={"seq": BUCKETS}, dynamic={"input_ids": {1: "seq"}}, freeze=True)
+        plan.save(Path(folder) / "plan.json")
+        out = Path(folder) / "llama"
+        lz.bake(plan, out, model, given, kwargs)
+        rows = steady(model, plan, load(out), args.rounds)
+        print("| cell | won the race | baked, ms | lz.compile(plan=...), ms | ratio | largest difference |\n|---|---|---|---|---|---|")
+        for row, cell in zip(rows, plan.cells, strict=True):
+            print(f"| {row[0]} | {cell.winner} | {row[1]:.3f} | {row[2]:.3f} | {row[2] / row[1]:.2f}x | {row[3]:.1e} |")
+        starts = cold_starts(out, args.processes)
+        print("\n| first output of a fresh process | s, median | of baked |\n|---|---|---|")
+        for name, seconds in starts.items():
+            print(f"| {name} | {median(seconds):.2f} | {median(seconds) / median(starts['baked']):.2f}x |")
+    if args.json:
+        args.json.write_text(json.dumps({"selection_us": chosen, "steady": rows, "cold_s": starts}))
+
+
+if __name__ == "__main__":
+    main()
