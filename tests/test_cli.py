@@ -66,6 +66,9 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
 # --- reading --------------------------------------------------------------------------------------------------------------
 
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
 def test_help_loads_no_torch() -> None:
     code = "import sys; from lz_compiler.cli import main; sys.argv = ['lz', '--help']\n"
     code += "try: main()\nexcept SystemExit as e: assert not e.code\n"
@@ -321,3 +324,10 @@ def test_wrong_command() -> None:
     assert run("explane").exit_code == 2
     assert run("explain").exit_code == 2
     assert run("cache", "clear", "--kind-of").exit_code == 2
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py") if "import argparse" in p.read_text()))
+def test_every_benchmark_starts(script: str) -> None:
+    ran = subprocess.run([sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert f"python benchmarks/{script}" in ran.stdout
