@@ -41,7 +41,7 @@ PLAIN = {
     **{f"extern_kernels.{name}(": f"torch.{name}(" for name in ("mm", "bmm", "addmm", "baddbmm")},
 }  # fmt: skip
 KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor"}  # names of the template
-DROPPED = re.compile(r"assert_size_stride|assert_alignment|args\.clear|del arg|#")
+DROPPED = re.compile(r"assert_\w+\(|args\.clear|del arg|#")
 
 
 @dataclass(frozen=True, slots=True)
