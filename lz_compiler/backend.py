@@ -159,8 +159,8 @@ class Session:
         compiled = self._planned(options, fresh, cached=verdict.get("digest"))
         if fresh:  # empty when Inductor's cache had the graph
             self.record.plans = fresh
-        if winner == LOSSLESS or not any(plan.epsilon > 0 for plan in self.record.plans):
-            return compiled
+        if self.follows or winner == LOSSLESS or not any(plan.epsilon > 0 for plan in self.record.plans):
+            return compiled  # a plan that is followed was checked when it was solved
         # The verdict's error was that of the weights and inputs of its time: the budget is kept for these too.
         self.written = verdict.get("written")
         lossless, check = self._within_budget(compiled)
@@ -224,10 +224,7 @@ class Session:
 
         def run(graph: fx.Graph, is_inference: bool) -> None:
             frozen = self._frozen(graph, is_inference)
-            plan = plan_and_apply(graph, options, target, self.store, frozen, is_inference, known)
-            if self.follows and plan not in known:
-                raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
-            plans.append(plan)
+            plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, self.follows))
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
         uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"
@@ -272,9 +269,12 @@ def _written(graph: fx.Graph) -> set[Any]:
 
 def plan_and_apply(
     graph: fx.Graph, options: Options, target: Target, store: TimingStore, frozen: Mapping[fx.Node, Tensor], is_inference: bool,
-    known: Sequence[Plan] = (),
+    known: Sequence[Plan] = (), follow: bool = False,
 ) -> Plan:  # fmt: skip
-    """Plan a functional ATen graph, unless one of the known plans is for it, and rewrite it in place."""
+    """Plan a functional ATen graph, unless one of the known plans is for it, and rewrite it in place.
+
+    With `follow`, PlanError where none of them is.
+    """
     view = GraphView(graph, frozen)
     before = interface(graph)
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
@@ -285,6 +285,8 @@ def plan_and_apply(
     # A plan speaks of nodes by name, and of weights as frozen or not.
     key = fingerprint(module, [*(n.name for n in graph.nodes), *(f"frozen {n.name}" for n in frozen)])
     plan = next((p for p in known if p.fingerprint == key and p.kind == kind), None)
+    if follow and plan is None:
+        raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
     torch_private.counters()["known_plans"] += plan is not None
     plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind)
     applied = apply_plan(view, plan.choices)

@@ -194,7 +194,7 @@ class _Writer:
             "SIGNATURE": ", ".join(_parameter(name, value) for name, value in self.named.items()),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
         }  # fmt: skip
-        template = Path(__file__).with_name("baked_template.txt").read_text().replace("\n    raise NotImplementedError\n", "\n")
+        template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
 
     def _checks(self, constants: Mapping[str, Any]) -> str:

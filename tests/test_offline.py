@@ -96,6 +96,20 @@ def test_solving_races_on_the_given_arguments() -> None:
     torch.testing.assert_close(lz.compile(model, plan=plan)(x), model(x))
 
 
+def test_a_plan_with_an_error_budget_is_followed() -> None:
+    """Checked on the example when it was solved; followed without a lossless plan beside it, which would have to be made."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512)).eval(), torch.randn(8, 512)
+    plan = lz.solve(model, (x,), freeze=True, error_budget=5e-2, **FAST)
+    (cell,) = plan.cells
+    assert cell.winner == "layerzero"
+    assert 0 < (cell.error or 0) <= 5e-2
+    assert cell.plans[0].epsilon > 0
+    counters().clear()
+    torch.testing.assert_close(lz.compile(model, plan=plan)(x), model(x), rtol=5e-2, atol=5e-2)
+    assert (counters()["plans"], counters()["known_plans"]) == (0, 1)
+
+
 class Counting(nn.Module):
     """Writes into a buffer and into an argument, returns a structure with a constant and an alias."""
 
