@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -344,6 +344,18 @@ def test_every_candidate_computes_its_region(case: Case) -> None:
                 for y, x in zip(leaves(run()), expected, strict=True):
                     tolerance = max(CLOSE[x.dtype], CLOSE[y.dtype])
                     assert_same(y.to(x.dtype), x, tolerance, f"{answer.kernel} for {what}")
+
+
+def test_a_lossy_kernel_is_never_free() -> None:
+    """However small its error: what is quantised on purpose counts against the budget, and the whole plan is then checked."""
+    ctx = next(c for case in CASES for c in trace(case).contexts if c.region.op == "linear")
+    with torch_private.real_tensors():
+        truth = measure._truth(ctx)
+        answer = next(a for a in backends.answers(ctx) if not isinstance(a, Rejection) and a.kernel == "aten.mm")
+        quantized = replace(answer, params=(*answer.params, ("lossy", "int8")))
+        errors = [measure._wrong(measure.Bound(candidate, ctx), ctx, truth) for candidate in (answer, quantized)]
+    assert [error for error, _ in errors] == [None, None]
+    assert errors[0][1] == 0.0 < errors[1][1]
 
 
 ON_CUDA = {"cudnn.attention", "aten.flash_attention", "aten.efficient_attention"} | {

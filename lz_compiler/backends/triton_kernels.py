@@ -227,7 +227,7 @@ class Triton:
         for dtype in ("", *lossy):
             if ctx.params.get("transposed") and ctx.region.op == "linear" and not dtype:
                 continue
-            extra: dict[str, Any] = {"weight_dtype": dtype, "gated": gated, **({"lossy": True} if dtype else {})}
+            extra: dict[str, Any] = {"weight_dtype": dtype, "gated": gated, **({"lossy": dtype} if dtype else {})}
             size = 1 if dtype else 2
             for variant in _kernels("gemv").variants(rows, width, inner, size):
                 if ctx.spec("x").dtype == "float32" and variant.get("dot"):
