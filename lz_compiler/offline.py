@@ -146,15 +146,23 @@ def solve(
     backends.allowed_backends(chosen.backends)
     setup()
     solved = []
+    state: list[tuple[set[str], set[str]]] = []  # of each cell: the buffers that it reads, and those of them that it writes into
     for ranges in export.cells(buckets):
         program = export.export_program(model, named, dynamic, ranges)
         traced = fingerprint(program.gm)
         session = session_for(program, chosen, open_store(chosen.cache_dir))
         run, written, _ = compile_cell(session, program)
+        kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
+        state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
         _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
         log.info("solved %s: %s", ranges, record.winner)
+    changing = {name for _, some in state for name in some}
+    for read, some in state:
+        if chosen.freeze and changing & read - some:
+            names = ", ".join(sorted(changing & read - some))
+            raise PlanError(f"freeze=True, but {names} is written for some sizes and taken as constant for others. Solve without freeze.")
     return ModelPlan(
         type(model).__qualname__, environment(session.device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
         {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
