@@ -140,7 +140,14 @@ class Session:
         """What Dynamo calls; a race watches by itself, and eager needs no watching."""
         if isinstance(run, race.Race) or run == self.gm.forward or self.record.winner == INDUCTOR:
             return functools.partial(run)
-        return guarded(run, lambda error, args: self._rescue(PLANNED, error, args), self.gm.forward)
+        return guarded(run, lambda error, args: self._rescue(PLANNED, error, args), self._reference())
+
+    def _barred(self) -> set[str]:
+        """The finalists that the policy forbids for this graph."""
+        return {name for plan in (*self.record.plans, *self.lossless) for name in plan.barred}
+
+    def _reference(self) -> Callable[..., Any] | None:
+        return None if EAGER in self._barred() else self.gm.forward
 
     def _rescue(self, name: str, error: Exception, args: tuple[Any, ...]) -> Any:
         """The call by eager, after a finalist raised (circuit.Breaker); raises where that cannot be."""
@@ -148,11 +155,13 @@ class Session:
             raise error
         record, plans = self.record, [*self.record.plans, *self.lossless]
         try:
-            out = self.breaker.rescue(error, args, plans, self.written, any(EAGER in p.barred for p in plans))
+            out = self.breaker.rescue(error, args, plans, self.written, self._reference() is None)
         finally:
             if self.breaker.tripped is not None and self.breaker.tripped not in record.notes:
                 torch_private.counters()["broken"] += 1
                 record.notes.append(self.breaker.tripped)
+                if not self.breaker.kernels:  # nothing else that the next process could do without
+                    self._store(EAGER if INDUCTOR in self._barred() else INDUCTOR, {})
         if record.decided or len(self.finalists) < 2:
             record.winner = EAGER
         return out
@@ -161,7 +170,8 @@ class Session:
         if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
             return self._from_verdict(verdict)
         planned = self._planned(self.options, self.record.plans)
-        if not self.dropped and not any(_changes(plan) for plan in self.record.plans):
+        barred = self._barred()
+        if INDUCTOR not in barred and not self.dropped and not any(_changes(plan) for plan in self.record.plans):
             self.record.notes.append("no kernel beats what TorchInductor does with this graph: compiled by it alone")
             self._finish({}, INDUCTOR)
             return planned
@@ -177,7 +187,7 @@ class Session:
             finalists[LOSSLESS], check = self._within_budget(planned)
         if not racing:
             return self._race(finalists, check, rounds=0)
-        barred = {name for plan in (*self.record.plans, *self.lossless) for name in plan.barred}
+        barred |= self._barred()
         if barred:
             self.record.notes.append(f"the policy forbids what {' and '.join(sorted(barred))} would use: not raced against")
         if INDUCTOR not in barred:
@@ -194,7 +204,7 @@ class Session:
         finish: Callable[[dict[str, float], str], None] | None = None,
     ) -> race.Race:  # fmt: skip
         self.finalists = tuple(finalists)
-        return race.Race(finalists, finish or self._finish, PLANNED, check, rounds, rescue=self._rescue, reference=self.gm.forward)
+        return race.Race(finalists, finish or self._finish, PLANNED, check, rounds, rescue=self._rescue, reference=self._reference())
 
     def _from_verdict(self, verdict: Mapping[str, Any]) -> Callable[..., Any]:
         """The race was run before: compile its winner only."""
@@ -203,6 +213,7 @@ class Session:
         self.record.error = verdict.get("error")
         stored = self.known = [plan_from_dict(p) for p in verdict["plans"]]
         self.written = verdict.get("written")
+        self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []
         self.breaker.calls = {kernel: set(names) for kernel, names in verdict.get("calls", {}).items()}
         self.record.plans = stored
         failed = Quarantine(self.store, self.device).of_plans(stored) if self.follows and winner in (PLANNED, LOSSLESS) else None
@@ -247,13 +258,17 @@ class Session:
             record.plans = self.lossless
         log.info("verdict for graph %s: %s (%s)", record.compile_id, winner, {n: f"{t * 1e3:.2f} ms" for n, t in times.items()})
         torch_private.counters()[f"winner:{winner}"] += 1
-        plans = [plan_to_dict(p) for p in record.plans]
-        value = {
-            "winner": winner, "times": times, "plans": plans, "error": record.error, "written": self.written,
-            "digest": _digest(record.plans), "calls": {kernel: sorted(names) for kernel, names in self.breaker.calls.items()},
-        }  # fmt: skip
         if self.breaker.tripped is None:  # else the next process plans anew, without what failed
-            self.store.put_record("verdict", self.key, value)
+            self._store(winner, times)
+
+    def _store(self, winner: str, times: Mapping[str, float]) -> None:
+        plans = [plan_to_dict(p) for p in self.record.plans]
+        value = {
+            "winner": winner, "times": times, "plans": plans, "error": self.record.error, "written": self.written,
+            "digest": _digest(self.record.plans), "calls": {kernel: sorted(names) for kernel, names in self.breaker.calls.items()},
+            "why": self.breaker.tripped,
+        }  # fmt: skip
+        self.store.put_record("verdict", self.key, value)
 
     def _inductor(self) -> Callable[..., Any]:
         gm = torch_private.copy_graph_module(self.gm)

@@ -4,7 +4,7 @@ What failed is a capability: a kernel in one version, for one op and dtype, on o
 under the kind `quarantine`; a new version of the kernel, its library, torch or the driver is another capability.
 
 Errors that reach Python are caught where a frame of ours stands anyway (the race), and in the first calls. A guard around every
-call would cost 30 to 260 ns of it (CPython 3.12, 2 to 300 arguments), so it is taken away after FIRST_CALLS.
+call would cost 30 to 260 ns of it (CPython 3.11, 2 to 300 arguments), so it is taken away after FIRST_CALLS.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def blamed(error: BaseException, calls: Mapping[str, Iterable[str]]) -> list[str
     return [kernel for kernel, names in calls.items() if any(re.search(rf"(?<![\w.]){re.escape(n)}(?!\w)", text) for n in names)]
 
 
-def guarded(run: Callable[..., Any], rescue: Rescue, reference: Callable[..., Any]) -> functools.partial[Any]:
-    """`run`, watched for its first calls: what it raises there goes to `rescue`, and then `reference` takes its place.
+def guarded(run: Callable[..., Any], rescue: Rescue, reference: Callable[..., Any] | None) -> functools.partial[Any]:
+    """`run`, watched for its first calls: what it raises there goes to `rescue`, and then `reference`, if any, takes its place.
 
     Afterwards the partial holds `run` itself, so that a call costs what it would cost without.
     """
@@ -93,8 +93,12 @@ def guarded(run: Callable[..., Any], rescue: Rescue, reference: Callable[..., An
         try:
             out = run(*args)
         except torch_private.kernel_errors() as error:
-            out = rescue(error, args)
-            _become(compiled, reference)
+            try:
+                out = rescue(error, args)
+            except KernelError:
+                _become(compiled, reference or watched)
+                raise
+            _become(compiled, reference or watched)
             return out
         left -= 1
         if left == 0:
@@ -116,6 +120,7 @@ class Breaker:
         self.store, self.device, self.reference, self.label = store, device, reference, label
         self.calls: dict[str, set[str]] = {}
         self.tripped: str | None = None
+        self.kernels: list[str] = []  # that were found to be the reason
 
     def rescue(
         self, error: Exception, args: tuple[Any, ...], plans: Sequence[Plan], written: Sequence[int] | None, barred: bool,
@@ -136,14 +141,14 @@ class Breaker:
         if stop is not None and not kernels:
             raise error  # perhaps the inputs' own fault, which only the reference could tell
         out = self.reference(*args) if stop is None else None
-        self.tripped = why
+        self.tripped, self.kernels = why, kernels
         for candidate in (c.candidate for p in plans for c in p.choices if c.candidate.kernel in kernels):
             self._put(candidate, error)
         disabled = (
             f"{named} is not planned again on this machine (`lz cache clear {KIND}` undoes it)" if kernels else "it is not used again"
         )
         if stop is not None:
-            raise KernelError(f"{why}. The call cannot be repeated: {stop}. {disabled}.") from error
+            raise KernelError(f"{why}. The call cannot be repeated: {stop}; {disabled}.") from error
         warnings.warn(f"LayerZero: {why}. This graph runs by eager until it is compiled anew; {disabled}.", stacklevel=4)
         return out
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import torch_private
 from .capture import tensors_in
+from .errors import KernelError
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,13 @@ class Race:
     """A callable that becomes its winner. `finish(times, winner)` is told the medians in seconds.
 
     `rescue(name, error, args)` answers the call in which a finalist raised, or raises; the finalist is out then, and a winner is
-    followed by `reference`.
+    followed by `reference` (None: there is nothing to follow it).
     """
 
     def __init__(
         self, finalists: Mapping[str, Finalist], finish: Callable[[dict[str, float], str], None], leader: str,
         check: Callable[[tuple[Any, ...]], list[str]] | None = None, rounds: int = ROUNDS, *,
-        rescue: Callable[[str, Exception, tuple[Any, ...]], Any], reference: Finalist,
+        rescue: Callable[[str, Exception, tuple[Any, ...]], Any], reference: Finalist | None,
     ) -> None:  # fmt: skip
         self.finalists = dict(finalists)
         self.rescue, self.reference, self.running = rescue, reference, leader
@@ -58,12 +59,20 @@ class Race:
             return self._rescued(error, args)
 
     def _rescued(self, error: Exception, args: tuple[Any, ...]) -> Any:
-        out = self.rescue(self.running, error, args)
+        try:
+            out = self.rescue(self.running, error, args)
+        except KernelError:
+            self._replace()
+            raise
+        self._replace()
+        return out
+
+    def _replace(self) -> None:
+        """Go on without the finalist that just ran."""
         if self.winner is not None or len(self.finalists) == 1:
-            self.winner = self.reference
+            self.winner = self.reference or self.winner
         self._drop(self.running, "it raised")
         self.running = self.leader
-        return out
 
     def _race(self, args: tuple[Any, ...]) -> Any:
         if self.check is not None:

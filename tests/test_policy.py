@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_golden_plans import capture
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from typer.testing import CliRunner
 
 import lz_compiler as lz
@@ -66,7 +68,7 @@ def forget() -> None:
 
 def linear(*features: int) -> nn.Sequential:
     torch.manual_seed(1)
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(features, features[1:], strict=False))).eval()
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(features))).eval()
 
 
 def compiled(model: Any, **options: Any) -> Any:
@@ -98,7 +100,8 @@ def test_a_file_a_dict_and_the_environment_are_one_policy(tmp_path: Path, monkey
              "avoid": [{"backend": "inductor", "factor": 3}]}  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(given))
     (tmp_path / "b.yaml").write_text(
-        "deny:\n- {name: slow, kernel: mkl.*, op: [linear, bmm], rows: '>=128, < 4096', dtype: float32}\navoid: [{backend: inductor, factor: 3.0}]"
+        "deny:\n- {name: slow, kernel: mkl.*, op: [linear, bmm], rows: '>=128, < 4096', dtype: float32}\n"
+        "avoid: [{backend: inductor, factor: 3.0}]"
     )
     found = [Options.resolve({"policy": p}) for p in (given, str(tmp_path / "a.json"), tmp_path / "b.yaml")]
     monkeypatch.setenv("LAYERZERO_POLICY", str(tmp_path / "b.yaml"))
@@ -159,8 +162,8 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)
 FILES = [
     b"\xff\xfe\x00", b"deny: [", b"deny: [{kernel: !!python/object/apply:os.system [id]}]", BOMB.encode(), b"[" * 5000, b"{" * 5000,
     b"deny: [{kernel: a.*}]\ndeny: []", b"deny: [{kernel: a, kernel: b}]", b"x" * (MAX_BYTES + 1), b"deny: [{op: linear, rows: !!int ''}]",
-    b"deny: [{op: linear, rows: !!timestamp x}]", b"- 1", b"deny: &a [*a]", b"deny: [{? [1]: 2}]", b"deny: [{op: linear, rows: 1" + b"0" * 5000 + b"}]",
-    b"",
+    b"deny: [{op: linear, rows: !!timestamp x}]", b"- 1", b"deny: &a [*a]", b"deny: [{? [1]: 2}]", b"",
+    b"deny: [{op: linear, rows: 1" + b"0" * 5000 + b"}]",
 ]  # fmt: skip
 
 
@@ -181,8 +184,10 @@ def test_a_folder_and_a_device_are_not_policies(tmp_path: Path) -> None:
 
 
 TAGS = ["!!int", "!!float", "!!timestamp", "!!bool", "!!binary", "!!set", "!!omap", "!!str", "!!null", ""]
-words = st.sampled_from(["deny", "lock", "op", "linear", "rows", ">= 1", "kernel", "*", "[", "]", "{", "}", ":", "- ", "\n", "  ", ",", "&a", "*a", "<<",
-                         "1:2:3.5", ".inf", "0x", "?", "|", ">", "'", '"', "#", *TAGS])  # fmt: skip
+words = st.sampled_from([
+    *TAGS, "deny", "lock", "op", "linear", "rows", ">= 1", "kernel", "*", "[", "]", "{", "}", ":", "- ", "\n", "  ", ",", "&a", "*a", "<<", "1:2:3.5",
+    ".inf", "0x", "?", "|", ">", "'", '"', "#",
+])  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
@@ -255,7 +260,7 @@ def breaks(policy: Policy, plan: Plan) -> list[str]:
     return wrong
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(policies)
 def test_plans_obey_any_policy(given: Any) -> None:
     policy = load_policy(given, "")
@@ -313,33 +318,36 @@ def test_a_preference_weighs_and_leaves_the_price() -> None:
     assert kernels(avoided) != kernels(plain)
 
 
+FLASH, MATH, ONEDNN, MKL = "flash_attention_for_cpu", "_attention_math", "mkldnn::_linear_pointwise", "mkl::_mkl_linear"
+
+
 @pytest.mark.parametrize(
-    ("policy", "op", "other"),
+    ("rules", "present", "absent"),
     [
-        ({"lock": [{"op": "attention", "kernel": "aten.sdpa_math", "head": 16}]}, "_attention_math", "flash_attention_for_cpu"),
-        ({"lock": [{"op": "attention", "kernel": "aten.flash_attention_cpu"}]}, "flash_attention_for_cpu", "_attention_math"),
-        ({"deny": [{"backend": ["onednn", "acme"]}, {"kernel": "aten.mm"}]}, "mkl::_mkl_linear", "mkldnn::_linear_pointwise"),
         (
-            {"deny": [{"kernel": ["mkl.*", "aten.mm"], "rows": ">= 12"}, {"backend": "acme"}]},
-            "mkldnn::_linear_pointwise",
-            "mkl::_mkl_linear",
+            {"lock": [{"op": "attention", "kernel": "aten.sdpa_math", "head": 16}], "deny": [{"backend": "onednn"}]},
+            {MATH, MKL},
+            {FLASH, ONEDNN},
+        ),
+        (
+            {"lock": [{"op": "attention", "kernel": "aten.flash*"}], "deny": [{"kernel": "mkl.*", "rows": ">= 12"}]},
+            {FLASH, ONEDNN},
+            {MATH, MKL},
         ),
     ],
-    ids=["lock math", "lock flash", "deny onednn", "deny mkl"],
+    ids=["math and mkl", "flash and onednn"],
 )
-def test_which_kernel_ran(policy: Any, op: str, other: str) -> None:
+def test_which_kernel_ran(rules: dict[str, Any], present: set[str], absent: set[str]) -> None:
     model = zoo.Llama(TINY).eval()
     ids = torch.randint(0, TINY.vocab, (1, 12))
-    fast = compiled(model, policy=policy, freeze=True)
+    fast = compiled(model, policy={**rules, "deny": [*rules["deny"], {"kernel": ["aten.mm", "acme.*"]}]}, freeze=True)
     with torch.no_grad():
         torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
     names = ran(fast, ids)
-    assert any(op in name for name in names), sorted(names)
-    assert not any(other in name for name in names)
+    assert {op for op in (*present, *absent) if any(op in name for name in names)} == present
 
 
 def test_rejections_name_the_rule() -> None:
-    compiled(linear(8, 8), policy={"deny": [{"name": "no MKL", "kernel": "mkl.*"}]}, freeze=True)(torch.randn(3, 8))
     with torch.no_grad():
         compiled(linear(8, 8), policy={"deny": [{"name": "no MKL", "kernel": "mkl.*"}]}, freeze=True)(torch.randn(3, 8))
     (choice,) = [c for c in RECORDS[-1].plans[0].choices if c.candidate.region.op == "linear"]
@@ -604,6 +612,21 @@ def test_running_out_of_memory_is_no_ones_fault(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
         fast(torch.randn(3, 16))
     assert not quarantined()
+
+
+def test_where_nobody_can_be_named_the_graph_is_given_up() -> None:
+    """Inductor's C++ wrapper leaves no line of Python that names the call: the next process runs the graph by TorchInductor alone."""
+    model, x = linear(16, 16), torch.randn(3, 16)
+    acme.licence["valid"] = False
+    with torch.no_grad(), inductor.patch(cpp_wrapper=True), pytest.warns(UserWarning, match="its compiled code raised RuntimeError"):
+        torch.testing.assert_close(compiled(model, policy=ACME)(x), model(x))
+    assert not quarantined()
+    calls = acme.licence["calls"]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, policy=ACME)(x), model(x))
+    assert RECORDS[-1].winner == INDUCTOR
+    assert "an earlier process: graph" in str(lz.explain())
+    assert acme.licence["calls"] == calls
 
 
 def test_the_steady_state_is_not_watched() -> None:

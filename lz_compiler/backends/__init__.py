@@ -38,7 +38,8 @@ def allowed_backends(allow: tuple[str, ...] | None) -> list[Backend]:
 
 def check_names(options: Options) -> None:
     """OptionError for a backend, or a policy's backend or kernel, that does not exist."""
-    allowed_backends(options.backends)
+    if options.backends is not None:
+        allowed_backends(options.backends)
     if options.policy is not None:
         options.policy.check_names(owners(), all_backends())
 
