@@ -40,7 +40,7 @@ def compile(
         stored = plan if isinstance(plan, offline.ModelPlan) else offline.load_plan(plan)
         return offline.PlannedModel(model, stored, options)  # type: ignore[return-value]
     given = Options.resolve(options, mode)  # a wrong option is reported here, not at the first call
-    backends.allowed_backends(given.backends)
+    backends.check_names(given)
 
     def backend(gm: Any, inputs: Any) -> Any:
         return layerzero(gm, inputs, mode=mode, options=options)

@@ -355,7 +355,7 @@ def _comment(cell: CellPlan) -> list[str]:
     lines = [f"    {ranges}: {cell.winner}" + (f" won the race ({raced})." if raced else ", not raced.")]
     for plan in cell.plans:
         lines.append("")
-        lines.append(f"    predicted {milliseconds(plan.objective)} ({plan.status}, bound {milliseconds(plan.bound)}):")
+        lines.append(f"    predicted {milliseconds(plan.predicted)} ({plan.status}, bound {milliseconds(plan.bound)}):")
         for choice in (c for c in plan.choices if c.candidate.kernel != "inductor.loop"):
             other = min(choice.alternatives, key=lambda a: a[1].ns, default=None)
             next_best = f"; next {other[0].kernel} {milliseconds(other[1].ns)}" if other else ""

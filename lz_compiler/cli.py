@@ -221,6 +221,8 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
     out.print(f"{held.path or 'in memory only'}, {held.bytes} bytes", markup=False)
     for kind, count in sorted(held.counts.items()):
         out.print(f"  {kind}: {count}")
+    for value in _store(cache_dir).get_records("quarantine").values():
+        out.print(f"    {value.get('kernel')} for {value.get('op')} in {value.get('dtype')}: {value.get('error')}", markup=False)
 
 
 @cache_app.command("clear")

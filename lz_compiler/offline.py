@@ -143,7 +143,7 @@ def solve(
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
     chosen = Options.resolve(options)
-    backends.allowed_backends(chosen.backends)
+    backends.check_names(chosen)
     setup()
     solved = []
     state: list[tuple[set[str], set[str]]] = []  # of each cell: the buffers that it reads, and those of them that it writes into
@@ -179,6 +179,7 @@ def solve(
 def _as_data(options: Options) -> dict[str, Any]:
     """What decides a plan; where facts are kept, and for how long they are sought, does not."""
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if f.metadata["plans"]}
+    values["policy"] = options.policy and options.policy.to_data()
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as JSON has them
 
 
@@ -241,8 +242,8 @@ class PlannedModel(nn.Module):
         mode = planned.pop("mode")
         self.options = Options.resolve({**planned, **options}, mode)
         for name, value in _as_data(self.options).items():
-            if value != plan.options[name] and name != "layout_mode":
-                raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options[name]!r}. Solve again.")
+            if value != plan.options.get(name) and name != "layout_mode":
+                raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options.get(name)!r}. Solve again.")
         self.adapted: dict[str, int] = {}
         self._cells: dict[int, tuple[Program, Callable[..., Any]]] = {}
         setup()

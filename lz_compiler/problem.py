@@ -8,13 +8,15 @@ them saves these: memory traffic is priced, not nodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
-from . import torch_private
+from . import backends, torch_private
 from .backends import answers
 from .backends.base import natural_layout
 from .capture import RESHAPES, VIEWS, GraphView, tensor_value
@@ -22,6 +24,7 @@ from .cost_models import CostModel
 from .cost_models.roofline import Roofline
 from .options import Options
 from .patterns import Recogniser
+from .policy import Facts, Rule, facts
 from .types import Candidate, Conversion, Cost, Format, Problem, Region, Rejection
 
 aten = torch.ops.aten
@@ -39,38 +42,73 @@ TIE_RADIUS = 5
 
 @dataclass(slots=True)
 class Enumeration:
-    """Everything that could be done: priced candidates, and for each region's nodes what could not and why."""
+    """Everything that could be done: priced candidates, and for each region's nodes what could not and why.
+
+    `denied` are the candidates that a policy's rules refused, unpriced; `ruled` counts what each rule had an effect on.
+    """
 
     candidates: list[Candidate] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     rejections: dict[tuple[str, ...], list[Rejection]] = field(default_factory=dict)
+    denied: list[tuple[Candidate, tuple[Rule, ...]]] = field(default_factory=list)
+    ruled: Counter[Rule] = field(default_factory=Counter)
 
     def add(self, candidate: Candidate, cost: Cost) -> None:
         self.candidates.append(candidate)
         self.costs.append(cost)
 
+    def ruled_on(self, options: Options, candidate: Candidate, operations: Sequence[Facts]) -> Candidate | Rejection:
+        """The candidate, or the rejection by the policy's rules."""
+        if options.policy is None:
+            return candidate
+        rules = options.policy.refusals(operations, candidate.kernel, backends.owners()[candidate.kernel])
+        if not rules:
+            return candidate
+        self.denied.append((candidate, rules))
+        self.ruled.update(rules)
+        return Rejection(candidate.kernel, "policy", " and ".join(map(str, rules)))
 
-def enumerate_regions(view: GraphView, options: Options, model: CostModel) -> Enumeration:
-    """Ask every backend about every region, and price what it offers."""
+    def weighed(self, options: Options, candidate: Candidate, cost: Cost, operations: Sequence[Facts]) -> tuple[Candidate, Cost]:
+        """The candidate with its price, and the factor of the policy's preferences."""
+        if options.policy is None:
+            return candidate, cost
+        rules = options.policy.weights(operations, candidate.kernel, backends.owners()[candidate.kernel])
+        self.ruled.update(rules)
+        return candidate, replace(cost, factor=math.prod(r.factor for r in rules))
+
+
+def enumerate_regions(
+    view: GraphView, options: Options, model: CostModel, broken: Callable[[Candidate], str | None] = lambda _: None
+) -> Enumeration:
+    """Ask every backend about every region, and price what it offers and the policy allows.
+
+    `broken` says why a candidate may not be used on this machine, or None.
+    """
     found = Enumeration()
     contexts = list(Recogniser(view, options).regions())
+    operations = {c.region.nodes[0]: facts(c) for c in contexts if c.default} if options.policy else {}
     # Shortest regions first: if the measuring budget runs out, the plain choices are known.
     for ctx in sorted(contexts, key=lambda c: (not c.default, len(c.region.nodes))):
         offered: list[Candidate] = []
         rejected = found.rejections.setdefault(ctx.region.nodes, [])
+        meant = [facts(ctx), *(operations[n] for n in ctx.region.nodes if n in operations)] if options.policy else []
         for answer in answers(ctx):
+            if isinstance(answer, Candidate):
+                why = broken(answer)
+                answer = found.ruled_on(options, answer, meant) if why is None else Rejection(answer.kernel, "quarantine", why)
             (rejected if isinstance(answer, Rejection) else offered).append(answer)  # type: ignore[arg-type]
         for priced in model.price(ctx, offered) if offered else ():
             if isinstance(priced, Rejection):
                 rejected.append(priced)
             else:
-                found.add(*priced)
+                found.add(*found.weighed(options, *priced, meant))
     return found
 
 
 def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy: bool) -> None:
     """One candidate, or one per layout, for every node that no backend was asked about."""
-    known = {c.region.nodes[0] for c in found.candidates if len(c.region.nodes) == 1}
+    asked = (*found.candidates, *(c for c, _ in found.denied))  # a node whose kernels were all denied must not get another
+    known = {c.region.nodes[0] for c in asked if len(c.region.nodes) == 1}
     convolutional = any(c.region.op == "conv" for c in found.candidates)
     for node in view.nodes:
         if node.op != "call_function" or node.name in known or node.target in RESHAPES or not _has_tensor(node):

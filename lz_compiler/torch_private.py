@@ -447,6 +447,20 @@ def is_fusable(target: Any) -> bool:
     return target.overloadpacket.__name__ not in _EXTERN and target.namespace in ("aten", "prims")
 
 
+_vendors: dict[Any, Any] = {}  # what Inductor emits for an operator that was given to lower_to
+
+
+def called_names(node: fx.Node) -> set[str]:
+    """By what names Inductor's Python code calls what a node stands for: a library's operator, or a Triton function."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    if "kernel_idx" in node.kwargs:
+        return {kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).__name__}  # type: ignore[arg-type,union-attr,attr-defined]
+    targets = [t for t in (node.target, _vendors.get(node.target)) if isinstance(t, torch._ops.OpOverload)]
+    names = {(t.namespace, t.overloadpacket.__name__) for t in targets}
+    return {f"torch.ops.{space}.{name}" for space, name in names} | {f"extern_kernels.{name}" for space, name in names if space == "aten"}
+
+
 def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> None:
     """Make Inductor emit a direct call of `vendor` wherever the graph holds `op`.
 
@@ -494,6 +508,7 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
             return lowering.lowerings[torch.ops.aten.permute.default](Layout.contiguous(value), [1, 0])
 
     call = lowering.fallback_handler(vendor, add_to_fallback_set=False)
+    _vendors[op] = vendor
 
     def lowered(*args: Any) -> Any:
         arranged = arrange(Layout, *args)

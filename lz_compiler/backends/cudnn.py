@@ -36,7 +36,8 @@ def _conv(emit: Emitter, t: Values, p: Values) -> Any:
 class Cudnn:
     name = "cudnn"
     devices: tuple[str, ...] = ("cuda",)
-    kernels: Mapping[str, Kernel] = {k.name: k for k in (Kernel("cudnn.conv", _conv, _fold),)}
+    # cudnn_convolution_relu and _add_relu ask cuDNN for any algorithm, whatever torch's flags say (ATen/native/cudnn/ConvShared.cpp).
+    kernels: Mapping[str, Kernel] = {k.name: k for k in (Kernel("cudnn.conv", _conv, _fold, deterministic=False),)}
 
     def version(self) -> str:
         return "torch"  # built into it, and torch's version is part of every target
