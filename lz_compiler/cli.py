@@ -149,6 +149,15 @@ def bake(plan: Annotated[str, typer.Argument(metavar="FILE.json", help="a plan o
     out.print(str(baking.bake(offline.load_plan(plan), folder, model, args, kwargs)), markup=False)
 
 
+@app.command()
+def warmup(folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder of `lz bake`")]) -> None:
+    """Load a baked folder and run each of its cells: compiled kernels are then in the caches of this machine."""
+    from .warming import warmup as warm
+
+    module = warm(folder, progress=True)
+    out.print(f"{folder}: {len(module.EXAMPLES)} cells ready", markup=False)
+
+
 def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:
     found = {}
     for text in texts:

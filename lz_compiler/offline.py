@@ -257,6 +257,7 @@ class PlannedModel(nn.Module):
             return self.model(*args, **kwargs)
         named = self._fitted(named)
         if index not in self._cells:
+            log.warning("compiling the plan's cell %s in this call; lz.warmup does so ahead of time", self.plan.cells[index].ranges)
             self._cells[index] = self._prepare(index, named)
         program, run = self._cells[index]
         with torch.no_grad():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -263,6 +264,24 @@ def test_a_cache_in_buffers_is_the_files_own_state(tmp_path: Path) -> None:
     with torch.no_grad():
         for given, out in zip(calls, outputs, strict=True):
             torch.testing.assert_close(out["out"], model(**given))
+
+
+def test_warmup(baked: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Afterwards nothing is compiled, for a folder and for a planned model, and the first call is like any other."""
+    model, folder = baked
+    module = lz.warmup(folder)
+    assert isinstance(module, ModuleType)
+    x = ids(5)
+    assert torch.allclose(module.forward(x), model(x), atol=1e-5)
+    with pytest.raises(PlanError, match="there is no"):
+        lz.warmup(tmp_path)
+    counting = Cached().eval()
+    plan = lz.solve(counting, (torch.randn(1, 4, 32),), dynamic={"x": {1: "n"}}, buckets={"n": [1, 8]}, **FAST)
+    planned = lz.compile(counting, plan=plan)
+    counting.position.fill_(3)
+    assert lz.warmup(planned, (torch.randn(1, 4, 32),)) is planned
+    assert counting.position == 3
+    assert len(planned._cells) == 2
 
 
 def test_triton_kernels_are_read_from_generated_code() -> None:
