@@ -34,10 +34,13 @@ class StaticCacheDecoder(nn.Module):
                 self.register_buffer(f"{name}_{i}", getattr(layer, name), persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        for i, layer in enumerate(self.cache.layers):
-            for name in STATE:  # under tracing the buffers stand for the tensors that the layer was made with
-                setattr(layer, name, getattr(self, f"{name}_{i}"))
+        places = [(layer, name, f"{name}_{i}") for i, layer in enumerate(self.cache.layers) for name in STATE]
+        before = [getattr(layer, name) for layer, name, _ in places]
+        for layer, name, buffer in places:
+            setattr(layer, name, getattr(self, buffer))
         logits: Tensor = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        for (layer, name, _), value in zip(places, before, strict=True):
+            setattr(layer, name, value)  # under tracing the buffers are fake tensors, which must not stay
         return logits
 
     @torch.no_grad()
