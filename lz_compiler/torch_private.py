@@ -455,7 +455,10 @@ def called_names(node: fx.Node) -> set[str]:
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     if "kernel_idx" in node.kwargs:
-        return {kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).__name__}  # type: ignore[arg-type,union-attr,attr-defined]
+        kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
+        while not hasattr(kernel, "__name__"):  # an autotuner or a heuristic around the function
+            kernel = kernel.fn
+        return {kernel.__name__}
     targets = [t for t in (node.target, _vendors.get(node.target)) if isinstance(t, torch._ops.OpOverload)]
     names = {(t.namespace, t.overloadpacket.__name__) for t in targets}
     return {f"torch.ops.{space}.{name}" for space, name in names} | {f"extern_kernels.{name}" for space, name in names if space == "aten"}
