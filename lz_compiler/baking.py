@@ -133,7 +133,15 @@ class _Writer:
         (self.out / "weights.safetensors").chmod(0o644)
         (self.out / FILE).write_text(self._text(cells))
         files = {str(p.relative_to(self.out)): _hash(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
-        manifest = {"layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "files": files}
+        shapes = {
+            name: [self.plan.dynamic.get(name, {}).get(dim, size) for dim, size in enumerate(planned.shape)]
+            for name, planned in zip(self.inputs, self.plan.tensors, strict=True)
+        }
+        manifest = {
+            "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment),
+            "inputs": shapes, "buckets": dict(self.plan.buckets), "error_budget": self.plan.options["error_budget"],
+            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "files": files,
+        }  # fmt: skip
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
     def _generated(self, cell: CellPlan) -> Generated:
@@ -152,6 +160,19 @@ class _Writer:
         assert self.returns in ("", returns)
         self.returns = returns
         return Generated(program, read_generated(code.sources[0]), code, frozenset(written))
+
+    def _holds(self, cell: CellPlan, made: Generated) -> dict[str, Any]:
+        """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
+        places = [i for i, w in enumerate(made.program.weights) if w is None]
+        ranges, first, assumed = torch_private.compiled_sizes([made.program.inputs[i] for i in places])
+        names = {s: self.plan.dynamic[list(self.named)[i]][dim] for s, (i, dim) in first.items()}
+        holds: dict[str, tuple[int, int]] = {}
+        for name, found in zip(self.named, ranges, strict=True):
+            for dim, symbol in self.plan.dynamic.get(name, {}).items():
+                holds[symbol] = found[dim]
+        texts = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text) for text in assumed]
+        kernels = sorted({c.candidate.kernel for p in cell.plans for c in p.choices})
+        return {"ranges": holds, "assumed": texts, "kernels": kernels}
 
     def _function(self, index: int, cell: CellPlan, made: Generated) -> str:
         text, program = "\n".join(made.body.lines), made.program

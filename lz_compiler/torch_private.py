@@ -88,6 +88,33 @@ def generated_code() -> Iterator[Generated]:
         _generated.reset(token)
 
 
+def compiled_sizes(values: Sequence[Any]) -> tuple[list[list[tuple[int, int]]], dict[str, tuple[int, int]], list[str]]:
+    """For which sizes of fake inputs the code made from them holds: (for each tensor, the range of each dimension; the dimensions
+    (position, dimension) that a symbol stands for; what was assumed or has to be asserted of the symbols, as Python).
+
+    What torch.export narrowed or asserts is in it, and what Inductor assumed when it chose loops and layouts by the example's sizes.
+    """
+    from torch.utils._sympy.printers import PythonPrinter
+
+    ranges: list[list[tuple[int, int]]] = []
+    first: dict[str, tuple[int, int]] = {}
+    assumed: list[str] = []
+    for position, value in enumerate(values):
+        found = []
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, int):
+                found.append((size, size))
+                continue
+            env, symbol = size.node.shape_env, size.node._expr
+            bound = env.var_to_range[symbol]
+            found.append((int(bound.lower), int(bound.upper)))
+            first.setdefault(str(symbol), (position, dim))
+            every = [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]
+            assumed = [PythonPrinter().doprint(expr) for expr in every]
+        ranges.append(found)
+    return ranges, first, assumed
+
+
 @contextmanager
 def packing(name: str) -> Iterator[None]:
     """If code is collected, note how the constant that is made inside is packed."""
