@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
     from .baking import bake
-    from .fuzz import fuzz
+    from .fuzzing import fuzz
     from .generation import StaticCacheDecoder
     from .kv_cache import KVCacheSpec
     from .model_fingerprint import fingerprint
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "compile": ".api", "explain": ".api", "doctor": ".api", "bake": ".baking", "KVCacheSpec": ".kv_cache",
     "fingerprint": ".model_fingerprint", "solve": ".offline", "load_plan": ".offline", "Options": ".options",
-    "StaticCacheDecoder": ".generation", "load_baked": ".warming", "warmup": ".warming", "fuzz": ".fuzz",
+    "StaticCacheDecoder": ".generation", "load_baked": ".warming", "warmup": ".warming", "fuzz": ".fuzzing",
 }  # fmt: skip
 __all__ = [
     "KVCacheSpec", "Options", "StaticCacheDecoder", "__version__", "bake", "compile", "doctor", "explain", "fingerprint", "fuzz",

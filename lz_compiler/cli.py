@@ -161,11 +161,11 @@ def warmup(folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder o
 @app.command()
 def fuzz(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder of `lz bake`")],
-    model: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="the model that was baked; without it, nothing is run")] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="the baked model; without it, nothing is run")] = None,
     examples: Annotated[int, typer.Option(help="calls that are tried")] = 500, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Prove that a baked file has a right cell for every declared size, and try random ones against the model. 1 if it is wrong."""
-    from .fuzz import fuzz as run
+    from .fuzzing import fuzz as run
 
     report = run(folder, examples=examples, model=load_factory(model)[0] if model else None)
     out.print(report.to_json() if as_json else str(report), markup=False)

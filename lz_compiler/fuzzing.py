@@ -282,8 +282,9 @@ class _Baked:
         """("done", outputs) or (what happened instead, [])."""
         if self.process is None:
             command = [sys.executable, "-c", WORKER, str(self.files)]
+            environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # its threads must not spin while the model runs here
             self.process = subprocess.Popen(
-                command, cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command, cwd=self.folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
             if self._line() != "ready":
                 raise PlanError(f"{self.folder} cannot be loaded: {self._last_words()}")
