@@ -14,6 +14,7 @@ from .errors import SolverError
 from .options import Options
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions
 from .timings import TimingStore
+from .trust import Trust
 from .types import Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Target
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     start = time.perf_counter()
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
     roofline = Roofline(target)
-    found = enumerate_regions(view, options, model)
+    found = enumerate_regions(view, options, model, Trust(store, target.environment))
     priced = time.perf_counter()
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
     problem = build(view, found, options, roofline)

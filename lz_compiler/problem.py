@@ -22,6 +22,7 @@ from .cost_models import CostModel
 from .cost_models.roofline import Roofline
 from .options import Options
 from .patterns import Recogniser
+from .trust import Trust
 from .types import Candidate, Conversion, Cost, Format, Problem, Region, Rejection
 
 aten = torch.ops.aten
@@ -50,8 +51,8 @@ class Enumeration:
         self.costs.append(cost)
 
 
-def enumerate_regions(view: GraphView, options: Options, model: CostModel) -> Enumeration:
-    """Ask every backend about every region, and price what it offers."""
+def enumerate_regions(view: GraphView, options: Options, model: CostModel, trust: Trust | None = None) -> Enumeration:
+    """Ask every backend about every region, and price what it offers and what no canary run has forbidden."""
     found = Enumeration()
     contexts = list(Recogniser(view, options).regions())
     # Shortest regions first: if the measuring budget runs out, the plain choices are known.
@@ -59,7 +60,8 @@ def enumerate_regions(view: GraphView, options: Options, model: CostModel) -> En
         offered: list[Candidate] = []
         rejected = found.rejections.setdefault(ctx.region.nodes, [])
         for answer in answers(ctx):
-            (rejected if isinstance(answer, Rejection) else offered).append(answer)  # type: ignore[arg-type]
+            barred = trust.refusal(ctx, answer) if trust and isinstance(answer, Candidate) else None
+            (rejected if barred or isinstance(answer, Rejection) else offered).append(barred or answer)  # type: ignore[arg-type]
         for priced in model.price(ctx, offered) if offered else ():
             if isinstance(priced, Rejection):
                 rejected.append(priced)
