@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from .types import Candidate, Region, TensorSpec
 # With a budget, lossy kernels are offered too; their mode offers compiled ones, and none is refused for CUDA graphs' sake.
 OPTIONS = Options(error_budget=0.5, mode="max-autotune-no-cudagraphs", freeze=True)
 LAYOUTS = ("contiguous", "channels_last", "rows", "strided")  # rows: only the last dimension is contiguous
-PRODUCTS = ((1, 16, 16), (1, 1, 1), (16, 64, 32), (17, 33, 47), (8, 128, 64), (129, 31, 65))  # rows, inner, width
-IMAGES = ((1, 1, 1, 1), (1, 3, 7, 7), (2, 16, 9, 5), (2, 32, 14, 14))
-ATTENTIONS = ((1, 1, 1, 1, 8), (1, 2, 16, 16, 16), (2, 4, 17, 33, 64), (2, 4, 1, 40, 64), (1, 2, 65, 65, 128))  # B, H, Q, K, D
+# The first of each is odd on purpose: where trying takes long, it is the only one.
+PRODUCTS = ((17, 33, 47), (16, 64, 32), (1, 16, 16), (1, 1, 1), (8, 128, 64), (129, 31, 65))  # rows, inner, width
+IMAGES = ((2, 16, 9, 5), (1, 1, 1, 1), (1, 3, 7, 7), (2, 32, 14, 14))
+ATTENTIONS = ((2, 4, 17, 33, 64), (1, 2, 16, 16, 16), (2, 4, 1, 40, 64), (1, 2, 65, 65, 128), (1, 1, 1, 1, 8))  # B, H, Q, K, D
 PAGES = ((1, 2, 1, 16, 4, 64), (2, 4, 1, 16, 3, 128), (2, 4, 3, 8, 5, 64))  # B, H, Q, page size, pages each, D
 
 
@@ -53,12 +54,16 @@ def layout_of(spec: TensorSpec) -> str:
     return "rows" if real[-1][1] == 1 and spec.shape[-1] != 1 else "strided"
 
 
+def worst_layout(specs: Iterable[TensorSpec]) -> str:
+    return max(("contiguous", *map(layout_of, specs)), key=LAYOUTS.index)
+
+
 def feature_of(ctx: SelectionContext) -> str:
     """What a region asks of a kernel beside the plain operation: `bias+gelu+frozen`, `causal+window`, or `plain`."""
     p, has = ctx.params, set(ctx.roles)
     weights = [r for r in ctx.roles if r[0] in "wbc" and r not in ("b", "block_table")]
     words = ["bias"] * bool(has & {"bias", "b0"}) + ["affine"] * bool(p.get("affine")) + [str(p[k]) for k in ("binary", "act") if p.get(k)]
-    words += [k for k in ("transposed", "causal", "gqa", "window", "shift", "uniform") if p.get(k)]
+    words += [k for k in ("transposed", "causal", "gqa", "window", "shift", "uniform", "scale") if p.get(k)]
     if ctx.region.op == "conv":
         pointwise = p["w_shape"][2:] == (1, 1)
         words += ["pointwise"] * pointwise + ["grouped"] * (p["groups"] > 1) + ["dilated"] * (max(p["dilation"]) > 1)
@@ -94,7 +99,9 @@ def contexts(op: str, dtype: str, device: str) -> Iterator[tuple[str, SelectionC
         "paged_attention": _paged,
     }[op]  # fmt: skip
     for layout in ("contiguous", "channels_last", "strided") if op == "conv" else ("contiguous", "rows", "strided"):
-        yield from regions(_Maker(op, dtype, device, layout))
+        made = regions(_Maker(op, dtype, device, layout))
+        # Sizes of 1 have no stride: such a region is the contiguous one again.
+        yield from ((text, ctx) for text, ctx in made if worst_layout(ctx.specs) == layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +140,7 @@ def _linear(make: _Maker) -> _Made:
     wanted += [{**plain, "bias": True, "binary": binary} for binary in ("add", "mul")]
     for want, frozen, (m, k, n) in itertools.product(wanted, (False, True), PRODUCTS):
         extended = want["act"] or want["binary"]
-        if extended and (m, k, n) not in PRODUCTS[2:4]:
+        if extended and (m, k, n) not in PRODUCTS[:2]:
             continue
         inputs = {"x": (m, k), "w": (k, n) if want["transposed"] else (n, k), **({"bias": (n,)} if want["bias"] else {})}
         inputs |= {"other": (m, n)} if want["binary"] else {}
@@ -145,7 +152,10 @@ def _linear(make: _Maker) -> _Made:
 def _merged(make: _Maker) -> _Made:
     for biased, turned, (m, k, n) in itertools.product((False, True), (False, True), PRODUCTS):
         widths = (n, 16, n)
-        inputs = {"x": (m, k), **{f"w{i}": (k, width) if turned else (width, k) for i, width in enumerate(widths)}}
+        inputs: dict[str, Sequence[int]] = {
+            "x": (m, k),
+            **{f"w{i}": (k, width) if turned else (width, k) for i, width in enumerate(widths)},
+        }
         inputs |= {f"b{i}": (width,) for i, width in enumerate(widths)} if biased else {}
         params = {"count": 3, "widths": widths, "transposed": turned, "rows": m, "dynamic_rows": False}
         yield f"{m}x{k}x{n}", make(inputs, [(m, width) for width in widths], params, frozen=True)
@@ -178,10 +188,10 @@ def _conv(make: _Maker) -> _Made:
         size, step, pad, dilation, groups = window
         extended = want["affine"] or want["act"] or want["binary"]
         out = [(n + 2 * pad - dilation * (size - 1) - 1) // step + 1 for n in (h, w)]
-        if min(out) < 1 or (extended and (b, c, h, w) != IMAGES[2]) or (groups == 0 and c == 1):
+        if min(out) < 1 or (extended and (b, c, h, w) != IMAGES[0]) or (groups == 0 and c == 1):
             continue
         filters = c if groups == 0 else c + 8
-        inputs = {"x": (b, c, h, w), "w": (filters, 1 if groups == 0 else c, size, size)}
+        inputs: dict[str, Sequence[int]] = {"x": (b, c, h, w), "w": (filters, 1 if groups == 0 else c, size, size)}
         inputs |= {"bias": (filters,)} if want["bias"] else {}
         inputs |= {f"c{i}": (1, filters, 1, 1) for i in range(len(want["affine"]))}
         shape = (b, filters, *out)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import backends, measure, semantics, torch_private
 from .backends.base import Backend, SelectionContext
-from .canary_regions import LAYOUTS, capability_of, contexts, feature_of, layout_of
+from .canary_regions import capability_of, contexts, feature_of, worst_layout
 from .capabilities import descriptor, refusal, subject
 from .descriptors import FLOATS, Capability, Descriptor
 from .types import Candidate, Rejection
@@ -69,7 +69,8 @@ def check(known: Capability, ctx: SelectionContext, candidate: Candidate, truth:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 def _captured(run: Callable[[], Any], expected: tuple[Tensor, ...]) -> str | None:
@@ -102,17 +103,18 @@ def regions(known: Descriptor, device: str) -> Iterator[tuple[str, SelectionCont
                     yield shape, ctx, fit
 
 
-def _try_region(backend: Backend, known: Descriptor, shape: str, ctx: SelectionContext, fit: list[str], place: Place, emit: Emit) -> None:
+def _try_region(
+    backend: Backend, known: Descriptor, shape: str, ctx: SelectionContext, fit: list[str], place: Place, compiled: set[str], emit: Emit
+) -> None:  # fmt: skip
     number, start = place
-    layout = max((layout_of(spec) for spec in ctx.specs), key=LAYOUTS.index)
-    plain = f"|{ctx.region.op}|{ctx.specs[0].dtype}|{layout}|{feature_of(ctx)}"
-    emit({"at": [number, -1], "capability": f"{backend.name}{plain}", "shape": shape})
+    plain = f"|{ctx.region.op}|{ctx.specs[0].dtype}|{worst_layout(ctx.specs)}|{feature_of(ctx)}"
+    emit({"at": [number, -1], "capability": fit[0] + plain, "shape": shape})
     answers = list(backend.candidates(ctx))
     offered = [a for a in answers if isinstance(a, Candidate) and a.kernel in known.kernels]
     for name in fit if start < 0 else ():
         if all(candidate.kernel != name for candidate in offered):
-            why = next((a.detail for a in answers if isinstance(a, Rejection) and a.kernel == name), "not offered")
-            emit({"at": [number, -1], "capability": name + plain, "shape": shape, "status": "not_offered", "detail": why})
+            reason = next((a.detail for a in answers if isinstance(a, Rejection) and a.kernel == name), "not offered")
+            emit({"at": [number, -1], "capability": name + plain, "shape": shape, "status": "not_offered", "detail": reason})
     if not offered or not measure.measurable(ctx):
         return
     with torch_private.real_tensors():
@@ -121,6 +123,9 @@ def _try_region(backend: Backend, known: Descriptor, shape: str, ctx: SelectionC
             if j <= start:
                 continue
             row: dict[str, Any] = {"at": [number, j], "capability": capability_of(ctx, candidate), "shape": shape}
+            if backend.kernels[candidate.kernel].compiled and row["capability"] in compiled:
+                continue  # it takes seconds: once is enough
+            compiled.add(row["capability"])
             emit(row)
             try:
                 why = check(known.kernels[candidate.kernel], ctx, candidate, truth)
@@ -141,9 +146,10 @@ def _child(name: str, device: str, after: Place, emit: Emit) -> None:
     assert known is not None
     found = list(regions(known, device))
     emit({"regions": len(found)})
+    compiled: set[str] = set()
     for number, (shape, ctx, fit) in enumerate(found):
         if number >= after[0]:
-            _try_region(backend, known, shape, ctx, fit, (number, after[1] if number == after[0] else -1), emit)
+            _try_region(backend, known, shape, ctx, fit, (number, after[1] if number == after[0] else -1), compiled, emit)
     emit({"end": ""})
 
 

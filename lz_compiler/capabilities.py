@@ -12,7 +12,7 @@ entries must all hold:
     "any": [conditions], "all": [conditions], "not": condition
 
 Terms: `role.dtype`, `role.shape`, `role.rank`, `role.dim-1`, `role.stride0` (`out` is the first output); `options.NAME`;
-`kv_cache.NAME`; `default`; `roles` (how many inputs); any other word is one of the region's parameters, `word.0` its first entry.
+`kv_cache.NAME`; `default`; `device`; `roles` (how many inputs); any other word is one of the region's parameters, `word.0` its first entry.
 A term that the region lacks is null. The value of a comparison may be `{"term": "..."}`.
 """
 
@@ -60,8 +60,8 @@ def _descriptor(module: str, name: str) -> Descriptor | None:
 def _term(name: str, ctx: SelectionContext) -> Any:
     head, _, attribute = name.partition(".")
     if not attribute:
-        if name in ("default", "roles"):
-            return ctx.default if name == "default" else len(ctx.roles)
+        if name in ("default", "device", "roles"):
+            return {"default": ctx.default, "device": ctx.specs[0].device, "roles": len(ctx.roles)}[name]
         return _plain(ctx.params.get(name))
     if head in ("options", "kv_cache"):
         return _plain(getattr(getattr(ctx, head), attribute, None))

@@ -83,7 +83,7 @@ class Aten:
                 missing = ctx.reject(name, "library_missing", "this torch was built without MKL")
                 yield ctx.candidate(kernel, layouts={"w": "packed"}) if torch.backends.mkl.is_available() else missing
                 continue
-            mask = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""} if name == "aten.sdpa" else {}
+            mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""} if name == "aten.sdpa" else {}
             yield ctx.candidate(kernel, as_is=True, **mask)
             if name == "aten.conv" and ctx.options.layout_mode == "adapt" and natural_layout(ctx.spec("x")) == "strided":
                 yield ctx.candidate(kernel, layouts={"x": "channels_last", "w": "channels_last"}, out_layout="channels_last")
