@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "compile": ".api", "explain": ".api", "doctor": ".api", "bake": ".baking", "canary": ".canary_run",
-    "CanaryReport": ".canary_run", "KVCacheSpec": ".kv_cache", "fingerprint": ".model_fingerprint", "solve": ".offline", "load_plan": ".offline", "Options": ".options",
+    "CanaryReport": ".canary_run", "KVCacheSpec": ".kv_cache", "fingerprint": ".model_fingerprint", "solve": ".offline",
+    "load_plan": ".offline", "Options": ".options",
 }  # fmt: skip
 __all__ = [
     "CanaryReport", "KVCacheSpec", "Options", "__version__", "bake", "canary", "compile", "doctor", "explain", "fingerprint",

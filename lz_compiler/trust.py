@@ -70,10 +70,10 @@ class Trust:
         self.failed: dict[str, str] = {}  # capability -> why
         for name in (store.get_record(QUARANTINE, _hardware(environment)) or {}).get("backends", ()):
             backend = backends.all_backends().get(name)
-            found = backend and store.get_record(CANARY, _key(backend, environment))
-            for capability, verdict in (found or {}).get("capabilities", {}).items():
-                if verdict["status"] in BAD:
-                    self.failed[capability] = f"{verdict['status']} in the canary at {verdict['shape']}: {verdict['detail']}"
+            found = (store.get_record(CANARY, _key(backend, environment)) or {}) if backend else {}
+            for capability, v in found.get("capabilities", {}).items():
+                if v["status"] in BAD:
+                    self.failed[capability] = f"{v['status']} in the canary at {v['shape']}: {v['detail']}"
 
     def marks(self) -> tuple[str, ...]:
         """What a stored verdict must be distinguished by: nothing, as long as nothing failed."""
