@@ -20,7 +20,7 @@ from .types import Candidate, Region, TensorSpec
 OPTIONS = Options(error_budget=0.5, mode="max-autotune-no-cudagraphs", freeze=True)
 LAYOUTS = ("contiguous", "channels_last", "rows", "strided")  # rows: only the last dimension is contiguous
 # The first of each is odd on purpose: where trying takes long, it is the only one.
-PRODUCTS = ((17, 33, 47), (16, 64, 32), (1, 16, 16), (1, 1, 1), (8, 128, 64), (129, 31, 65))  # rows, inner, width
+PRODUCTS = ((17, 33, 47), (16, 64, 32), (8, 128, 64), (1, 16, 16), (1, 1, 1), (129, 31, 65))  # rows, inner, width
 IMAGES = ((2, 16, 9, 5), (1, 1, 1, 1), (1, 3, 7, 7), (2, 32, 14, 14))
 ATTENTIONS = ((2, 4, 17, 33, 64), (1, 2, 16, 16, 16), (2, 4, 1, 40, 64), (1, 2, 65, 65, 128), (1, 1, 1, 1, 8))  # B, H, Q, K, D
 PAGES = ((1, 2, 1, 16, 4, 64), (2, 4, 1, 16, 3, 128), (2, 4, 3, 8, 5, 64))  # B, H, Q, page size, pages each, D
@@ -140,7 +140,7 @@ def _linear(make: _Maker) -> _Made:
     wanted += [{**plain, "bias": True, "binary": binary} for binary in ("add", "mul")]
     for want, frozen, (m, k, n) in itertools.product(wanted, (False, True), PRODUCTS):
         extended = want["act"] or want["binary"]
-        if extended and (m, k, n) not in PRODUCTS[:2]:
+        if extended and (m, k, n) not in PRODUCTS[:3]:
             continue
         inputs = {"x": (m, k), "w": (k, n) if want["transposed"] else (n, k), **({"bias": (n,)} if want["bias"] else {})}
         inputs |= {"other": (m, n)} if want["binary"] else {}

@@ -63,8 +63,32 @@ def check(known: Capability, ctx: SelectionContext, candidate: Candidate, truth:
             return f"result: strides {y.stride()} are not channels last"
     if known.deterministic and not all(_same_bits(a, b) for a, b in zip(first, measure._leaves(run()), strict=True)):
         return "nondeterministic: two runs on the same inputs differ"
+    if known.backward and bound.kernel.prepare is None:
+        error = _backward(bound, ctx, truth)
+        if error is not None:
+            return error
     if known.cuda_graph_safe and ctx.specs[0].device == "cuda":
         return _captured(run, first)
+    return None
+
+
+def _backward(bound: measure.Bound, ctx: SelectionContext, truth: measure._Truth) -> str | None:
+    """Why the gradients that autograd takes through the kernel are not as close to float64's as eager's are, or None."""
+
+    def gradients(run: Callable[[Any, Any], Any], values: dict[str, Tensor]) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = {r: v.detach().requires_grad_() if v.is_floating_point() else v for r, v in values.items()}
+            total = torch.stack([y.double().square().sum() for y in measure._leaves(run(leaves, ctx.params))]).sum()
+            return list(torch.autograd.grad(total, [v for v in leaves.values() if v.requires_grad]))
+
+    reference, values = semantics.REFERENCES[ctx.region.op], truth.inputs.values
+    own = gradients(lambda t, _: bound.kernel.run(measure.EagerEmitter(), t, bound.params), truth.inputs.formatted(bound.candidate, ctx))
+    eager = gradients(reference, values)
+    exact = gradients(reference, {r: v.double() if v.is_floating_point() else v for r, v in values.items()})
+    for mine, theirs, x in zip(own, eager, exact, strict=True):
+        allowed = 2 * measure._max_error(theirs, x) + 4 * measure.rounding(ctx) * float(x.abs().max())
+        if not measure._max_error(mine, x) <= allowed:
+            return f"backward: error {measure._max_error(mine, x):.3g}, allowed is {allowed:.3g}"
     return None
 
 
@@ -104,9 +128,11 @@ def regions(known: Descriptor, device: str) -> Iterator[tuple[str, SelectionCont
 
 
 def _try_region(
-    backend: Backend, known: Descriptor, shape: str, ctx: SelectionContext, fit: list[str], place: Place, compiled: set[str], emit: Emit
+    backend: Backend, known: Descriptor, region: tuple[str, SelectionContext, list[str]], place: Place, tried: set[tuple[str, str]],
+    emit: Emit,
 ) -> None:  # fmt: skip
-    number, start = place
+    """Say and do one region from a place on; `tried` remembers what is slow and need not be done again."""
+    (shape, ctx, fit), (number, start) = region, place
     plain = f"|{ctx.region.op}|{ctx.specs[0].dtype}|{worst_layout(ctx.specs)}|{feature_of(ctx)}"
     emit({"at": [number, -1], "capability": fit[0] + plain, "shape": shape})
     answers = list(backend.candidates(ctx))
@@ -123,9 +149,10 @@ def _try_region(
             if j <= start:
                 continue
             row: dict[str, Any] = {"at": [number, j], "capability": capability_of(ctx, candidate), "shape": shape}
-            if backend.kernels[candidate.kernel].compiled and row["capability"] in compiled:
-                continue  # it takes seconds: once is enough
-            compiled.add(row["capability"])
+            once = (row["capability"], "" if backend.kernels[candidate.kernel].compiled else shape)
+            if _slow(backend, candidate) and once in tried:
+                continue
+            tried.add(once)
             emit(row)
             try:
                 why = check(known.kernels[candidate.kernel], ctx, candidate, truth)
@@ -138,18 +165,24 @@ def _try_region(
                 os._exit(0)  # this process' context is lost; the next child begins after this row
 
 
+def _slow(backend: Backend, candidate: Candidate) -> bool:
+    """Kernels that are compiled for each try: by Inductor (one shape is enough), or for each tuning (one tuning of each shape: the
+    others are checked when they are first measured)."""
+    return backend.kernels[candidate.kernel].compiled or "variant" in dict(candidate.params)
+
+
 def _child(name: str, device: str, after: Place, emit: Emit) -> None:
     """Try every region from the given place on, in a process of its own."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # the regions are small
     backend = backends.all_backends()[name]
     known = descriptor(backend)
     assert known is not None
     found = list(regions(known, device))
     emit({"regions": len(found)})
-    compiled: set[str] = set()
-    for number, (shape, ctx, fit) in enumerate(found):
+    tried: set[tuple[str, str]] = set()
+    for number, region in enumerate(found):
         if number >= after[0]:
-            _try_region(backend, known, shape, ctx, fit, (number, after[1] if number == after[0] else -1), compiled, emit)
+            _try_region(backend, known, region, (number, after[1] if number == after[0] else -1), tried, emit)
     emit({"end": ""})
 
 

@@ -62,6 +62,7 @@ class Faulty:
         Kernel("faulty.lies", lies),
         Kernel("faulty.nan", at_one_shape(lambda y: y.fill_(float("nan")))),
         Kernel("faulty.strided", lambda emit, t, p: product({**t, "x": t["x"].as_strided(t["x"].shape, (t["x"].shape[1], 1))})),
+        Kernel("faulty.backward", lambda emit, t, p: product({**t, "x": 2 * t["x"] - t["x"].detach()})),
         Kernel("faulty.random", at_one_shape(lambda y: y + 1e-7 * torch.rand(()))),
         Kernel("faulty.raises", at_one_shape(lambda y: {}["no such key"])),
         Kernel("faulty.segfault", at_one_shape(lambda y: ctypes.string_at(0))),
@@ -91,6 +92,7 @@ FAULTY: dict[str, Any] = {
     "schema": 1, "backend": "faulty",
     "kernels": {
         **{f"faulty.{name}": _declared() for name in ("good", "nan", "strided", "random", "raises", "segfault", "hang", "exit")},
+        "faulty.backward": _declared(backward=True),
         "faulty.lies": _declared(dtypes=["float32", "bfloat16"], regions={"act": "relu", "not": {"frozen": ["w"]}}),
     },
 }  # fmt: skip
@@ -151,13 +153,14 @@ def test_each_fault_costs_one_row_and_is_reported(ran: Any) -> None:
         f"faulty.exit|{where}": ("crashed", "exit code 3"),
         "faulty.strided|linear|float32|rows|bias+frozen": ("failed", "wrong"),
         "faulty.strided|linear|float32|strided|bias+frozen": ("failed", "wrong"),
+        **{f"faulty.backward|linear|float32|{layout}|bias+frozen": ("failed", "backward") for layout in ("contiguous", "rows", "strided")},
         **{f"faulty.lies|linear|bfloat16|{layout}|bias+relu": ("failed", "wrong") for layout in ("contiguous", "rows", "strided")},
     }
     assert set(bad) == set(expected)
     for name, (status, detail) in expected.items():
         assert bad[name][0] == status, name
         assert bad[name][2].startswith(detail), name
-        if "faulty.strided" not in name and "faulty.lies" not in name:
+        if not any(word in name for word in ("strided", "lies", "backward")):
             assert bad[name][1] == "8x128x64"
     counts = run["counts"]
     assert counts["tried"] == counts["declared"] == counts["passed"] + len(bad) == len(run["capabilities"])
