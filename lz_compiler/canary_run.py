@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,20 +159,23 @@ def _run(backend: Backend, device: str, row_s: float, total_s: float, progress: 
     # The worker finds the same modules and entry points as this process, and no compiler pool outlives its children.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     regions = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as worker:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, start_new_session=True) as worker:
         assert worker.stdout is not None
-        for message in lines(worker.stdout.fileno(), lambda: max(row_s, START_S) + 30):
-            if message is None:
-                incomplete = "the worker does not answer"
-                worker.kill()
-            elif "end" in message:
-                incomplete = message["end"]
-            elif "regions" in message:
-                regions = message["regions"]
-            else:
-                _enter(verdicts, message)
-                if progress:
-                    progress(f"{backend.name} on {device}", message["at"][0] + 1, regions)
+        try:
+            for message in lines(worker.stdout.fileno(), lambda: max(row_s, START_S) + 30):
+                if message is None:
+                    incomplete = "the worker does not answer"
+                elif "end" in message:
+                    incomplete = message["end"]
+                elif "regions" in message:
+                    regions = message["regions"]
+                else:
+                    _enter(verdicts, message)
+                    if progress:
+                        progress(f"{backend.name} on {device}", message["at"][0] + 1, regions)
+        finally:
+            with suppress(ProcessLookupError):  # a child that hangs, a compiler that it started
+                os.killpg(worker.pid, signal.SIGKILL)
     return BackendRun(backend.name, device, backend.version(), known.digest, time.monotonic() - start, verdicts, "", incomplete)
 
 

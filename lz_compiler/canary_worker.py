@@ -61,6 +61,9 @@ def check(known: Capability, ctx: SelectionContext, candidate: Candidate, truth:
             return f"result: {tuple(y.shape)} of {y.dtype}, and {spec.shape} of {fmt.dtype} was promised"
         if fmt.layout == "channels_last" and not y.is_contiguous(memory_format=torch.channels_last):
             return f"result: strides {y.stride()} are not channels last"
+    error = _misdescribed(bound, truth, first)
+    if error is not None:
+        return error
     if known.deterministic and not all(_same_bits(a, b) for a, b in zip(first, measure._leaves(run()), strict=True)):
         return "nondeterministic: two runs on the same inputs differ"
     if known.backward and bound.kernel.prepare is None:
@@ -69,6 +72,20 @@ def check(known: Capability, ctx: SelectionContext, candidate: Candidate, truth:
             return error
     if known.cuda_graph_safe and ctx.specs[0].device == "cuda":
         return _captured(run, first)
+    return None
+
+
+def _misdescribed(bound: measure.Bound, truth: measure._Truth, results: tuple[Tensor, ...]) -> str | None:
+    """Whether the result has the dtype, sizes and strides that the operators' shape rules promise to the compiler."""
+    values = truth.inputs.formatted(bound.candidate, bound.ctx)
+    ready = bound.kernel.prepare(measure.EagerEmitter(), values, bound.params) if bound.kernel.prepare else values
+    if bound.kernel.compiled or any(t.is_mkldnn for t in ready.values() if isinstance(t, Tensor)):  # opaque, without strides
+        return None
+    promised = measure._leaves(torch_private.fake_results(lambda t: bound.kernel.run(measure.EagerEmitter(), t, bound.params), ready))
+    for y, fake in zip(results, promised, strict=True):
+        steps = [(s, f) for n, s, f in zip(y.shape, y.stride(), fake.stride(), strict=False) if n > 1]
+        if y.dtype != fake.dtype or y.shape != fake.shape or any(s != f for s, f in steps):
+            return f"fake: {tuple(y.shape)} with strides {y.stride()}, its shape rule says {tuple(fake.shape)} with {fake.stride()}"
     return None
 
 

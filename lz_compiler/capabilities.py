@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .descriptors import CPU_LEVELS, NUMERIC, Capability, Condition, Descriptor, read
+from .errors import CapabilityError
 from .types import Rejection
 
 if TYPE_CHECKING:
@@ -187,9 +188,13 @@ def subject(known: Capability, ctx: SelectionContext) -> bool:
 
 
 def fitting(backend: Backend, ctx: SelectionContext) -> tuple[list[str], list[Rejection]]:
-    """The backend's kernels whose declaration allows the region, in the file's order, and why the others of its operation do not."""
+    """The backend's kernels whose declaration allows the region, in the file's order, and why the others of its operation do not.
+
+    CapabilityError if the file is missing or cannot be read.
+    """
     known = descriptor(backend)
-    assert known is not None, f"{backend.name} has no descriptor"
+    if known is None:
+        raise CapabilityError(f"backend {backend.name!r}: there is no {backend.name}.json beside {type(backend).__module__}")
     fit, refused = [], []
     for name, capability in known.kernels.items():
         if subject(capability, ctx):

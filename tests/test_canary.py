@@ -32,6 +32,7 @@ from lz_compiler.errors import CapabilityError, OptionError
 from lz_compiler.target import environment
 from lz_compiler.timings import TimingStore
 from lz_compiler.trust import Trust, remember
+from lz_compiler.types import Candidate, Rejection
 
 FOLDER = Path(backends.__file__).parent
 OWN = sorted(FOLDER.glob("*.json"))
@@ -43,6 +44,10 @@ from lz_compiler.backends.base import Kernel
 from lz_compiler.capabilities import fitting
 
 aten = torch.ops.aten
+library = torch.library.Library("faulty", "FRAGMENT")
+library.define("turned(Tensor y) -> Tensor")
+library.impl("turned", lambda y: y.t().contiguous().t(), "CPU")
+torch.library.register_fake("faulty::turned", lambda y: torch.empty(y.shape, dtype=y.dtype), lib=library)
 
 def product(t):
     return torch.nn.functional.linear(t["x"], t["w"], t["bias"])
@@ -62,6 +67,7 @@ class Faulty:
         Kernel("faulty.lies", lies),
         Kernel("faulty.nan", at_one_shape(lambda y: y.fill_(float("nan")))),
         Kernel("faulty.strided", lambda emit, t, p: product({**t, "x": t["x"].as_strided(t["x"].shape, (t["x"].shape[1], 1))})),
+        Kernel("faulty.fake", lambda emit, t, p: emit.call(torch.ops.faulty.turned.default, product(t))),
         Kernel("faulty.backward", lambda emit, t, p: product({**t, "x": 2 * t["x"] - t["x"].detach()})),
         Kernel("faulty.random", at_one_shape(lambda y: y + 1e-7 * torch.rand(()))),
         Kernel("faulty.raises", at_one_shape(lambda y: {}["no such key"])),
@@ -92,6 +98,7 @@ FAULTY: dict[str, Any] = {
     "schema": 1, "backend": "faulty",
     "kernels": {
         **{f"faulty.{name}": _declared() for name in ("good", "nan", "strided", "random", "raises", "segfault", "hang", "exit")},
+        "faulty.fake": _declared(dtypes=["float64"]),
         "faulty.backward": _declared(backward=True),
         "faulty.lies": _declared(dtypes=["float32", "bfloat16"], regions={"act": "relu", "not": {"frozen": ["w"]}}),
     },
@@ -154,13 +161,14 @@ def test_each_fault_costs_one_row_and_is_reported(ran: Any) -> None:
         "faulty.strided|linear|float32|rows|bias+frozen": ("failed", "wrong"),
         "faulty.strided|linear|float32|strided|bias+frozen": ("failed", "wrong"),
         **{f"faulty.backward|linear|float32|{layout}|bias+frozen": ("failed", "backward") for layout in ("contiguous", "rows", "strided")},
+        **{f"faulty.fake|linear|float64|{layout}|bias+frozen": ("failed", "fake") for layout in ("contiguous", "rows", "strided")},
         **{f"faulty.lies|linear|bfloat16|{layout}|bias+relu": ("failed", "wrong") for layout in ("contiguous", "rows", "strided")},
     }
     assert set(bad) == set(expected)
     for name, (status, detail) in expected.items():
         assert bad[name][0] == status, name
         assert bad[name][2].startswith(detail), name
-        if not any(word in name for word in ("strided", "lies", "backward")):
+        if not any(word in name for word in ("strided", "lies", "backward", "fake")):
             assert bad[name][1] == "8x128x64"
     counts = run["counts"]
     assert counts["tried"] == counts["declared"] == counts["passed"] + len(bad) == len(run["capabilities"])
@@ -223,6 +231,27 @@ def test_a_new_version_is_not_judged_by_the_old_one(installed: Path, tmp_path: P
     assert not Trust(store, env).failed
 
 
+def test_a_descriptor_that_cannot_be_read_is_a_rejection(installed: Path) -> None:
+    """A plan goes on without that library; the canary, asked for it, says what is wrong."""
+    (_, ctx), *_ = canary_regions.contexts("linear", "float32", "cpu")
+    path = installed / "faulty" / "faulty.json"
+    path.write_text(json.dumps({**FAULTY, "schema": 7}))
+    capabilities._descriptor.cache_clear()
+    try:
+        (rejection,) = [a for a in backends.answers(ctx) if isinstance(a, Rejection) and a.kernel == "faulty"]
+        assert rejection.code == "descriptor"
+        assert "version 7 is not known" in rejection.detail
+        with pytest.raises(CapabilityError, match="version 7"):
+            canary(["faulty"])
+        path.unlink()
+        capabilities._descriptor.cache_clear()
+        (rejection,) = [a for a in backends.answers(ctx) if isinstance(a, Rejection) and a.kernel == "faulty"]
+        assert "there is no faulty.json" in rejection.detail
+    finally:
+        path.write_text(json.dumps(FAULTY))
+        capabilities._descriptor.cache_clear()
+
+
 def test_an_unknown_backend_is_named(installed: Path) -> None:
     with pytest.raises(OptionError, match="Did you mean 'faulty'"):
         canary(["fualty"])
@@ -241,12 +270,12 @@ def test_every_region_of_the_canary_is_one_that_the_recogniser_makes() -> None:
 
 def test_a_real_region_needs_a_capability_that_the_canary_tried() -> None:
     known = {capability for _, ctx, _ in regions(capabilities.descriptor(backends.all_backends()["onednn"]), "cpu")
-             for answer in backends.all_backends()["onednn"].candidates(ctx) if hasattr(answer, "region")
+             for answer in backends.all_backends()["onednn"].candidates(ctx) if isinstance(answer, Candidate)
              for capability in [canary_regions.capability_of(ctx, answer)]}  # fmt: skip
     case = Case("", lambda x, w, b: F.silu(F.linear(x, w, b)), (rand(7, 33), rand(16, 33), rand(16)), frozen=1)
     for ctx in trace(case).contexts:
         for answer in backends.all_backends()["onednn"].candidates(ctx):
-            if hasattr(answer, "region"):
+            if isinstance(answer, Candidate):
                 assert canary_regions.capability_of(ctx, answer) in known
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
-from ..errors import OptionError, unknown
+from ..errors import CapabilityError, OptionError, unknown
 from ..types import Candidate, Rejection
 from .aten import Aten
 from .attention import Attention
@@ -42,7 +42,10 @@ def answers(ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
             continue
         reason = library.missing()
         if reason is None:
-            yield from library.candidates(ctx)
+            try:
+                yield from library.candidates(ctx)
+            except CapabilityError as error:
+                yield Rejection(library.name, "descriptor", str(error))
         else:
             yield Rejection(library.name, "library_missing", reason)
 
