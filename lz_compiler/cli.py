@@ -180,6 +180,31 @@ def _parsed_dynamic(texts: list[str]) -> dict[str, dict[int, str]]:
 
 
 @app.command()
+def canary(
+    backend: Annotated[list[str] | None, typer.Option(help="Only this kernel library; repeatable.")] = None, as_json: Json = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show what changed since the last stored run.")] = False,
+    row_s: Annotated[float, typer.Option(help="Seconds for one kernel on one shape.")] = 60.0, cache_dir: CacheDir = None,
+) -> None:  # fmt: skip
+    """Try every declared capability of the kernel libraries on this machine. Exit code 1 if something failed."""
+    from rich.progress import Progress
+
+    from .canary_run import canary as run
+
+    with Progress(console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bar.add_task(label)
+            bar.update(tasks[label], completed=done, total=total)
+
+        report = run(backend, cache_dir=cache_dir, row_s=row_s, progress=advance)
+    out.print(report.to_json() if as_json else report.diff() if diff else str(report), markup=False)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(factory: str, as_json: Json = False, option: Option = None, rounds: int = 15) -> None:
     """Eager, Inductor and LayerZero on what MODULE:FACTORY returns, interleaved in one run."""
     from .demo import measure_columns

@@ -491,7 +491,7 @@ def test_a_kernel_that_raises_is_quarantined(race: bool) -> None:
         with torch.no_grad():
             torch.testing.assert_close(compiled(other, policy=ACME, race=race)(y), other(y))
         assert "acme.linear" not in kernels()
-        assert "acme.linear (quarantine)" in str(lz.explain())
+        assert "acme.linear (quarantined)" in str(lz.explain())
     assert "licence has expired" in str(lz.explain())
     # Another dtype was not tried, and a new version is another capability.
     assert acme.licence["calls"] == 1
