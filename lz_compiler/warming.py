@@ -42,7 +42,7 @@ def warmup(
     """Run every cell `calls` times, so that the first real call costs what any other does; returns what is then ready.
 
     `target`: a folder of `lz.bake`, which is loaded and needs nothing else; or a model of `lz.compile(plan=...)` with example
-    arguments, as for `lz.solve`. Buffers that the model writes into are put back. Compiled kernels stay in Inductor's and
+    arguments, as for `lz.solve`. Buffers that the model writes into are put back after each call. Compiled kernels stay in Inductor's and
     Triton's caches, where the next process finds them. `progress` draws a bar on stderr.
     """
     if calls < 1:
@@ -72,8 +72,8 @@ def _planned(target: PlannedModel, args: Sequence[Any], kwargs: Mapping[str, Any
             example = export.resized(named, plan.dynamic, {s: high for s, (_, high) in cell.ranges.items()})
             for _ in range(calls):
                 target(**pytree.tree_map_only(torch.Tensor, torch.clone, example))
+                for buffer, value in zip(target.model.buffers(), kept, strict=True):
+                    buffer.copy_(value)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             yield index
-        for buffer, value in zip(target.model.buffers(), kept, strict=True):
-            buffer.copy_(value)
