@@ -133,7 +133,10 @@ class _Writer:
         (self.out / "weights.safetensors").chmod(0o644)
         (self.out / FILE).write_text(self._text(cells))
         files = {str(p.relative_to(self.out)): _hash(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
-        manifest = {"layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "files": files}
+        manifest = {
+            "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "bundle": dict(self.plan.bundle),
+            "files": files,
+        }  # fmt: skip
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
     def _generated(self, cell: CellPlan) -> Generated:

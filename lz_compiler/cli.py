@@ -119,6 +119,7 @@ def solve(
     factory: str, file: Annotated[str, typer.Argument(help="where the plan goes, as JSON")],
     dynamic: Annotated[list[str] | None, typer.Option(help="A dimension that varies: ARGUMENT:DIMENSION=SYMBOL; repeatable.")] = None,
     bucket: Annotated[list[str] | None, typer.Option(help="A symbol's upper ends: SYMBOL=16,64,256; repeatable.")] = None,
+    bundle: Annotated[str | None, typer.Option(metavar="DIR", help="The model's folder: the plan is for its tokenizer and config.")] = None,
     option: Option = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Plan what MODULE:FACTORY returns for ranges of shapes; `lz_compiler.compile(model, plan=FILE)` runs by it."""
@@ -129,7 +130,7 @@ def solve(
     if not Path(file).absolute().parent.is_dir():  # told now, not after minutes of measuring
         raise OptionError(f"there is no folder for {file!r}. Make it first.")
     model, args, kwargs = load_factory(factory)
-    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, **parse_options(option))
+    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, bundle=bundle, **parse_options(option))
     plan.save(file)
     if as_json:
         cells = [{"ranges": c.ranges, "winner": c.winner, "times": dict(c.times)} for c in plan.cells]

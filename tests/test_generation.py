@@ -49,11 +49,15 @@ def test_generate_compiles_one_graph_for_all_steps() -> None:
     model, prompt = tiny(), torch.randint(128, (2, 7))
     wanted = expected(model, prompt, STEPS)
     model.forward = torch.compile(model.forward, backend="layerzero", options=FAST)
-    made = model.generate(prompt, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, cache_implementation="static", pad_token_id=0)
+    made = model.generate(
+        prompt, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, cache_implementation="static", pad_token_id=0
+    )
     assert torch.equal(made[:, 7:], wanted)
     graphs = counters["layerzero"]["graphs"]
     assert 1 <= graphs <= 2, "one for the prompt, one for all steps"
-    again = model.generate(prompt, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, cache_implementation="static", pad_token_id=0)
+    again = model.generate(
+        prompt, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, cache_implementation="static", pad_token_id=0
+    )
     assert torch.equal(again, made)
     assert counters["layerzero"]["graphs"] == graphs
 
