@@ -34,6 +34,7 @@ from .plan_io import plan_from_dict, plan_to_dict
 from .planning import make_plan
 from .target import detect, environment
 from .timings import TimingStore, open_store
+from .trust import Trust
 from .types import EAGER as EAGER
 from .types import INDUCTOR as INDUCTOR
 from .types import LOSSLESS as LOSSLESS
@@ -100,6 +101,7 @@ class Session:
             options = replace(options, deterministic=True)
         self.gm, self.inputs, self.options, self.store, self.device, self.real = gm, inputs, options, store, device, real
         env = [f"{k}={v}" for k, v in sorted(environment(device).items())]
+        env += Trust(store, environment(device)).marks()
         grad = f"grad={torch.is_grad_enabled()}"
         self.key = fingerprint(gm, (options.key(), __version__, grad, *env))
         owned = [t for t, is_owned in self.real if is_owned and t is not None] or list(gm.parameters())

@@ -138,7 +138,7 @@ class _Writer:
             for name, planned in zip(self.inputs, self.plan.tensors, strict=True)
         }
         manifest = {
-            "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment),
+            "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "bundle": dict(self.plan.bundle),
             "inputs": shapes, "buckets": dict(self.plan.buckets), "error_budget": self.plan.options["error_budget"],
             "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "files": files,
         }  # fmt: skip

@@ -25,7 +25,7 @@ from . import backends, torch_private
 from .errors import KernelError
 from .target import environment
 from .timings import TimingStore
-from .types import Candidate, Plan
+from .types import Candidate, Plan, Rejection
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ class Quarantine:
             return None
         value = self.known.get(capability(candidate, self.suffix))
         return None if value is None else f"raised at run time: {value.get('error')}; `lz cache clear {KIND}` gives it another try"
+
+    def refusal(self, candidate: Candidate) -> Rejection | None:
+        why = self.reason(candidate)
+        return Rejection(candidate.kernel, "quarantined", why) if why else None
 
     def of_plans(self, plans: Iterable[Plan]) -> str | None:
         """The first choice of these plans that failed before, in words."""

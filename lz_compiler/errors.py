@@ -30,6 +30,10 @@ class PlanError(LayerZeroError, ValueError):
     """A plan that cannot be read, or does not belong to this graph or machine."""
 
 
+class CapabilityError(LayerZeroError, ValueError):
+    """A backend's descriptor that cannot be read: not JSON, of an unknown schema version, or with a field that does not exist."""
+
+
 class FingerprintError(LayerZeroError, ValueError):
     """A model folder that has no fingerprint, or a stored fingerprint that cannot be read."""
 

@@ -142,7 +142,7 @@ def _poisoned(ctx: SelectionContext, values: dict[str, Tensor]) -> dict[str, Ten
     first = values[ctx.roles[0]]
     if not first.is_floating_point() or first.dim() < 2:
         return None
-    spoiled = first.clone()
+    spoiled = first.clone() if 0 in first.stride() else _clone({"": first})[""]  # a clone of padded rows would lose the padding
     spoiled.select(0, 0).select(0, 0).fill_(math.nan)
     return {**values, ctx.roles[0]: spoiled}
 

@@ -17,6 +17,7 @@ from .options import Options
 from .policy import Rule
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions
 from .timings import TimingStore
+from .trust import Trust
 from .types import EAGER, INDUCTOR, Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Status, Target
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     start = time.perf_counter()
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
     roofline = Roofline(target)
-    found = enumerate_regions(view, options, model, Quarantine(store, target.device).reason)
+    trust, broken = Trust(store, target.environment), Quarantine(store, target.device)
+    found = enumerate_regions(view, options, model, lambda ctx, candidate: trust.refusal(ctx, candidate) or broken.refusal(candidate))
     priced = time.perf_counter()
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
     problem = build(view, found, options, roofline)

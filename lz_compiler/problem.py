@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from . import backends, torch_private
 from .backends import answers
-from .backends.base import natural_layout
+from .backends.base import SelectionContext, natural_layout
 from .capture import RESHAPES, VIEWS, GraphView, tensor_value
 from .cost_models import CostModel
 from .cost_models.roofline import Roofline
@@ -78,11 +78,12 @@ class Enumeration:
 
 
 def enumerate_regions(
-    view: GraphView, options: Options, model: CostModel, broken: Callable[[Candidate], str | None] = lambda _: None
-) -> Enumeration:
+    view: GraphView, options: Options, model: CostModel,
+    refusal: Callable[[SelectionContext, Candidate], Rejection | None] = lambda ctx, candidate: None,
+) -> Enumeration:  # fmt: skip
     """Ask every backend about every region, and price what it offers and the policy allows.
 
-    `broken` says why a candidate may not be used on this machine, or None.
+    `refusal` says why a candidate may not be used on this machine, or None.
     """
     found = Enumeration()
     contexts = list(Recogniser(view, options).regions())
@@ -94,8 +95,7 @@ def enumerate_regions(
         meant = [facts(ctx), *(operations[n] for n in ctx.region.nodes if n in operations)] if options.policy else []
         for answer in answers(ctx):
             if isinstance(answer, Candidate):
-                why = broken(answer)
-                answer = found.ruled_on(options, answer, meant) if why is None else Rejection(answer.kernel, "quarantine", why)
+                answer = refusal(ctx, answer) or found.ruled_on(options, answer, meant)
             (rejected if isinstance(answer, Rejection) else offered).append(answer)  # type: ignore[arg-type]
         for priced in model.price(ctx, offered) if offered else ():
             if isinstance(priced, Rejection):

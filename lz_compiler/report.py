@@ -116,7 +116,7 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
             yield f"        not {', '.join(names)}"
     yield f"    {d['fused_nodes']} nodes in loops fused by TorchInductor"
     seen = [x for r in d["regions"] for x in r["rejections"]]
-    reasons = {(x["code"], x["kernel"] if x["code"] in ("policy", "quarantine") else ""): x["detail"] for x in seen}
+    reasons = {(x["code"], x["kernel"] if x["code"] in ("policy", "quarantined") else ""): x["detail"] for x in seen}
     yield from (f"    {f'{code}: {kernel}'.rstrip(': ')}: {detail}" for (code, kernel), detail in sorted(reasons.items()))
     yield from (f"    {note}" for note in plan.notes)
     for kind, count in d["conversions"]["kinds"].items():

@@ -395,6 +395,15 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Calla
     return lambda values: compiled([values[name] for name in names])[0]
 
 
+def fake_results(run: Callable[[Mapping[str, Any]], Any], tensors: Mapping[str, Any]) -> Any:
+    """What `run(tensors)` gives by the operators' shape rules alone: what a compiler believes of it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        return run({name: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for name, t in tensors.items()})
+
+
 @functools.cache
 def kernel_errors() -> tuple[type[Exception], ...]:
     """What a kernel that cannot run here may raise."""

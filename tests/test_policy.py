@@ -340,7 +340,7 @@ FLASH, MATH, ONEDNN, MKL = "flash_attention_for_cpu", "_attention_math", "mkldnn
 )
 def test_which_kernel_ran(rules: dict[str, Any], present: set[str], absent: set[str]) -> None:
     model = zoo.Llama(TINY).eval()
-    ids = torch.randint(0, TINY.vocab, (1, 12))
+    ids = torch.randint(0, TINY.vocab, (1, 20))
     fast = compiled(model, policy={**rules, "deny": [*rules["deny"], {"kernel": ["aten.mm", "acme.*"]}]}, freeze=True)
     with torch.no_grad():
         torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
@@ -491,7 +491,7 @@ def test_a_kernel_that_raises_is_quarantined(race: bool) -> None:
         with torch.no_grad():
             torch.testing.assert_close(compiled(other, policy=ACME, race=race)(y), other(y))
         assert "acme.linear" not in kernels()
-        assert "acme.linear (quarantine)" in str(lz.explain())
+        assert "acme.linear (quarantined)" in str(lz.explain())
     assert "licence has expired" in str(lz.explain())
     # Another dtype was not tried, and a new version is another capability.
     assert acme.licence["calls"] == 1

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
-from ..errors import OptionError, unknown
+from ..capabilities import descriptor
+from ..errors import CapabilityError, OptionError, unknown
 from ..options import Options
 from ..types import Candidate, Rejection
 from .aten import Aten
@@ -59,11 +60,19 @@ def answers(ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
         if reason is not None:
             yield Rejection(library.name, "library_missing", reason)
             continue
-        for answer in library.candidates(ctx):
-            if ctx.options.deterministic and isinstance(answer, Candidate) and not library.kernels[answer.kernel].deterministic:
-                yield Rejection(answer.kernel, "nondeterministic", "the same inputs may give other bits, and deterministic=True")
-            else:
-                yield answer
+        try:
+            for answer in library.candidates(ctx):
+                if ctx.options.deterministic and isinstance(answer, Candidate) and not _deterministic(library, answer.kernel):
+                    yield Rejection(answer.kernel, "nondeterministic", "the same inputs may give other bits, and deterministic=True")
+                else:
+                    yield answer
+        except CapabilityError as error:
+            yield Rejection(library.name, "descriptor", str(error))
+
+
+def _deterministic(library: Backend, name: str) -> bool:
+    known = descriptor(library)
+    return known.kernels[name].deterministic if known and name in known.kernels else library.kernels[name].deterministic
 
 
 @functools.cache
