@@ -32,6 +32,7 @@ from .passes.output_strides import output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
 from .plan_io import plan_from_dict, plan_to_dict
 from .planning import make_plan
+from .problem import narrower
 from .target import detect, environment
 from .timings import TimingStore, open_store
 from .trust import Trust
@@ -372,6 +373,9 @@ def plan_and_apply(
         raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
     torch_private.counters()["known_plans"] += plan is not None
     plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind)
+    collected = torch_private.collected()
+    if collected is not None:
+        collected.limits |= narrower(graph, frozen, options, plan.choices)
     applied = apply_plan(view, plan.choices)
     torch_private.counters()["kernels"] += applied
     verify(graph, before)

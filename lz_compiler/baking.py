@@ -172,7 +172,8 @@ class _Writer:
                 holds[symbol] = found[dim]
         texts = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text) for text in assumed]
         kernels = sorted({c.candidate.kernel for p in cell.plans for c in p.choices})
-        return {"ranges": holds, "assumed": texts, "kernels": kernels}
+        limits = [{"kernel": k, "symbol": names[s], "low": low, "high": high} for k, s, low, high in sorted(made.code.limits)]
+        return {"ranges": holds, "assumed": texts, "kernels": kernels, "limits": limits}
 
     def _function(self, index: int, cell: CellPlan, made: Generated) -> str:
         text, program = "\n".join(made.body.lines), made.program

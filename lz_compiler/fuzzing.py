@@ -29,6 +29,7 @@ from .proof import Finding, prove
 from .warming import FILE
 
 Sizes = Mapping[str, int]
+Case = tuple[Sizes, bool, int]  # sizes by symbol or by place, whether they are outside, and a number for the values
 
 # Runs in a process of its own, which a kernel that writes beyond its memory may end: one line in, one line out.
 WORKER = """
@@ -103,7 +104,7 @@ def fuzz(
     """Prove that a folder of `lz.bake` has a right cell for every declared size, and try it.
 
     The proof reads the file, and runs nothing. With `model`, the one that was baked, `examples` calls are tried in a process of
-    their own: sizes at bucket edges, beside them, 1, primes, the largest, outside. Inside, the result must be as near to the model
+    their own: every bucket edge and its neighbours, 1, primes, the largest, outside. Inside, the result must be as near to the model
     in float64 as the model itself, times two and rounding, or within the plan's error budget; outside, ValueError must come.
     PlanError for a folder that is not one of `lz.bake`, or has other weights than `model`.
     """
@@ -144,6 +145,7 @@ class _Trial:
         self.terms = sum(w[0].numel() for w in model.parameters() if w.dim() > 1)
         self.exact, self.reference = self._in_float64()
         self.tried = self.outside = 0
+        self.failures: list[Failure] = []
         self.worst = 0.0
 
     def _check_weights(self) -> None:
@@ -190,53 +192,73 @@ class _Trial:
             import hypothesis
         except ImportError as error:
             raise OptionError("lz.fuzz draws shapes with hypothesis. Install it: pip install 'lz-compiler[fuzz]'") from error
-        last: list[Failure] = []
+        edges = self._edges()[:examples]
 
         @hypothesis.seed(seed)
         @hypothesis.settings(
-            max_examples=examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck),
+            max_examples=max(examples - len(edges), 1), deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck),
             phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
         )  # fmt: skip
         @hypothesis.given(self._cases())
-        def attempt(case: tuple[dict[str, int], bool, int]) -> None:
-            sizes, outside, number = case
-            self.tried, self.outside = self.tried + 1, self.outside + outside
-            why = self._attempt(sizes, outside, number)
-            if why:
-                last[:] = [Failure(sizes, why)]
-                raise _Wrong(why)
+        def attempt(case: Case) -> None:
+            if not self._try(case):
+                raise _Wrong
 
         with tempfile.TemporaryDirectory() as files:
             self.baked = _Baked(self.folder, Path(files))
             try:
+                all(self._try(case) for case in edges)
                 attempt()
             except _Wrong:
                 pass
             finally:
                 self.baked.close()
-        return tuple(last)
+        return (min(self.failures, key=lambda f: sum(f.sizes.values())),) if self.failures else ()
+
+    def _try(self, case: Case) -> bool:
+        sizes, outside, number = case
+        self.tried, self.outside = self.tried + 1, self.outside + outside
+        why = self._attempt(sizes, outside, number)
+        self.failures += [Failure(sizes, why)] if why else []
+        return not why
+
+    def _bounds(self, symbol: str) -> list[int]:
+        """The sizes at buckets' ends, and beside them."""
+        ends = self.buckets[symbol]
+        return sorted(n for n in {e + d for e in (1, *ends) for d in (-1, 0, 1)} if 1 <= n <= ends[-1])
+
+    def _wrong(self) -> list[dict[str, int]]:
+        """What makes sizes wrong: one beyond a range, another fixed size, two sizes of one symbol."""
+        found = [{s: n} for s, ends in self.buckets.items() for n in (0, ends[-1] + 1, ends[-1] + 2, 2 * ends[-1] + 1)]
+        seen: set[str] = set()
+        for name, dim, s in ((name, dim, s) for name, shape in self.shapes.items() for dim, s in enumerate(shape)):
+            if isinstance(s, int):
+                found.append({f"{name}.shape[{dim}]": s + 1})
+            elif s in seen and self.buckets[s][-1] > 1:
+                found.append({s: 2, f"{name}.shape[{dim}]": 1})
+            seen |= {s} if isinstance(s, str) else set()
+        return found
+
+    def _edges(self) -> list[Case]:
+        """Every edge once, the other symbols at their largest, and everything that is wrong."""
+        largest = {s: ends[-1] for s, ends in self.buckets.items()}
+        inside: list[Case] = [({**largest, s: n}, False, 0) for s in self.buckets for n in self._bounds(s)]
+        return inside + [({**largest, **wrong}, True, 0) for wrong in self._wrong()]
 
     def _cases(self) -> Any:
         """A strategy: sizes, whether they are outside, and a number for the values. Small ones first, to which failures shrink."""
         from hypothesis import strategies as st
 
-        def inside(ends: list[int]) -> Any:
-            marks = {1, *ends, *(e + 1 for e in ends), *(e - 1 for e in ends)} | {n for n in range(2, min(ends[-1], 500)) if _prime(n)}
-            return st.sampled_from(sorted(n for n in marks if 1 <= n <= ends[-1])) | st.integers(1, ends[-1])
+        def inside(symbol: str) -> Any:
+            bounds, last = self._bounds(symbol), self.buckets[symbol][-1]
+            primes = [n for n in range(2, min(last, 500)) if _prime(n)] or bounds
+            return st.sampled_from(bounds) | st.sampled_from(primes) | st.integers(1, last)
 
-        right = st.fixed_dictionaries({s: inside(ends) for s, ends in self.buckets.items()})
-        places = {(n, d): s for n, shape in self.shapes.items() for d, s in enumerate(shape)}
-        wrong = [st.sampled_from([{s: n} for n in (e[-1] + 1, e[-1] + 2, 2 * e[-1] + 1, 0)]) for s, e in self.buckets.items()]
-        first = {s: place for place, s in reversed(places.items())}
-        for (name, dim), s in places.items():
-            if isinstance(s, int):
-                wrong.append(st.just({f"{name}.shape[{dim}]": s + 1}))
-            elif first[s] != (name, dim) and self.buckets[s][-1] > 1:  # one symbol, two sizes
-                wrong.append(st.just({s: 2, f"{name}.shape[{dim}]": 1}))
+        right = st.fixed_dictionaries({s: inside(s) for s in self.buckets})
         numbers = st.integers(0, 1 << 16)
         good = st.tuples(right, st.just(False), numbers)
-        bad = st.tuples(st.tuples(right, st.one_of(wrong)).map(lambda p: p[0] | p[1]), st.just(True), numbers)
-        return st.integers(0, 4).flatmap(lambda kind: bad if kind == 4 and wrong else good)
+        bad = st.tuples(st.tuples(right, st.sampled_from(self._wrong() or [{}])).map(lambda p: p[0] | p[1]), st.just(True), numbers)
+        return st.integers(0, 4).flatmap(lambda kind: bad if kind == 4 and self._wrong() else good)
 
     def _attempt(self, sizes: Sizes, outside: bool, number: int) -> str:
         """Why the baked file is wrong there, if it is."""

@@ -99,6 +99,9 @@ def _against(name: str, hull: Box, cell: Mapping[str, Any]) -> Iterator[Finding]
     kernels = ", ".join(k for k in cell["kernels"] if k not in ("call", "view", "inductor.loop"))
     holds: Box = {s: (low, high) for s, (low, high) in cell["ranges"].items()}
     yield from _excess(hull, holds, f"{name} ({kernels}) is called for {{}}, compiled for {{}}", "constraint")
+    for limit in cell["limits"]:
+        box = {limit["symbol"]: (limit["low"], limit["high"])}
+        yield from _excess(hull, box, f"{name}: {limit['kernel']} is called for {{}}, but holds for {{}}", "constraint")
     for text in cell["assumed"]:
         shifted, ranges = _shifted({s: hull[s] for s in holds})
         if not _always(ast.parse(text, mode="eval").body, shifted, ranges):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,6 +68,7 @@ class Generated:
     sources: list[str] = field(default_factory=list)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     packed: dict[str, tuple[str, torch.Tensor, tuple[Any, ...]]] = field(default_factory=dict)
+    limits: set[tuple[str, str, int, int]] = field(default_factory=set)  # kernels that are for fewer sizes: (kernel, symbol, low, high)
 
 
 _generated: ContextVar[Generated | None] = ContextVar("generated", default=None)
@@ -288,11 +289,45 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     return None
 
 
+_sizes: ContextVar[dict[Any, Any] | None] = ContextVar("sizes", default=None)
+
+
+@contextmanager
+def hints_at(values: Iterable[Any], **changed: int) -> Iterator[None]:
+    """Inside, `hint` answers for other sizes of the symbols named; for the examples' of the others in `values` (SymInts)."""
+    import sympy
+
+    sizes = {v.node.expr: sympy.Integer(changed.get(str(v.node.expr), v.node.hint)) for v in values}
+    token = _sizes.set(sizes)
+    try:
+        yield
+    finally:
+        _sizes.reset(token)
+
+
+def symbols_of(values: Iterable[Any]) -> dict[str, tuple[Any, int, int]]:
+    """The plain symbols among the sizes of fake tensors: name -> (SymInt, lowest and highest size)."""
+    found: dict[str, tuple[Any, int, int]] = {}
+    for value in values:
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if not isinstance(size, int) and size.node.expr.is_Symbol and size.node.has_hint():
+                bound = size.node.shape_env.var_to_range[size.node.expr]
+                found[str(size.node.expr)] = (size, int(bound.lower), int(bound.upper))
+    return found
+
+
+def collected() -> Generated | None:
+    """What is being collected by `generated_code`, or None."""
+    return _generated.get()
+
+
 def hint(value: Any) -> int:
     """A concrete size for a SymInt (its hint), for planning only; an unbacked one counts as 1."""
     if isinstance(value, int):
         return value
-    node = value.node
+    node, sizes = value.node, _sizes.get()
+    if sizes:
+        return int(node.expr.xreplace(sizes))
     if node.has_hint():
         return int(node.hint)
     return 1

@@ -100,7 +100,7 @@ def test_planted_faults(name: str, baked: Path, tmp_path: Path) -> None:
     assert any(c == code and words in detail for c, detail in report.findings), str(report)
     assert not report.ok
     if smallest is not None:
-        tried = lz.fuzz(folder, model=Rows().eval(), examples=60, proof=False)
+        tried = lz.fuzz(folder, model=Rows().eval(), examples=50, proof=False)
         assert ([dict(f.sizes) for f in tried.failures], tried.findings, tried.ok) == ([smallest], (), False), str(tried)
 
 
@@ -152,10 +152,30 @@ def test_a_range_that_was_narrowed_is_found(tmp_path: Path) -> None:
     assert 2 <= failure.sizes["n"] < 64
 
 
+class Attention(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q * 0.5, q)
+
+
+def test_a_kernel_for_a_part_of_its_cell_is_told(baked: Path, tmp_path: Path) -> None:
+    """Unfused attention is declared for 16 keys and more: the largest size allows it, the smaller ones of its cell do not."""
+    named, deny = {"q": torch.randn(1, 2, 9, 8)}, ("aten.flash_attention_cpu", "aten.sdpa")
+    rules = {"deny": [{"op": "attention", "kernel": kernel, "keys": ">= 16"} for kernel in deny]}
+    plan = lz.solve(Attention(), tuple(named.values()), dynamic={"q": {2: "keys"}}, buckets={"keys": [64]}, policy=rules, **FAST)
+    assert "aten.sdpa_math" in {c.candidate.kernel for c in plan.cells[1].plans[0].choices}
+    made = _Writer(plan, Attention(), named, tmp_path)._generated(plan.cells[1])
+    ((kernel, _, low, high),) = made.code.limits
+    assert (kernel, low, high) == ("aten.sdpa_math", 16, 64)
+    manifest = json.loads((baked / "manifest.json").read_text())
+    manifest["cells"][2]["limits"] = [{"kernel": kernel, "symbol": "rows", "low": low, "high": high}]
+    findings, _ = prove((baked / FILE).read_text(), manifest)
+    assert findings == [("constraint", "cell_2: aten.sdpa_math is called for rows 5..32, but holds for rows 16..64")]
+
+
 def test_a_crash_is_a_failure_and_other_weights_are_refused(baked: Path, tmp_path: Path) -> None:
     crash = "    if rows == 7:\n        os.kill(os.getpid(), 11)\n    if not 1 <= rows <= 32:"
     folder = edited(baked, tmp_path / "out", ("    if not 1 <= rows <= 32:", crash))
-    (failure,) = lz.fuzz(folder, model=Rows().eval(), examples=60, proof=False).failures
+    (failure,) = lz.fuzz(folder, model=Rows().eval(), examples=40, proof=False).failures
     assert failure.sizes == {"rows": 7}
     assert "its process ended: exit -11" in failure.why
     other = Rows().eval()
@@ -190,7 +210,7 @@ def generated(buckets: dict[str, list[int]]) -> tuple[str, dict[str, Any]]:
     writer = _Writer(plan, nn.Identity(), example, Path())
     manifest = {
         "inputs": {"x": [*symbols, 5], "y": [3, symbols[-1]]}, "buckets": buckets,
-        "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "kernels": []} for ranges in cells],
+        "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "limits": [], "kernels": []} for ranges in cells],
     }  # fmt: skip
     return f"def forward(x, y):\n{writer._checks({})}\n{writer._dispatch()}\n", manifest
 
@@ -218,7 +238,7 @@ def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, l
     "    if n in range(2, 4):\n        return cell_1(x)\n    if 2 > x.size(0) > 0:\n        return cell_0(x)\n    raise ValueError(n)",
 ])  # fmt: skip
 def test_other_ways_to_compare(tree: str) -> None:
-    cells = [{"ranges": {"n": r}, "assumed": [], "kernels": []} for r in ([1, 1], [2, 3])]
+    cells = [{"ranges": {"n": r}, "assumed": [], "limits": [], "kernels": []} for r in ([1, 1], [2, 3])]
     manifest = {"inputs": {"x": ["n"]}, "buckets": {"n": [3]}, "cells": cells}
 
     def prove_tree(text: str) -> list[tuple[str, str]]:
