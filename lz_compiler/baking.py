@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +254,7 @@ class _Writer:
             "ENVIRONMENT_TEXT": _text(", ".join(f"{k} {v}" for k, v in self.plan.environment.items())),
             "ENVIRONMENT": repr(dict(self.plan.environment)), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
             "STRIDES": repr({n: w.stride() for n, w in self.weights.items() if not w.is_contiguous()}),
-            "DEVICE": repr(self.plan.environment["device"]), "WRITTEN": repr(tuple(sorted(self.written))),
+            "MEMORY": self._memory(), "DEVICE": repr(self.plan.environment["device"]), "WRITTEN": repr(tuple(sorted(self.written))),
             "STATE": repr(tuple(sorted(n for n, e in self.globals.items() if e in {f"_weight({s!r})" for s in self.state}))),
             "CUDA": Path(__file__).with_name("baked_cuda.txt").read_text().strip() if self.cuda else "",
             "LIBRARIES": library if self.brgemm else "", "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
@@ -263,6 +264,15 @@ class _Writer:
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
+
+    def _memory(self) -> str:
+        """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
+        layouts = Counter(re.findall(r"'([^']*)'", expression)[0] for expression in self.globals.values())
+        stored = sum(self.weights[name].nbytes for name in layouts)
+        loaded = sum(count * self.weights[name].nbytes for name, count in layouts.items())
+        several = sum(count > 1 for count in layouts.values())
+        more = f", {several} of them in more than one layout" if several else ""
+        return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}."
 
     def _checks(self, constants: Mapping[str, Any]) -> str:
         """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""
