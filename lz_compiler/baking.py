@@ -155,6 +155,8 @@ class _Writer:
         winner = PLANNED if cell.winner == EAGER else cell.winner
         with torch_private.generated_code() as code:
             _, written, aliased = compile_cell(session, program, cell, winner)
+        if written is None:
+            raise PlanError("AOTAutograd merged inputs of this graph, so that it is not known which ones the model writes into.")
         if len(code.sources) != 1 or aliased:
             raise PlanError("a model that returns views of its arguments, buffers or other outputs cannot be baked. Return copies.")
         returns = _render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
@@ -166,11 +168,8 @@ class _Writer:
         """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
         places = [i for i, w in enumerate(made.program.weights) if w is None]
         ranges, first, assumed = torch_private.compiled_sizes([made.program.inputs[i] for i in places])
-        names = {s: self.plan.dynamic[list(self.named)[i]][dim] for s, (i, dim) in first.items()}
-        holds: dict[str, tuple[int, int]] = {}
-        for name, found in zip(self.named, ranges, strict=True):
-            for dim, symbol in self.plan.dynamic.get(name, {}).items():
-                holds[symbol] = found[dim]
+        names = {s: made.program.symbols[place] for s, place in first.items()}
+        holds = {symbol: ranges[position][dim] for (position, dim), symbol in made.program.symbols.items()}
         texts = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text) for text in assumed]
         kernels = sorted({c.candidate.kernel for p in cell.plans for c in p.choices})
         limits = [{"kernel": k, "symbol": names[s], "low": low, "high": high} for k, s, low, high in sorted(made.code.limits)]

@@ -106,6 +106,28 @@ def enumerate_regions(
     return found
 
 
+def refused_when_smaller(view: GraphView, options: Options) -> Callable[[SelectionContext, Candidate], Rejection | None]:
+    """Why a candidate, offered for the sizes of the example, may not be used for all sizes of a dynamic graph: its backend refuses it
+    with one symbol at its lowest sizes. The graph as it stands may."""
+    symbols = torch_private.symbols_of(n.meta.get("val") for n in view.graph.nodes if n.op == "placeholder")
+    values = [size for size, _, _ in symbols.values()]
+    offered: list[tuple[str, int, set[tuple[str, tuple[str, ...]]]]] = []
+    for symbol, (_, low, high) in symbols.items():
+        for size in (n for n in (low, low + 1) if n < high):
+            with torch_private.hints_at(values, **{symbol: size}):
+                contexts = Recogniser(GraphView(view.graph, view.frozen), options).regions()
+                known = {(a.kernel, ctx.region.nodes) for ctx in contexts for a in answers(ctx) if isinstance(a, Candidate)}
+            offered.append((symbol, size, known))
+
+    def refusal(ctx: SelectionContext, candidate: Candidate) -> Rejection | None:
+        if dict(candidate.params).get("as_is"):
+            return None
+        where = next((f"{s}={n}" for s, n, known in offered if (candidate.kernel, ctx.region.nodes) not in known), None)
+        return Rejection(candidate.kernel, "dynamic_shape", f"not for all sizes: its backend refuses it for {where}") if where else None
+
+    return refusal
+
+
 def narrower(
     graph: fx.Graph, frozen: Mapping[fx.Node, Tensor], options: Options, choices: Sequence[Choice]
 ) -> set[tuple[str, str, int, int]]:

@@ -6,7 +6,9 @@ Imports of torch's private modules are inside the functions, so that `import lz_
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -114,6 +116,32 @@ def compiled_sizes(values: Sequence[Any]) -> tuple[list[list[tuple[int, int]]], 
             assumed = [PythonPrinter().doprint(expr) for expr in every]
         ranges.append(found)
     return ranges, first, assumed
+
+
+def broken_assumption(values: Sequence[Any], ranges: Mapping[str, tuple[int, int]]) -> tuple[str, dict[str, int]] | None:
+    """What was assumed of the symbolic sizes of `values` while they were compiled, and sizes in `ranges` for which it is not so.
+
+    Up to 512 sizes of a single symbol are tried, of several the ends, their neighbours and the middle.
+    """
+    import sympy
+
+    sizes: list[Any] = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else ()) if not isinstance(s, int)]
+    if not sizes:
+        return None
+    env = sizes[0].node.shape_env
+    for expr in [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]:
+        free = sorted(expr.free_symbols, key=str)
+        if any(str(symbol) not in ranges for symbol in free):
+            continue
+        axes = []
+        for low, high in (ranges[str(symbol)] for symbol in free):
+            all_of_it = len(free) == 1 and high - low < 512
+            some = {low, low + 1, (low + high) // 2, high - 1, high}
+            axes.append(range(low, high + 1) if all_of_it else sorted(n for n in some if low <= n <= high))
+        for point in itertools.product(*axes):
+            if expr.xreplace({symbol: sympy.Integer(n) for symbol, n in zip(free, point, strict=True)}) == False:  # noqa: E712
+                return str(expr), {str(symbol): n for symbol, n in zip(free, point, strict=True)}
+    return None
 
 
 @contextmanager
@@ -312,7 +340,7 @@ def symbols_of(values: Iterable[Any]) -> dict[str, tuple[Any, int, int]]:
         for size in value.shape if isinstance(value, torch.Tensor) else ():
             if not isinstance(size, int) and size.node.expr.is_Symbol and size.node.has_hint():
                 bound = size.node.shape_env.var_to_range[size.node.expr]
-                found[str(size.node.expr)] = (size, int(bound.lower), int(bound.upper))
+                found[str(size.node.expr)] = (size, int(bound.lower), int(bound.upper) if bound.upper.is_Integer else sys.maxsize)
     return found
 
 

@@ -143,13 +143,19 @@ class Pooled(nn.Module):
         return nn.functional.adaptive_avg_pool1d(x.t()[None], 4)
 
 
-def test_a_range_that_was_narrowed_is_found(tmp_path: Path) -> None:
-    model = Pooled().eval()
-    folder = bake(model, tmp_path / "out", torch.randn(9, 16), dynamic={"x": {0: "n"}}, buckets={"n": [64]})
-    report = lz.fuzz(folder)
-    assert any("is called for n 2..64, compiled for n 64..64" in detail for _, detail in report.findings), str(report)
-    (failure,) = lz.fuzz(folder, model=model, proof=False, examples=50).failures
-    assert 2 <= failure.sizes["n"] < 64
+class Guarded(nn.Module):
+    """One row against all: Inductor chooses its loops by comparing the sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] % 2 == 0 else x + 1
+
+
+def test_a_range_that_was_narrowed_is_refused() -> None:
+    """What was compiled for a part of the sizes must not run for all of them."""
+    with pytest.raises(PlanError, match=r"can be compiled for n 64\.\.64 only, not for 2\.\.64"):
+        lz.solve(Pooled().eval(), (torch.randn(9, 16),), dynamic={"x": {0: "n"}}, buckets={"n": [64]}, **FAST)
+    with pytest.raises(PlanError, match=r"Mod\(|cannot trace"):
+        lz.solve(Guarded().eval(), (torch.randn(9, 16),), dynamic={"x": {0: "n"}}, buckets={"n": [64]}, **FAST)
 
 
 class Attention(nn.Module):
@@ -157,17 +163,15 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, q * 0.5, q)
 
 
-def test_a_kernel_for_a_part_of_its_cell_is_told(baked: Path, tmp_path: Path) -> None:
+def test_a_kernel_for_a_part_of_its_cell_is_not_planned(baked: Path) -> None:
     """Unfused attention is declared for 16 keys and more: the largest size allows it, the smaller ones of its cell do not."""
-    named, deny = {"q": torch.randn(1, 2, 9, 8)}, ("aten.flash_attention_cpu", "aten.sdpa")
-    rules = {"deny": [{"op": "attention", "kernel": kernel, "keys": ">= 16"} for kernel in deny]}
-    plan = lz.solve(Attention(), tuple(named.values()), dynamic={"q": {2: "keys"}}, buckets={"keys": [64]}, policy=rules, **FAST)
-    assert "aten.sdpa_math" in {c.candidate.kernel for c in plan.cells[1].plans[0].choices}
-    made = _Writer(plan, Attention(), named, tmp_path)._generated(plan.cells[1])
-    ((kernel, _, low, high),) = made.code.limits
-    assert (kernel, low, high) == ("aten.sdpa_math", 16, 64)
+    plan = lz.solve(Attention(), (torch.randn(1, 2, 9, 8),), dynamic={"q": {2: "keys"}}, buckets={"keys": [64]}, **FAST)
+    (choice,) = (c for c in plan.cells[1].plans[0].choices if c.candidate.region.op == "attention")
+    assert choice.candidate.kernel != "aten.sdpa_math"
+    told = {r.kernel: r.detail for r in choice.rejections if r.code == "dynamic_shape"}
+    assert "refuses it for" in told["aten.sdpa_math"]
     manifest = json.loads((baked / "manifest.json").read_text())
-    manifest["cells"][2]["limits"] = [{"kernel": kernel, "symbol": "rows", "low": low, "high": high}]
+    manifest["cells"][2]["limits"] = [{"kernel": "aten.sdpa_math", "symbol": "rows", "low": 16, "high": 64}]
     findings, _ = prove((baked / FILE).read_text(), manifest)
     assert findings == [("constraint", "cell_2: aten.sdpa_math is called for rows 5..32, but holds for rows 16..64")]
 
