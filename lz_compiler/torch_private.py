@@ -414,17 +414,31 @@ def trace_triton(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.
 
 
 def trace_function(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> fx.GraphModule:
-    """A function of tensors as a graph of ATen calls."""
+    """A function of tensors, all different objects, as a graph of ATen calls."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with real_tensors():
         return make_fx(lambda *values: function(*values))(*examples)
 
 
+@functools.cache
 def flex_attention() -> Any:
-    """FlexAttention's operator."""
+    """FlexAttention's operator. Inductor is told not to fuse what follows into its C++ kernel, which raises NotImplementedError
+    then (torch 2.13, `epilogue_nodes`; torch.compile(mode="max-autotune") of flex_attention(...).relu() fails alike)."""
     from torch._higher_order_ops.flex_attention import flex_attention as operator
+    from torch._inductor import ir, lowering
 
+    lower = lowering.lowerings[operator]
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        results = lower(*args, **kwargs)
+        for box in results if isinstance(results, tuple) else ():
+            buffer = getattr(getattr(box, "data", None), "data", None)
+            if isinstance(buffer, ir.CppTemplateBuffer):
+                buffer.allow_epilogue_fusion = False
+        return results
+
+    lowering.lowerings[operator] = alone
     return operator
 
 

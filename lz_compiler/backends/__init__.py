@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 
 from ..capabilities import descriptor
@@ -25,7 +25,7 @@ from .torchao import TorchAO
 from .triton_kernels import Triton
 from .xformers import XFormers
 
-OWN = (
+OWN: tuple[Callable[[], Backend], ...] = (
     Aten, OneDNN, Attention, Inductor, Cublas, Cudnn, Triton, FlexAttention, FlashAttention, FlashAttention3, FlashInfer, XFormers,
     Liger, TorchAO,
 )  # fmt: skip
@@ -38,7 +38,7 @@ class Unusable:
 
     def __init__(self, name: str, why: str) -> None:
         self.name, self.why = name, why
-        self.kernels: dict[str, Kernel] = {}
+        self.kernels: Mapping[str, Kernel] = {}
 
     def version(self) -> str:
         return "unusable"

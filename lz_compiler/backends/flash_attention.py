@@ -81,7 +81,7 @@ def _kernels(name: str) -> dict[str, Kernel]:
 
 class FlashAttention(LibraryBackend):
     name = "flash_attn"
-    devices = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)
     kernels: Mapping[str, Kernel] = _kernels("flash_attn")
     library = Library("flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation")
 

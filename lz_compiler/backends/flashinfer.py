@@ -71,7 +71,7 @@ def _paged(emit: Emitter, t: Values, p: Values) -> Any:
 
 class FlashInfer(LibraryBackend):
     name = "flashinfer"
-    devices = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)
     kernels: Mapping[str, Kernel] = {
         kernel.name: kernel for kernel in (Kernel("flashinfer.single", _single), Kernel("flashinfer.paged", _paged))
     }

@@ -30,11 +30,11 @@ def _predicate(causal: bool, shift: int, window: int, position: int, keys: int) 
     def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor, *read: Tensor) -> Tensor:
         last = i + shift
         if position:
-            last = last + read[0][batch if position == 2 else torch.zeros_like(batch)]
+            last = last + read[0][batch if position == 2 else batch * 0]
         seen = j <= last if causal else j >= 0
         if window:
             seen = seen & (j > last - window)
-        return seen & read[-1][batch if keys == 2 else torch.zeros_like(batch), j] if keys else seen
+        return seen & read[-1][batch if keys == 2 else batch * 0, j] if keys else seen
 
     return sees
 
@@ -62,7 +62,7 @@ def _block_mask(p: Values) -> tuple[Any, ...]:
 def _attention(emit: Emitter, t: Values, p: Values) -> Any:
     read = tuple(x for x in semantics.mask_inputs(emit.call, t, p) if x is not None)
     with torch_private.real_tensors():
-        place = [torch.zeros((), dtype=torch.int32)] * 4  # batch, head, query, key
+        place = list(torch.zeros(4, dtype=torch.int32).unbind())  # batch, head, query, key
         mask = emit.subgraph(_own(p), *place, *(_example(x) for x in read))
         score = emit.subgraph(_nan_kept if p["device"] == "cpu" else _identity, torch.zeros(()), *place)
     given = iter([t[role] for role in [f"block{i}" for i in range(sum(r.startswith("block") for r in t))]])

@@ -42,6 +42,6 @@ def _gated(emit: Emitter, t: Values, p: Values) -> Any:
 
 class Liger(LibraryBackend):
     name = "liger"
-    devices = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)
     kernels: Mapping[str, Kernel] = {"liger.gated_linear": Kernel("liger.gated_linear", _gated)}
     library = LIBRARY

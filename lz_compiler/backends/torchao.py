@@ -46,7 +46,7 @@ def _quantized(emit: Emitter, t: Values, p: Values) -> Values:
 
 class TorchAO(LibraryBackend):
     name = "torchao"
-    devices = ("cpu",)
+    devices: tuple[str, ...] = ("cpu",)
     kernels: Mapping[str, Kernel] = {"torchao.int8_linear": Kernel("torchao.int8_linear", _linear, _quantized)}
     library = LIBRARY
 

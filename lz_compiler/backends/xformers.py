@@ -49,7 +49,7 @@ def _attention(emit: Emitter, t: Values, p: Values) -> Any:
 
 class XFormers(LibraryBackend):
     name = "xformers"
-    devices = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)
     kernels: Mapping[str, Kernel] = {"xformers.attention": Kernel("xformers.attention", _attention)}
     library = LIBRARY
 
