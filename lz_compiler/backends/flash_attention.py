@@ -83,7 +83,7 @@ class FlashAttention(LibraryBackend):
     name = "flash_attn"
     devices: tuple[str, ...] = ("cuda",)
     kernels: Mapping[str, Kernel] = _kernels("flash_attn")
-    library = Library("flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation")
+    library = Library("flash-attn", "flash_attn", "pip install --no-build-isolation 'lz-compiler[flash-attn]'")
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
         if name.endswith(".attention") and not sees_last_keys(ctx):

@@ -30,11 +30,11 @@ def _predicate(causal: bool, shift: int, window: int, position: int, keys: int) 
     def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor, *read: Tensor) -> Tensor:
         last = i + shift
         if position:
-            last = last + read[0][batch if position == 2 else batch * 0]
+            last = last + torch.ops.aten.index.Tensor(read[0], [batch if position == 2 else batch * 0])
         seen = j <= last if causal else j >= 0
         if window:
             seen = seen & (j > last - window)
-        return seen & read[-1][batch if keys == 2 else batch * 0, j] if keys else seen
+        return seen & torch.ops.aten.index.Tensor(read[-1], [batch if keys == 2 else batch * 0, j]) if keys else seen
 
     return sees
 
