@@ -447,6 +447,7 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Calla
     names = [name for name in tensors if not (cpu and name in ("w", "bias"))]
     constants = {name: t for name, t in tensors.items() if name not in names}
     gm = make_fx(lambda *values: (run({**constants, **dict(zip(names, values, strict=True))}),))(*(tensors[n] for n in names))
+    gm.graph.eliminate_dead_code()  # what FlexAttention returns beside its result does not exist on a CPU
     templates: dict[str, Any] = {"max_autotune": True, "max_autotune_gemm_backends": "CPP"} if cpu else {}
     with config.patch({"post_grad_custom_pre_pass": None, "triton.cudagraphs": False, **templates}):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -500,6 +501,57 @@ def trace_triton(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.
         return op(*(next(given) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
 
     return make_fx(dispatch_functionalize(run, FunctionalTensorMode()), decomposition_table=decompositions())(*tensors).graph
+
+
+def trace_function(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """A function of tensors, all different objects, as a graph of ATen calls."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with real_tensors():
+        return make_fx(lambda *values: function(*values))(*examples)
+
+
+@functools.cache
+def flex_attention() -> Any:
+    """FlexAttention's operator. Inductor is told not to fuse what follows into its C++ kernel, which raises NotImplementedError
+    then (torch 2.13, `epilogue_nodes`; torch.compile(mode="max-autotune") of flex_attention(...).relu() fails alike)."""
+    from torch._higher_order_ops.flex_attention import flex_attention as operator
+    from torch._inductor import ir, lowering
+
+    lower = lowering.lowerings[operator]
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        results = lower(*args, **kwargs)
+        for box in results if isinstance(results, tuple) else ():
+            buffer = getattr(getattr(box, "data", None), "data", None)
+            if isinstance(buffer, ir.CppTemplateBuffer):
+                buffer.allow_epilogue_fusion = False
+        return results
+
+    lowering.lowerings[operator] = alone
+    return operator
+
+
+def flex_options() -> dict[str, Any]:
+    """The options that torch.nn.attention.flex_attention gives its operator for inference."""
+    from torch.nn.attention import flex_attention as module
+
+    like = torch.empty(0)
+    with torch.no_grad():
+        return dict(module._apply_kernel_options(like, like, like, False, None))
+
+
+def flex_blocks(sees: Callable[..., Any], queries: int, keys: int, device: str, ahead: bool) -> tuple[Any, ...]:
+    """The operator's block mask as its tuple, ending in a function. `ahead`: of the blocks in which `sees(b, h, i, j)` holds
+    somewhere; else one block of everything."""
+    from torch.nn.attention import flex_attention as module
+
+    if ahead:
+        known = module.create_block_mask(lambda b, h, i, j: sees(b, h, i, j), None, None, queries, keys, device=device)
+        return tuple(known.as_tuple())
+    one = torch.ones([1, 1, 1], dtype=torch.int32, device=device)
+    whole = module.BlockMask.from_kv_blocks(one, 0 * one[None], BLOCK_SIZE=module._LARGE_SPARSE_BLOCK_SIZE, seq_lengths=(1, 1))
+    return tuple(whole.as_tuple())
 
 
 def is_fake(value: object) -> bool:
