@@ -34,7 +34,7 @@ ONES = {"flash_attn": ("flash-attn", "2.8.3"), "flash_attn_3": ("flash-attn-3", 
 
 def _forget() -> None:
     for cached in (backends.all_backends, backends.kernel, backends.owners, capabilities._descriptor, capabilities.installed_version,
-                   library._import_error):  # fmt: skip
+                   library._missing, library._import_error):  # fmt: skip
         cached.cache_clear()
 
 
@@ -100,6 +100,7 @@ def _reasons(name: str, ctx: SelectionContext | None = None) -> dict[str, str]:
 def test_a_half_installed_library_is_a_rejection(name: str, site: Path) -> None:
     if OPTIONAL[name].missing() is None:
         pytest.skip("really installed, further down the path")
+    _forget()
     top = OPTIONAL[name].library.module.partition(".")[0]
     _install(site, name, "", None)
     assert "half installed: its metadata" in _reasons(name)["library_missing"]
