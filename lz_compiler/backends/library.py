@@ -42,17 +42,7 @@ class Library:
 
     def missing(self) -> str | None:
         """Why it cannot be used as far as files tell, or None. Imports nothing."""
-        top = self.module.partition(".")[0]
-        try:
-            found = top in sys.modules or find_spec(top) is not None
-        except (ImportError, ValueError) as error:
-            return f"{top} is half installed: {error}"
-        if found and installed_version(self.distribution) is not None:
-            return None
-        if found or installed_version(self.distribution) is not None:
-            lacks = f"there is no module {top}" if not found else f"its metadata ({self.distribution}) or the version in it is missing"
-            return f"{self.distribution} is half installed: {lacks}; reinstall it: {self.install}"
-        return f"{self.distribution} is not installed: {self.install}"
+        return _missing(self)
 
     def broken(self) -> str | None:
         """Why the module cannot be imported, or None once it is. That it can is remembered on disk for this version, torch and Python."""
@@ -61,6 +51,21 @@ class Library:
     def load(self, module: str = "") -> Any:
         """The module, or another one of the package. For kernels, which run only after `broken` said None."""
         return import_module(module or self.module)
+
+
+@functools.cache
+def _missing(library: Library) -> str | None:
+    top = library.module.partition(".")[0]
+    try:
+        found = top in sys.modules or find_spec(top) is not None
+    except (ImportError, ValueError) as error:
+        return f"{top} is half installed: {error}"
+    if found and installed_version(library.distribution) is not None:
+        return None
+    if found or installed_version(library.distribution) is not None:
+        lacks = f"there is no module {top}" if not found else f"its metadata ({library.distribution}) or the version in it is missing"
+        return f"{library.distribution} is half installed: {lacks}; reinstall it: {library.install}"
+    return f"{library.distribution} is not installed: {library.install}"
 
 
 @functools.cache
