@@ -26,6 +26,7 @@ app.add_typer(cache_app, name="cache")
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Html = Annotated[str | None, typer.Option("--html", metavar="OUT.html", help="Write a page that needs no network.")]
 CacheDir = Annotated[str | None, typer.Option(help="Folder of the timings store.")]
 Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="A LayerZero option, NAME=VALUE; repeatable.")]
 
@@ -86,7 +87,7 @@ def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 @app.command()
 def explain(
     what: Annotated[str, typer.Argument(metavar="MODULE:FACTORY|FILE.json", help="what to compile, or a plan of `lz solve`")],
-    as_json: Json = False, option: Option = None, calls: int = 40,
+    as_json: Json = False, option: Option = None, calls: int = 40, html: Html = None,
 ) -> None:  # fmt: skip
     """Explain every choice: of a stored plan, or of what MODULE:FACTORY returns, compiled and run CALLS times for the race."""
     from . import api, offline
@@ -97,6 +98,9 @@ def explain(
         result = api.explain(offline.load_plan(what))
     else:
         result = _explain_factory(what, option, calls)
+    if html:
+        result.to_html(html)
+        err.print(f"{html} written", markup=False)
     out.print(result.to_json() if as_json else str(result), markup=False)
 
 

@@ -39,13 +39,15 @@ def _choice(d: Mapping[str, Any]) -> Choice:
         Cost(**d["cost"]),
         tuple((_candidate(c), Cost(**k)) for c, k in d["alternatives"]),
         tuple(Rejection(**r) for r in d["rejections"]),
-    )
+        d.get("flops", 0), d.get("nbytes", 0), tuple(d.get("after", ())),
+    )  # fmt: skip
 
 
 def plan_from_dict(d: Mapping[str, Any]) -> Plan:
     if d.get("schema_version") != VERSION:
         raise PlanError(f"a plan of schema version {d.get('schema_version')!r}; this LayerZero reads {VERSION}. Plan again.")
-    fields = {f.name: d[f.name] for f in dataclasses.fields(Plan) if f.name in d or f.name != "barred"}  # older plans have none
+    later = ("barred", "peaks")  # older plans have none
+    fields = {f.name: d[f.name] for f in dataclasses.fields(Plan) if f.name in d or f.name not in later}
     conversions = tuple((Conversion(c["tensor"], _format(c["src"]), _format(c["dst"])), Cost(**k)) for c, k in d["conversions"])
     fields |= {
         "choices": tuple(map(_choice, d["choices"])), "conversions": conversions, "status": Status(d["status"]),
