@@ -47,6 +47,8 @@ def drawing(plan: Plan, index: dict[Hashable, int]) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
         entry = entries.setdefault(ids[i], {**row.data, "id": ids[i], "names": [], "from": set(), "total_ns": 0, "traffic_ns": 0})
         entry["names"].append(row.name)
+        if row.data["kind"] == "region":
+            entry.setdefault("nodes", []).append(list(plan.choices[row.choices[0]].candidate.region.nodes))
         entry["total_ns"] += row.ns + row.traffic
         entry["traffic_ns"] += row.traffic
         sources = {owner[c] for c in row.reads if c in owner} - {i}
@@ -92,9 +94,14 @@ def _rows(plan: Plan, index: dict[Hashable, int]) -> Iterator[Row]:
 
 
 def _order(plan: Plan) -> Iterator[int]:
-    """The graph's order, but loops wait until a kernel needs them: those between two kernels are then together."""
-    done: set[int] = set()
+    """The graph's order, but loops wait until a kernel needs them: those between two kernels are then together. What no kernel comes
+    before (a rotary table, a mask) is first, since all layers share it."""
     loops = {i for i, c in enumerate(plan.choices) if c.candidate.kernel == LOOP}
+    done: set[int] = set()
+    for i in sorted(loops):
+        if done.issuperset(plan.choices[i].after):
+            done.add(i)
+    yield from sorted(done)
     for i in range(len(plan.choices)):
         if i not in loops:
             needed, stack = {i}, [i]

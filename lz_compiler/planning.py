@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from pathlib import Path
 
 from . import backends, planner, torch_private
 from .capture import GraphView
@@ -14,6 +15,7 @@ from .cost_models import cost_model
 from .cost_models.roofline import Roofline
 from .errors import PolicyError, SolverError
 from .options import Options
+from .plan_io import save_problem
 from .policy import Rule
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions
 from .timings import TimingStore
@@ -39,6 +41,9 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
     problem = build(view, found, options, roofline)
     budget = options.error_budget / DILUTION
+    if options.problems is not None:
+        name = f"{fingerprint}.{kind}.{'lossy' if budget else 'lossless'}.problem.json"
+        save_problem(replace(problem, error_budget=budget), Path(options.problems) / name)
     try:
         solution = solve_within(problem, options, budget)
     except SolverError:
@@ -82,7 +87,7 @@ def _decode(
     for candidate, cost in zip(problem.candidates, problem.costs, strict=True):
         for node in candidate.region.nodes:
             overlapping.setdefault(node, []).append((candidate, cost))
-    choices = []
+    choices: list[Choice] = []
     made: dict[str, set[int]] = {}  # tensor -> the choices that it depends on, and no other choice between
     for index in chosen:
         candidate, cost = problem.candidates[index], problem.costs[index]

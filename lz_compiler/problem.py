@@ -44,7 +44,8 @@ TIE_RADIUS = 5
 class Enumeration:
     """Everything that could be done: priced candidates, and for each region's nodes what could not and why.
 
-    `work`: flops and bytes of a candidate, by its index. `denied` are the candidates that a policy's rules refused, unpriced; `ruled` counts what each rule had an effect on.
+    `work`: flops and bytes of a candidate, by its index. `denied` are the candidates that a policy's rules refused, unpriced; `ruled`
+    counts what each rule had an effect on.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
