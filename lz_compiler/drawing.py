@@ -68,7 +68,7 @@ def _rows(plan: Plan, index: dict[Hashable, int]) -> Iterator[Row]:
     before: dict[int, list[tuple[Conversion, Cost]]] = {}
     for conversion, cost in plan.conversions:
         reader = readers.get((conversion.tensor, conversion.dst), len(plan.choices))
-        if conversion.src.layout.startswith("fused"):
+        if conversion.src.layout.startswith("fused") or ("fused" in conversion.dst.layout and reader == len(plan.choices)):
             reader = makers.get(conversion.tensor, reader)
         if "fused" in conversion.src.layout or "fused" in conversion.dst.layout:
             moved[reader] = moved.get(reader, 0) + cost.ns
