@@ -42,7 +42,7 @@ def layered(layers: int, kernel: str = "onednn.linear") -> Plan:
     last = add("embedding", "embed", "inductor.loop", 100, ())
     for i in range(layers):
         norm = add("mul", f"norm_{i}", "inductor.loop", 40, (last,))
-        conversions.append((Conversion(f"of_norm_{i}", ROWS, FUSED), Cost(60 if i else 90, "roofline")))
+        conversions.append((Conversion(f"norm_{i}", ROWS, FUSED), Cost(60 if i else 90, "roofline")))
         q, k = (add("linear", f"{name}_{i}", kernel, 9000, (norm,), flops=10**6, nbytes=4000) for name in "qk")
         conversions.append((Conversion(f"of_attend_{i}", ROWS, BF16), Cost(300, "roofline")))
         last = add("attention", f"attend_{i}", "aten.sdpa", 5000, (q, k), BF16, mask="causal", flops=10**5, nbytes=8000)
