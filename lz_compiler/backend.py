@@ -131,7 +131,7 @@ class Session:
 
     def _stored_verdict(self) -> Mapping[str, Any] | None:
         """The verdict of an earlier process, unless what it would run has failed since."""
-        verdict = self.store.get_record("verdict", self.key)
+        verdict = None if self.options.problems else self.store.get_record("verdict", self.key)
         if verdict is None or verdict["winner"] not in (PLANNED, LOSSLESS):
             return verdict
         failed = Quarantine(self.store, self.device).of_plans(map(plan_from_dict, verdict["plans"]))

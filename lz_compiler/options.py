@@ -55,6 +55,9 @@ class Options:
     )
     race: bool = _option(True, "compare plans end to end on the first real calls; False trusts the prices")
     cache_dir: str | None = _option(None, "directory of the timings store; None is the user's cache", plans=False)
+    problems: str | None = _option(
+        None, "folder for each graph's problem as planned, one FILE.problem.json a graph; a stored verdict is then not used", plans=False
+    )
     mode: str = _option("default", "torch.compile's `mode`", choices=MODES, own=False)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from .backends import answers
 from .backends.base import SelectionContext, natural_layout
 from .capture import RESHAPES, VIEWS, GraphView, tensor_value
 from .cost_models import CostModel
-from .cost_models.roofline import Roofline
+from .cost_models.roofline import Roofline, work
 from .options import Options
 from .patterns import Recogniser
 from .policy import Facts, Rule, facts
@@ -45,11 +45,13 @@ TIE_RADIUS = 5
 class Enumeration:
     """Everything that could be done: priced candidates, and for each region's nodes what could not and why.
 
-    `denied` are the candidates that a policy's rules refused, unpriced; `ruled` counts what each rule had an effect on.
+    `work`: flops and bytes of a candidate, by its index. `denied` are the candidates that a policy's rules refused, unpriced; `ruled`
+    counts what each rule had an effect on.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
+    work: dict[int, tuple[int, int]] = field(default_factory=dict)
     rejections: dict[tuple[str, ...], list[Rejection]] = field(default_factory=dict)
     denied: list[tuple[Candidate, tuple[Rule, ...]]] = field(default_factory=list)
     ruled: Counter[Rule] = field(default_factory=Counter)
@@ -102,6 +104,7 @@ def enumerate_regions(
             if isinstance(priced, Rejection):
                 rejected.append(priced)
             else:
+                found.work[len(found.candidates)] = work(ctx, priced[0])
                 found.add(*found.weighed(options, *priced, meant))
     return found
 
