@@ -693,6 +693,33 @@ def load_cpp(path: str, folder: str) -> str:
         return str(CppCodeCache.load(Path(path).read_text())._name)
 
 
+@functools.lru_cache(maxsize=1)
+def _connection(store: Any) -> Any:
+    return store.clone()
+
+
+def job_store(prefix: str) -> Any:
+    """The key-value store that the default process group met in, under a prefix: a second connection to it, since a wait
+    blocks the first one for the group's own watchdogs."""
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return PrefixStore(prefix, _connection(_get_default_store()))
+
+
+_COLLECTIVE = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor", "c10d", "symm_mem")
+
+
+def is_collective(target: Any) -> bool:
+    """Whether an operator takes part in a communication between ranks (torch has no tag for them)."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in _COLLECTIVE
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    part = getattr(tensor, "_local_tensor", None)
+    return part if isinstance(part, torch.Tensor) else tensor
+
+
 def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:
     """Give a vendor operator a shape rule where torch has none (Inductor runs it once on fake tensors)."""
     name = vendor.name()
