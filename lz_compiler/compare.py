@@ -219,4 +219,6 @@ def _lines(graph: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {graph['note']}"
     for c in graph["changes"]:
         sides = [" and ".join(f"{d['kernel']} {d['tuning']}".rstrip() for d in c[side]) or "loops" for side in ("before", "after")]
+        if sides[0] == sides[1]:  # the same kernel, for other nodes
+            sides = [f"{told} for {sum(d['nodes'] for d in c[side])} nodes" for told, side in zip(sides, ("before", "after"), strict=True)]
         yield f"  {c['count']}x {c['op']} ({c['nodes']}): {sides[0]} -> {sides[1]}  {(c['ns'][1] - c['ns'][0]) / 1e6:+.3f} ms"
