@@ -22,7 +22,7 @@ from .backends import answers
 from .backends.base import SelectionContext, natural_layout
 from .capture import RESHAPES, VIEWS, GraphView, tensor_value
 from .cost_models import CostModel
-from .cost_models.roofline import Roofline, work
+from .cost_models.roofline import Roofline, bytes_of, traffic_ns, work
 from .options import Options
 from .patterns import Recogniser
 from .policy import Facts, Rule, facts
@@ -35,6 +35,7 @@ _UPDATES = (aten.index_put.default, aten.index_copy.default, aten.slice_scatter.
 # Loops over windows: Inductor computes their input once, in memory, and not again for every window that reads it.
 _FROM_MEMORY = ("max_pool2d_with_indices", "_low_memory_max_pool_with_offsets", "avg_pool2d", "_adaptive_avg_pool2d")
 
+_LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
 LOOP = "inductor.loop"
 VIEW = "aten.view"
 CALL = "aten.call"
@@ -173,8 +174,11 @@ def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy:
         region = Region(_op_name(node), (node.name,), inputs, (node.name,))
         offered: set[Candidate] = set()
         for kernel, layouts, cost in _ways(view, node, convolutional, roofline):
-            ins = tuple(_entry(view, view.by_name[name], *layouts) for name in inputs)
+            table = _gathered(view, node) if kernel == LOOP else None
+            ins = tuple(_entry(view, view.by_name[n], *(("", "") if n == table else layouts)) for n in inputs)
             out = _entry(view, node, *layouts)
+            if table is not None:
+                cost = Cost(cost.ns + traffic_ns(roofline.target, bytes_of(view.spec(_first_tensor(node)))), cost.source)
             candidate = Candidate(kernel, region, ins, (out,))
             if candidate in offered:  # eager's layout is channels_last already
                 continue
@@ -183,6 +187,12 @@ def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy:
             if lossy and kernel == VIEW and out.dtype == "float32" and len(ins) == 1:
                 half = tuple(Format(f.layout, "bfloat16") for f in (*ins, out))  # a view of a bfloat16 result
                 found.add(Candidate(kernel, region, half[:1], half[1:]), cost)
+
+
+def _gathered(view: GraphView, node: fx.Node) -> str | None:
+    """The tensor from whose memory a fused lookup reads as much as it gives, not all: the table of an embedding."""
+    table = node.args[0] if node.args and node.target in _LOOKUPS else None
+    return view.base(table).name if isinstance(table, fx.Node) else None
 
 
 def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline) -> Iterable[tuple[str, tuple[str, str], Cost]]:
