@@ -137,9 +137,11 @@ def test_damaged_rows_count_as_absent(tmp_path: Path) -> None:
         "UPDATE timings SET ns = 'fast', error = CAST(x'ff' AS TEXT) WHERE key = 'k0'",
     )
     store = reopened(store)
-    kept = {key: store.get_record("plan", key) for key in ("cut", "list", "bytes", "deep", "good")}
+    with pytest.warns(UserWarning, match="1 rows in the timings store .* are damaged and left out") as caught:
+        kept = {key: store.get_record("plan", key) for key in ("cut", "list", "bytes", "deep", "good")}
+    assert len(caught) == 1
     assert kept == {"cut": None, "list": None, "bytes": None, "deep": None, "good": {"a": 1}}
-    assert list(store.get_many(["k0", "k1"])) == ["k1"]
+    assert list(store.get_many(["k0", "k1"])) == ["k1"]  # told once
     store.put(row("k0"))
     assert reopened(store).get("k0") == row("k0")
 
@@ -450,15 +452,15 @@ def test_merge(tmp_path: Path) -> None:
     other.put_record("plan", "p", {"a": 1})
     assert other.path is not None
     sql(other.path, "UPDATE timings SET ns = 'fast' WHERE key = 'wrong'")
-    assert store.merge(other.path) == 2  # while the other is in use
-    assert store.merge(str(other.path)) == 0
+    assert store.merge(other.path).added == 2  # while the other is in use
+    assert store.merge(str(other.path)).added == 0
     assert reopened(store).get_many(["both", "theirs", "wrong"]) == {"both": row("both", 1), "theirs": row("theirs", 3)}
     assert store.get_record("plan", "p") == {"a": 1}
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="cannot be used"):
         memory = TimingStore.open(tmp_path / "file")
     memory.put(row("both", 1))
-    assert memory.merge(other.path) == 2
+    assert memory.merge(other.path).added == 2
     assert memory.get("both") == row("both", 1)
 
 
@@ -470,8 +472,8 @@ def test_export_and_merge_as_text(tmp_path: Path) -> None:
     store.put_record("verdict", "graph", {"winner": "eager"})
     first, again = tmp_path / "first.jsonl", tmp_path / "again.jsonl"
     assert store.export(first) == 4
-    assert other.merge(first) == 4
-    assert other.merge(first) == 0
+    assert other.merge(first).added == 4
+    assert other.merge(first).added == 0
     assert reopened(other).get_many(["fast\nand odd|é", "failed"]) == {t.key: t for t in (row("fast\nand odd|é"), row("failed", None))}
     found = other.get("z")
     assert found is not None
