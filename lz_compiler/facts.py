@@ -86,10 +86,14 @@ class Merged:
 
 @functools.cache
 def machine() -> str:
-    """This machine's name, as facts have it."""
+    """This machine's name, as facts have it; many machines are called `localhost`, so with a hash of the system's own id."""
     import platform
 
-    return platform.node() or UNKNOWN
+    try:
+        known = Path("/etc/machine-id").read_bytes()
+    except OSError:
+        known = b""
+    return f"{platform.node() or UNKNOWN}-{zlib.crc32(known):08x}" if known else platform.node() or UNKNOWN
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------------

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 import lz_compiler as lz
 from lz_compiler import cache_folder, facts, warming
 from lz_compiler.descriptors import Descriptor, read
-from lz_compiler.errors import CapabilityError, FingerprintError, LayerZeroError, PlanError, PolicyError
+from lz_compiler.errors import CapabilityError, FingerprintError, LayerZeroError, OptionError, PlanError, PolicyError
 from lz_compiler.model_fingerprint import Fingerprint, fingerprint
 from lz_compiler.offline import ModelPlan, load_plan
 from lz_compiler.plan_io import verdict_or_none
 from lz_compiler.policy import Policy, load_policy
-from lz_compiler.target import detect
+from lz_compiler.target import stored_target
 from lz_compiler.timings import FILE_NAME, StoreError, Timing, TimingStore
 from lz_compiler.trust import FAILED, Trust, _hardware
 from lz_compiler.warming import check_manifest
@@ -76,7 +76,8 @@ def damaged(draw: st.DrawFn, text: str) -> bytes:
 
 BOMBS = {
     "deep": b"[" * 200_000, "deep object": b'{"a":' * 100_000, "deep and whole": b"[" * 900 + b"]" * 900, "digits": b"9" * 100_000,
-    "not UTF-8": b'{"a": "\xff\xfe"}', "empty": b"", "NUL": b"\0" * 100, "pickle": pickle.dumps(os.system), "twice": b"{}{}", "inf": b"1e999",
+    "not UTF-8": b'{"a": "\xff\xfe"}', "empty": b"", "NUL": b"\0" * 100,
+    "pickle": pickle.dumps(os.system), "twice": b"{}{}", "inf": b"1e999",
 }  # fmt: skip
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -456,11 +457,10 @@ def test_records_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     for value in ({"backends": 3}, {"backends": [3, None, "aten", "no such"]}, {"backends": {"a": 1}}, {}):
         store.put_record(FAILED, key, value)
         assert Trust(store, ENV).failed == {}
-    from lz_compiler.target import environment
-
-    peaks = "|".join(f"{k}={v}" for k, v in sorted(environment("cpu").items()))
-    store.put_record("peaks", peaks, {"bandwidth": -1, "flops": [], "launch_ns": None})
-    assert detect("cpu", store).bandwidth > 0
+    for peaks in ({}, {"bandwidth": -1, "flops": [], "launch_ns": None}, {"bandwidth": "1e9", "flops": {"float32": 1}, "launch_ns": 1}):
+        store.put_record("peaks", "device=cpu|name=box|torch=2", peaks)
+        with pytest.raises(OptionError, match="unknown target 'box'"):
+            stored_target(store, "box")
 
 
 # --- exported files ----------------------------------------------------------------------------------------------------------
