@@ -26,6 +26,7 @@ app.add_typer(cache_app, name="cache")
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Html = Annotated[str | None, typer.Option("--html", metavar="OUT.html", help="Write a page that needs no network.")]
 CacheDir = Annotated[str | None, typer.Option(help="Folder of the timings store.")]
 Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="A LayerZero option, NAME=VALUE; repeatable.")]
 
@@ -85,19 +86,50 @@ def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 
 @app.command()
 def explain(
-    what: Annotated[str, typer.Argument(metavar="MODULE:FACTORY|FILE.json", help="what to compile, or a plan of `lz solve`")],
-    as_json: Json = False, option: Option = None, calls: int = 40,
+    what: Annotated[str, typer.Argument(metavar="MODULE:FACTORY|FILE.json", help="what to compile, or a plan or problem of `lz solve`")],
+    as_json: Json = False, option: Option = None, calls: int = 40, html: Html = None,
+    what_if: Annotated[list[str] | None, typer.Option(
+        "--what-if", metavar="RULE", help="With FILE.problem.json: deny=KERNEL_OR_BACKEND or lock=KERNEL_OR_BACKEND; repeatable.")] = None,
 ) -> None:  # fmt: skip
-    """Explain every choice: of a stored plan, or of what MODULE:FACTORY returns, compiled and run CALLS times for the race."""
+    """Explain every choice: of a stored plan, or of what MODULE:FACTORY returns, compiled and run CALLS times for the race.
+
+    With --what-if, solve a stored problem again with rules added, and show what moves.
+    """
     from . import api, offline
 
-    if what.endswith(".json"):
+    if what_if or what.endswith(".problem.json"):
+        result = _what_if(what, what_if or [], parse_options(option))
+    elif what.endswith(".json"):
         if option:
             raise OptionError("a plan file holds its options: give no --option with it")
         result = api.explain(offline.load_plan(what))
     else:
         result = _explain_factory(what, option, calls)
+    _show(result, as_json, html)
+
+
+def _show(result: Report, as_json: bool, html: str | None) -> None:
+    if html:
+        result.to_html(html)
+        err.print(f"{html} written", markup=False)
     out.print(result.to_json() if as_json else str(result), markup=False)
+
+
+def _what_if(file: str, rules: list[str], options: dict[str, Any]) -> Report:
+    from .compare import what_if
+    from .plan_io import load_problem
+
+    if not rules or options.keys() - {"solver"}:
+        raise OptionError("a problem file needs --what-if deny=KERNEL or lock=KERNEL, and of the options it takes `solver` only")
+    return what_if(load_problem(file), rules, options.get("solver", "cp_sat"), Path(file).name)
+
+
+@app.command()
+def diff(before: str, after: str, as_json: Json = False, html: Html = None) -> None:
+    """Which decisions differ between two plans of `lz solve`, or two outputs of `lz explain --json`; and what that costs."""
+    from .compare import compare_files
+
+    _show(compare_files(before, after), as_json, html)
 
 
 def _explain_factory(factory: str, option: list[str] | None, calls: int) -> Report:
@@ -119,7 +151,9 @@ def solve(
     factory: str, file: Annotated[str, typer.Argument(help="where the plan goes, as JSON")],
     dynamic: Annotated[list[str] | None, typer.Option(help="A dimension that varies: ARGUMENT:DIMENSION=SYMBOL; repeatable.")] = None,
     bucket: Annotated[list[str] | None, typer.Option(help="A symbol's upper ends: SYMBOL=16,64,256; repeatable.")] = None,
+    bundle: Annotated[str | None, typer.Option(metavar="DIR", help="The model's folder: the plan is for its tokenizer and config.")] = None,
     option: Option = None, as_json: Json = False,
+    problems: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where each graph's problem goes, for explain --what-if.")] = None,
 ) -> None:  # fmt: skip
     """Plan what MODULE:FACTORY returns for ranges of shapes; `lz_compiler.compile(model, plan=FILE)` runs by it."""
     from . import offline
@@ -128,8 +162,11 @@ def solve(
     buckets, dims = _parsed_buckets(bucket or []), _parsed_dynamic(dynamic or [])
     if not Path(file).absolute().parent.is_dir():  # told now, not after minutes of measuring
         raise OptionError(f"there is no folder for {file!r}. Make it first.")
+    options = parse_options(option)
+    if problems is not None:
+        options["problems"] = _made_folder(problems)
     model, args, kwargs = load_factory(factory)
-    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, **parse_options(option))
+    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, bundle=bundle, **options)
     plan.save(file)
     if as_json:
         cells = [{"ranges": c.ranges, "winner": c.winner, "times": dict(c.times)} for c in plan.cells]
@@ -138,6 +175,14 @@ def solve(
     for cell in plan.cells:
         times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in cell.times.items())
         out.print(f"{ranges_text(cell.ranges):24s} {cell.winner:12s} {times}", markup=False)
+
+
+def _made_folder(path: str) -> str:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot make the folder {path!r}: {error}") from error
+    return path
 
 
 @app.command()
@@ -156,6 +201,20 @@ def warmup(folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder o
 
     module = warm(folder, progress=True)
     out.print(f"{folder}: {len(module.EXAMPLES)} cells ready", markup=False)
+
+
+@app.command()
+def fuzz(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder of `lz bake`")],
+    model: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="the baked model; without it, nothing is run")] = None,
+    examples: Annotated[int, typer.Option(help="calls that are tried")] = 500, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Prove that a baked file has a right cell for every declared size, and try random ones against the model. 1 if it is wrong."""
+    from .fuzzing import fuzz as run
+
+    report = run(folder, examples=examples, model=load_factory(model)[0] if model else None)
+    out.print(report.to_json() if as_json else str(report), markup=False)
+    raise typer.Exit(0 if report.ok else 1)
 
 
 def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:

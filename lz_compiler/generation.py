@@ -16,7 +16,8 @@ class StaticCacheDecoder(nn.Module):
     """`forward(input_ids)` appends (batch, length) tokens to the cache and returns the last position's logits (batch, 1, vocabulary).
 
     `model`: a transformers causal language model whose layers all attend to everything before (no sliding window). `length`: tokens
-    that the cache holds; more are an error of the cache's own. `reset()` forgets them. The buffers are not saved with the model.
+    that the cache holds; what is beyond is out of bounds: an error in eager, the end of the process in compiled code on a CPU.
+    `reset()` forgets them. The buffers are not saved with the model.
     """
 
     def __init__(self, model: Any, batch: int, length: int) -> None:

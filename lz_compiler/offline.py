@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -20,11 +21,13 @@ from torch.utils import _pytree as pytree
 
 from . import __version__, backends, export, torch_private
 from .backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, setup
+from .capabilities import descriptor
 from .capture import fingerprint
 from .errors import PlanError, unknown
 from .export import Argument, Dynamic, Program, Ranges
+from .model_fingerprint import fingerprint as fingerprint_folder
 from .options import Options
-from .plan_io import plan_from_dict, plan_to_dict
+from .plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited
 from .problem import CALL, LOOP, VIEW
 from .target import environment
 from .timings import TimingStore, open_store
@@ -33,7 +36,6 @@ from .types import Plan
 log = logging.getLogger(__name__)
 
 VERSION = 1
-MAX_BYTES = 1 << 26  # of a plan's file
 CALLS = 60  # at most, until a race is decided
 WINNERS = (PLANNED, LOSSLESS, INDUCTOR, EAGER)
 
@@ -64,6 +66,7 @@ class ModelPlan:
     tensors: tuple[Argument, ...]
     constants: tuple[str, ...]  # what is no tensor among the arguments' leaves, as text: compiled in
     cells: tuple[CellPlan, ...]
+    bundle: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the model's folder: group -> hash (model_fingerprint)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON: whole or not at all."""
@@ -84,13 +87,7 @@ class ModelPlan:
 def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
     """Read what `ModelPlan.save` wrote. PlanError for a file that is not one, is damaged, or is of another schema."""
     try:
-        if not Path(path).is_file():
-            raise OSError("no such file")
-        with Path(path).open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
-        data = json.loads(text)
+        data = json.loads(read_limited(Path(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}. Make one: lz.solve(...).save(path).") from error
     version = data.get("layerzero_model_plan") if isinstance(data, dict) else None
@@ -98,7 +95,7 @@ def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
         raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r:.80}; this LayerZero reads {VERSION}. Solve again.")
     try:
         return _model_plan(data)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+    except DAMAGE as error:
         what = f"{type(error).__name__}: {error}"[:1000]
         raise PlanError(f"the plan {os.fspath(path)!r} is damaged ({what}). Solve again.") from error
 
@@ -118,7 +115,7 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         {str(s): tuple(int(e) for e in ends) for s, ends in data["buckets"].items()},
         tuple(map(str, data["arguments"])),
         tuple(map(_argument, data["tensors"])),
-        tuple(map(str, data["constants"])), cells,
+        tuple(map(str, data["constants"])), cells, {str(k): str(v) for k, v in data.get("bundle", {}).items()},
     )  # fmt: skip
     known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
     for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
@@ -146,13 +143,16 @@ def _winner(name: str) -> str:
 
 def solve(
     model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
-    buckets: Mapping[str, Sequence[int]] | None = None, dynamic: Dynamic | None = None, **options: Any,
+    buckets: Mapping[str, Sequence[int]] | None = None, dynamic: Dynamic | None = None,
+    bundle: str | os.PathLike[str] | None = None, **options: Any,
 ) -> ModelPlan:  # fmt: skip
     """Plan a model's inference for ranges of shapes, and race the plans on the given arguments.
 
     `dynamic` names the dimensions that vary, as in torch.export: {argument: {dimension: symbol}}; `buckets` gives each symbol's
     upper ends, the first bucket starting at 1. A cell (one bucket of each symbol) is planned and raced at its upper ends.
+    `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`).
     """
+    folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
     chosen = Options.resolve(options)
@@ -166,7 +166,8 @@ def solve(
         session = session_for(program, chosen, open_store(chosen.cache_dir))
         run, written, _ = compile_cell(session, program)
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
-        state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
+        if written is not None:
+            state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
         _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
@@ -177,7 +178,7 @@ def solve(
             names = ", ".join(sorted(changing & read - some))
             raise PlanError(f"freeze=True, but {names} is written for some sizes and taken as constant for others. Solve without freeze.")
     return ModelPlan(
-        type(model).__qualname__, environment(session.device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
+        type(model).__qualname__, _environment(session.device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
         {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
         tuple(
             Argument.of(leaf, dynamic.get(name, ()))
@@ -185,7 +186,7 @@ def solve(
             for leaf in pytree.tree_leaves(v)
             if isinstance(leaf, Tensor)
         ),
-        _constants(pytree.tree_leaves(named)), tuple(solved),
+        _constants(pytree.tree_leaves(named)), tuple(solved), folder,
     )  # fmt: skip
 
 
@@ -209,10 +210,12 @@ def session_for(program: Program, options: Options, store: TimingStore) -> Sessi
 
 def compile_cell(
     session: Session, program: Program, cell: CellPlan | None = None, winner: str | None = None
-) -> tuple[Callable[..., Any], list[int], bool]:
-    """The compiled graph, which of its inputs it writes into, and whether an output is a view of an input or of another one.
+) -> tuple[Callable[..., Any], list[int] | None, bool]:
+    """The compiled graph, which of its inputs it writes into (None: unknown), and whether an output is a view.
 
-    With a `cell`, its plan is followed, and its winner unless another is given."""
+    With a `cell`, its plan is followed, and its winner unless another is given. PlanError where the code holds for a part of the
+    program's sizes only.
+    """
     verdict = None
     if cell is not None:
         plans = [plan_to_dict(p) for p in cell.plans]
@@ -221,7 +224,8 @@ def compile_cell(
         run = session.compile(verdict)
         written = torch_private.written_inputs(len(program.inputs))
         aliased = torch_private.aliased_outputs()
-    return run, list(range(len(program.inputs))) if written is None else written, aliased
+    export.check_sizes(program)
+    return run, written, aliased
 
 
 def _flat(program: Program, named: Mapping[str, Any]) -> list[Any]:
@@ -230,12 +234,12 @@ def _flat(program: Program, named: Mapping[str, Any]) -> list[Any]:
     return [next(leaves) if w is None else w for w in program.weights]
 
 
-def _race(session: Session, run: Callable[..., Any], written: Sequence[int], inputs: list[Any]) -> None:
+def _race(session: Session, run: Callable[..., Any], written: Sequence[int] | None, inputs: list[Any]) -> None:
     """Call until the race is decided, each time on copies of what the model writes into."""
     racing = session.options.race and not session.options.deterministic
     with torch.no_grad():
         for _ in range(CALLS if racing else 1):
-            run(*[v.clone() if i in written and isinstance(v, Tensor) else v for i, v in enumerate(inputs)])
+            run(*[v.clone() if (written is None or i in written) and isinstance(v, Tensor) else v for i, v in enumerate(inputs)])
             if session.record.decided:
                 return
 
@@ -247,7 +251,7 @@ class PlannedModel(nn.Module):
     converted, and calls outside of the plan, by case.
     """
 
-    def __init__(self, model: nn.Module, plan: ModelPlan, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, plan: ModelPlan, options: Mapping[str, Any], bundle: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         check_environment(plan)
         self.model, self.plan = model, plan
@@ -257,6 +261,7 @@ class PlannedModel(nn.Module):
         for name, value in _as_data(self.options).items():
             if value != plan.options.get(name) and name != "layout_mode":
                 raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options.get(name)!r}. Solve again.")
+        check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")
         self.adapted: dict[str, int] = {}
         self._cells: dict[int, tuple[Program, Callable[..., Any]]] = {}
         setup()
@@ -323,11 +328,31 @@ class PlannedModel(nn.Module):
         self.adapted[what] = self.adapted.get(what, 0) + 1
 
 
+def _environment(device: str) -> dict[str, str]:
+    """The device's, and a hash of what its libraries' descriptors claim."""
+    libraries = [library for library in backends.all_backends().values() if device in library.devices]
+    claims = [(library.name, library.version(), known.digest if (known := descriptor(library)) else "") for library in libraries]
+    return {**environment(device), "capabilities": hashlib.sha256(repr(sorted(claims)).encode()).hexdigest()[:16]}
+
+
+def check_bundle(planned: Mapping[str, str], folder: str | os.PathLike[str] | None, strict: bool) -> None:
+    """Whether a model's folder has the tokenizer and config that a plan was solved with: else PlanError, or a warning if not strict."""
+    if folder is None:
+        return
+    if not planned:
+        raise PlanError("the plan was solved without bundle=...: there is nothing to compare the folder with. Solve again with it.")
+    found = fingerprint_folder(folder).digests()
+    other = [group for group in ("tokenizer", "config") if found[group] != planned.get(group)]
+    if other and strict:
+        raise PlanError(f"{os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with. Solve again.")
+    if other:
+        warnings.warn(f"LayerZero: {os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with", stacklevel=4)
+
+
 def check_environment(plan: ModelPlan) -> None:
     """PlanError on another device or torch, a warning where another library could change a price."""
-    here = (
-        environment(plan.environment.get("device", "cpu")) if plan.environment.get("device") != "cuda" or torch.cuda.is_available() else {}
-    )
+    device = plan.environment.get("device", "cpu")
+    here = _environment(device) if device != "cuda" or torch.cuda.is_available() else {}
     for name in ("device", "name", "torch"):
         if here.get(name) != plan.environment.get(name):
             raise PlanError(f"the plan is for {name} {plan.environment.get(name)!r}, here it is {here.get(name)!r}. Solve again here.")

@@ -1,13 +1,16 @@
-"""Plans as plain data and back: JSON, nothing else."""
+"""Plans and problems as plain data and back: JSON, nothing else."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .types import Candidate, Choice, Conversion, Cost, Format, Plan, Region, Rejection, Status
+from .types import Candidate, Choice, Conversion, Cost, Format, Plan, Problem, Region, Rejection, Status
 
 VERSION = 1
 
@@ -16,9 +19,24 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     return {"schema_version": VERSION, **dataclasses.asdict(plan)}
 
 
+MAX_BYTES = 1 << 26  # of a file
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)  # what reading nonsense may raise
+
+
+def read_limited(path: Path) -> bytes:
+    """A plain file's bytes. OSError if it is none, or is larger than any plan."""
+    if not path.is_file():
+        raise OSError("no such file")
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise OSError(f"more than {MAX_BYTES} bytes")
+    return text
+
+
 def _is(value: Any, *kinds: type) -> Any:
-    """A value of one of these types, exactly: True is no number. TypeError otherwise."""
-    if type(value) not in kinds:
+    """A value of one of these types: True is no number, and torch's version is a text. TypeError otherwise."""
+    if type(value) not in kinds and not (str in kinds and isinstance(value, str)):
         raise TypeError(f"{value!r:.80} is not {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
@@ -34,6 +52,8 @@ def _format(d: Mapping[str, Any]) -> Format:
 def _cost(d: Mapping[str, Any]) -> Cost:
     cost = Cost(**d)
     _is(cost.ns, int), _is(cost.source, str), _is(cost.spread, int), _is(cost.factor, float, int)
+    if cost.ns < 0 or not 0 < cost.factor < float("inf"):
+        raise ValueError(f"a price of {cost.ns} ns with factor {cost.factor}")
     return cost
 
 
@@ -60,18 +80,21 @@ def _choice(d: Mapping[str, Any]) -> Choice:
         _cost(d["cost"]),
         tuple((_candidate(c), _cost(k)) for c, k in d["alternatives"]),
         tuple(map(_rejection, d["rejections"])),
-    )
+        _is(d.get("flops", 0), int, float), _is(d.get("nbytes", 0), int, float), tuple(_is(i, int) for i in d.get("after", ())),
+    )  # fmt: skip
 
 
 def plan_from_dict(d: Mapping[str, Any]) -> Plan:
     if d.get("schema_version") != VERSION:
         raise PlanError(f"a plan of schema version {d.get('schema_version')!r}; this LayerZero reads {VERSION}. Plan again.")
-    fields = {f.name: d[f.name] for f in dataclasses.fields(Plan) if f.name in d or f.name != "barred"}  # older plans have none
+    later = ("barred", "peaks")  # older plans have none
+    fields = {f.name: d[f.name] for f in dataclasses.fields(Plan) if f.name in d or f.name not in later}
     conversions = tuple((Conversion(_is(c["tensor"], str), _format(c["src"]), _format(c["dst"])), _cost(k)) for c, k in d["conversions"])
     fields |= {
         "choices": tuple(map(_choice, d["choices"])), "conversions": conversions, "status": Status(d["status"]),
         "notes": _names(d["notes"]), "barred": _names(d.get("barred", ())),
         "environment": {_is(k, str): _is(v, str) for k, v in d["environment"].items()},
+        "peaks": {_is(k, str): _is(v, int, float) for k, v in d.get("peaks", {}).items()},
         **{name: _is(d[name], str) for name in ("fingerprint", "kind", "solver")},
         **{name: _is(d[name], int, float) for name in ("objective", "bound", "epsilon", "plan_s")},
     }  # fmt: skip
@@ -87,6 +110,66 @@ def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None
             _is(value.get("error"), float, int, type(None)), _is(value.get("written"), list, type(None))
             for names in value.get("calls", {}).values():
                 _names(names)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
+    except DAMAGE:
         return None
     return value
+
+
+PROBLEM_VERSION = 1
+
+
+def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:
+    """Write a problem as JSON, whole or not at all: it can be solved again without the model or its device."""
+    rest = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem) if f.name not in ("sources", "sinks", "tensor_class")}
+    data = {"layerzero_problem": PROBLEM_VERSION, **{name: _plain(value) for name, value in rest.items()}}
+    data["tensor_class"] = dict(problem.tensor_class)
+    data["sources"] = [[t, dataclasses.asdict(f)] for t, f in sorted(problem.sources)]
+    data["sinks"] = [[t, dataclasses.asdict(f)] for t, f in problem.sinks]
+    target = Path(path)
+    half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        half.write_text(json.dumps(data, separators=(",", ":")))
+        half.replace(target)
+    except OSError as error:
+        half.unlink(missing_ok=True)
+        raise PlanError(f"cannot write the problem to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def load_problem(path: str | os.PathLike[str]) -> Problem:
+    """Read what `save_problem` wrote. PlanError for a file that is not one, is damaged, or is of another schema."""
+    try:
+        data = json.loads(read_limited(Path(path)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(f"cannot read the problem {os.fspath(path)!r}: {error}. `lz solve --problems FOLDER` writes some.") from error
+    version = data.get("layerzero_problem") if isinstance(data, dict) else None
+    if version != PROBLEM_VERSION:
+        raise PlanError(f"{os.fspath(path)!r} is a problem of schema {version!r:.80}; this LayerZero reads {PROBLEM_VERSION}.")
+    try:
+        return _problem(data)
+    except DAMAGE as error:
+        what = f"{type(error).__name__}: {error}"[:1000]
+        raise PlanError(f"the problem {os.fspath(path)!r} is damaged ({what}).") from error
+
+
+def _problem(d: Mapping[str, Any]) -> Problem:
+    problem = Problem(
+        tuple(map(_candidate, d["candidates"])), tuple(map(_cost, d["costs"])),
+        tuple(Conversion(str(c["tensor"]), _format(c["src"]), _format(c["dst"])) for c in d["conversions"]),
+        tuple(map(_cost, d["conversion_costs"])), frozenset((str(t), _format(f)) for t, f in d["sources"]),
+        tuple((str(t), _format(f)) for t, f in d["sinks"]), float(d["error_budget"]),
+        None if d["memory_limit"] is None else int(d["memory_limit"]), tuple(map(int, d["candidate_class"])),
+        {str(t): int(c) for t, c in d["tensor_class"].items()},
+    )  # fmt: skip
+    sizes = len(problem.candidates), len(problem.conversions)
+    if (len(problem.costs), len(problem.conversion_costs)) != sizes or len(problem.candidate_class) not in (0, sizes[0]):
+        raise ValueError("as many costs as candidates and conversions are needed, and a class for each candidate or for none")
+    for c in problem.candidates:
+        if (len(c.in_formats), len(c.out_formats)) != (len(c.region.inputs), len(c.region.outputs)) or not c.region.nodes:
+            raise ValueError(f"a candidate of {c.kernel} needs nodes, and one format for each input and output")
+    return problem

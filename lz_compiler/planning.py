@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from pathlib import Path
 
 from . import backends, planner, torch_private
 from .capture import GraphView
@@ -14,8 +15,9 @@ from .cost_models import cost_model
 from .cost_models.roofline import Roofline
 from .errors import PolicyError, SolverError
 from .options import Options
+from .plan_io import save_problem
 from .policy import Rule
-from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions
+from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions, refused_when_smaller
 from .timings import TimingStore
 from .trust import Trust
 from .types import EAGER, INDUCTOR, Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Status, Target
@@ -34,11 +36,18 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
     roofline = Roofline(target)
     trust, broken = Trust(store, target.environment), Quarantine(store, target.device)
-    found = enumerate_regions(view, options, model, lambda ctx, candidate: trust.refusal(ctx, candidate) or broken.refusal(candidate))
+    small = refused_when_smaller(view, options)
+    found = enumerate_regions(
+        view, options, model,
+        lambda ctx, candidate: trust.refusal(ctx, candidate) or broken.refusal(candidate) or small(ctx, candidate),
+    )  # fmt: skip
     priced = time.perf_counter()
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
     problem = build(view, found, options, roofline)
     budget = options.error_budget / DILUTION
+    if options.problems is not None:
+        name = f"{fingerprint}.{kind}.{'lossy' if budget else 'lossless'}.problem.json"
+        save_problem(replace(problem, error_budget=budget), Path(options.problems) / name)
     try:
         solution = solve_within(problem, options, budget)
     except SolverError:
@@ -47,7 +56,7 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
             raise
         raise PolicyError(conflict) from None
     seconds = time.perf_counter() - priced
-    plan = _decode(problem, solution, found, options, fingerprint, kind, target, seconds)
+    plan = _decode(view, problem, solution, found, options, fingerprint, kind, target, seconds)
     torch_private.counters()["plans"] += 1
     log.info(
         "%s graph: %d candidates, %d conversions, %s by %s, %.3f ms predicted, enumerated and priced in %.2f s, solved in %.2f s",
@@ -73,30 +82,37 @@ def solve_within(problem: Problem, options: Options, budget: float) -> Solution:
 
 
 def _decode(
-    problem: Problem, solution: Solution, found: Enumeration, options: Options, fingerprint: str, kind: str,
+    view: GraphView, problem: Problem, solution: Solution, found: Enumeration, options: Options, fingerprint: str, kind: str,
     target: Target, seconds: float,
 ) -> Plan:  # fmt: skip
-    chosen = [(problem.candidates[i], problem.costs[i]) for i in solution.chosen]
+    place = {node.name: i for i, node in enumerate(view.nodes)}
+    chosen = sorted(solution.chosen, key=lambda i: min(place[n] for n in problem.candidates[i].region.outputs))
     overlapping: dict[str, list[tuple[Candidate, Cost]]] = {}
     for candidate, cost in zip(problem.candidates, problem.costs, strict=True):
         for node in candidate.region.nodes:
             overlapping.setdefault(node, []).append((candidate, cost))
-    choices = []
-    for candidate, cost in chosen:
-        if candidate.kernel in (VIEW, CALL):
+    choices: list[Choice] = []
+    made: dict[str, set[int]] = {}  # tensor -> the choices that it depends on, and no other choice between
+    for index in chosen:
+        candidate, cost = problem.candidates[index], problem.costs[index]
+        after = set().union(*(made.get(tensor, set()) for tensor in candidate.region.inputs))
+        through = candidate.kernel in (VIEW, CALL)
+        made |= dict.fromkeys(candidate.region.outputs, after if through else {len(choices)})
+        if through:
             continue
         others: tuple[tuple[Candidate, Cost], ...] = ()
         rejected: tuple[Rejection, ...] = ()
         if candidate.kernel != LOOP:
             others = tuple(_alternatives(candidate, overlapping))
             rejected = tuple(_rejections(candidate, found.rejections))
-        choices.append(Choice(candidate, cost, others, rejected))
-    epsilon = DILUTION * sum(c.epsilon**2 for c, _ in chosen) ** 0.5
+        choices.append(Choice(candidate, cost, others, rejected, *found.work.get(index, (0, 0)), tuple(sorted(after))))
+    epsilon = DILUTION * sum(problem.candidates[i].epsilon ** 2 for i in chosen) ** 0.5
     conversions = tuple((problem.conversions[i], problem.conversion_costs[i]) for i in solution.converted)
     return Plan(
         fingerprint=fingerprint, kind=kind, environment=dict(target.environment), choices=tuple(choices),
         conversions=conversions, objective=solution.objective, bound=solution.bound, status=solution.status,
         solver=solution.solver, epsilon=epsilon, plan_s=seconds, notes=_effects(options, found), barred=_barred(found),
+        peaks={"bandwidth": target.bandwidth, **{k: v for k, v in target.flops.items() if k != "transcendental"}},
     )  # fmt: skip
 
 

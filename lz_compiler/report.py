@@ -6,13 +6,18 @@ One Report is text (`str`), JSON (`to_json`) and a rich display; the text is mad
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .drawing import drawing, identity
+from .errors import PlanError
 from .problem import LOOP
-from .types import Choice, Plan
+from .types import Candidate, Choice, Cost, Plan, Region
 
 if TYPE_CHECKING:
     from .backend import GraphRecord
@@ -33,17 +38,59 @@ class Report:
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.data, indent=indent, sort_keys=True)
 
+    def html(self) -> str:
+        """One page that needs nothing else: markup, style and script of report.html, and this report's data as JSON in it."""
+        data = json.dumps({"title": self.title, "text": self.lines, "data": self.data}, separators=(",", ":"))
+        return _template().replace("/*DATA*/null", data.replace("<", "\\u003c"))  # no `</script>` or `<!--` in a name
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write `html()`. PlanError where that is not possible."""
+        try:
+            Path(path).write_text(self.html(), encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write the page to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
+
+    def _repr_html_(self) -> str:
+        """The page in a notebook's cell, in a frame: its style and script touch nothing else."""
+        from html import escape
+
+        frame = "width:100%;height:720px;border:1px solid #8884;border-radius:8px"
+        return f'<iframe sandbox="allow-scripts" style="{frame}" srcdoc="{escape(self.html())}"></iframe>'
+
     def __rich__(self) -> str:
         from rich.markup import escape
 
         return escape(str(self))
 
 
+@cache
+def _template() -> str:
+    return Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+
+
 def milliseconds(ns: float) -> str:
     return f"{ns / 1e6:.3f} ms"
 
 
-def describe_choice(choice: Choice, count: int = 1) -> dict[str, Any]:
+def _floor(choice: Choice, peaks: Mapping[str, float]) -> int | None:
+    """Nanoseconds below which no kernel in these formats can be on this device (roofline), without a launch; None if not known."""
+    rate = peaks.get(choice.candidate.in_formats[0].dtype if choice.candidate.in_formats else "float32", peaks.get("float32"))
+    if not choice.nbytes or not rate or not peaks.get("bandwidth"):
+        return None
+    return round(max(choice.flops / rate, choice.nbytes / peaks["bandwidth"]) * 1e9)
+
+
+def _rival(candidate: Candidate, cost: Cost, region: Region) -> dict[str, Any]:
+    formats = {str(f) for f in (*candidate.in_formats, *candidate.out_formats)}
+    params = dict(candidate.params)
+    return {
+        "kernel": candidate.kernel, "cost_ns": cost.ns, "source": cost.source, "spread_ns": cost.spread, "factor": cost.factor,
+        "epsilon": candidate.epsilon, "formats": sorted(formats), "tuning": dict(params.get("variant", ())),  # type: ignore[call-overload]
+        "lossy": params.get("lossy"), "nodes": len(candidate.region.nodes), "same_region": candidate.region.nodes == region.nodes,
+    }  # fmt: skip
+
+
+def describe_choice(choice: Choice, count: int = 1, peaks: Mapping[str, float] | None = None) -> dict[str, Any]:
     c = choice.candidate
     others = choice.alternatives  # another kernel says more than another tuning of the same
     runner_up = next((o for o in others if o[0].kernel != c.kernel), others[0] if others else None)
@@ -51,7 +98,7 @@ def describe_choice(choice: Choice, count: int = 1) -> dict[str, Any]:
         "op": c.region.op, "kernel": c.kernel, "count": count, "nodes": list(c.region.nodes),
         "formats": [[str(f) for f in c.in_formats], [str(f) for f in c.out_formats]],
         "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "factor": choice.cost.factor,
-        "epsilon": c.epsilon,
+        "epsilon": c.epsilon, "floor_ns": _floor(choice, peaks or {}), "flops": choice.flops, "bytes": choice.nbytes,
         "tuning": dict(dict(c.params).get("variant", ())), "mask": dict(c.params).get("mask"),  # type: ignore[call-overload]
         "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
         "runner_up": runner_up and {
@@ -59,6 +106,7 @@ def describe_choice(choice: Choice, count: int = 1) -> dict[str, Any]:
             "factor": runner_up[1].factor,
             "nodes": list(runner_up[0].region.nodes),
         },
+        "candidates": [_rival(o, cost, c.region) for o, cost in others],
         "rejections": [{"kernel": r.kernel, "code": r.code, "detail": r.detail} for r in choice.rejections],
     }  # fmt: skip
 
@@ -67,26 +115,27 @@ def _weighed(factor: float) -> str:
     return "" if factor == 1.0 else f" x{factor:g} by the policy"
 
 
-def _grouped(choices: Sequence[Choice]) -> Iterator[tuple[Choice, int]]:
-    """Choices of repeated layers shown once, with their number."""
-    groups: dict[object, list[Choice]] = {}
+def _grouped(choices: Sequence[Choice]) -> dict[Hashable, list[Choice]]:
+    """Choices of repeated layers together."""
+    groups: dict[Hashable, list[Choice]] = {}
     for choice in choices:
         if choice.candidate.kernel != LOOP:
-            c = choice.candidate
-            groups.setdefault((c.kernel, c.key or c.region.nodes, c.in_formats, c.out_formats), []).append(choice)
-    for members in groups.values():
-        yield members[0], len(members)
+            groups.setdefault(identity(choice), []).append(choice)
+    return groups
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     loops = [c for c in plan.choices if c.candidate.kernel == LOOP]
+    groups = _grouped(plan.choices)
+    shown = sum(c.cost.ns for c in plan.choices) + sum(cost.ns for _, cost in plan.conversions)
     return {
         "kind": plan.kind, "fingerprint": plan.fingerprint, "environment": dict(plan.environment),
         "status": str(plan.status), "solver": plan.solver, "predicted_ns": plan.predicted,
         "objective_ns": plan.objective, "bound_ns": plan.bound,
         "gap": plan.gap, "plan_s": plan.plan_s, "epsilon": plan.epsilon, "notes": list(plan.notes),
-        "regions": [describe_choice(choice, n) for choice, n in _grouped(plan.choices)],
-        "fused_nodes": len(loops),
+        "regions": [describe_choice(members[0], len(members), plan.peaks) for members in groups.values()],
+        "rows": drawing(plan, {same: i for i, same in enumerate(groups)}), "peaks": dict(plan.peaks),
+        "fused_nodes": len(loops), "loops_ns": sum(c.cost.ns for c in loops), "calls_ns": plan.predicted - shown,
         "conversions": {
             "count": len(plan.conversions), "cost_ns": sum(cost.ns for _, cost in plan.conversions),
             "kinds": dict(Counter(f"{c.src} -> {c.dst}" for c, _ in plan.conversions)),
@@ -131,7 +180,7 @@ def describe_record(record: GraphRecord) -> dict[str, Any]:
         "graph": record.compile_id, "key": record.key, "winner": record.winner, "decided": record.decided,
         "times_s": dict(record.times), "predicted_s": predicted, "measured_s": measured,
         "additive_error": (measured - predicted) / measured if measured else None,
-        "error": record.error, "error_budget": record.options.error_budget, "notes": list(record.notes),
+        "ranks": record.ranks or None, "error": record.error, "error_budget": record.options.error_budget, "notes": list(record.notes),
         "plans": [describe_plan(p) for p in record.plans],
     }  # fmt: skip
 
@@ -148,6 +197,8 @@ def _record_lines(record: GraphRecord) -> Iterator[str]:
         yield f"  predicted {predicted:.3f} ms, measured {measured:.3f} ms: {d['additive_error']:+.1%} not explained by the prices"
     if record.error is not None:
         yield f"  measured error {record.error:.2e}, budget {record.options.error_budget:g}"
+    if record.ranks:
+        yield f"  ranks: {record.ranks}"
     yield from (f"  note: {note}" for note in record.notes)
     for plan in record.plans:
         yield from _plan_lines(plan)

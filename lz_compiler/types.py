@@ -152,12 +152,19 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was decided for one region, and what was decided against."""
+    """What was decided for one region, and what was decided against.
+
+    `flops` and `nbytes` are what the kernel must compute and move (0: not known); `after`: the plan's choices whose results it
+    reads, directly or through views and calls that are no choice.
+    """
 
     candidate: Candidate
     cost: Cost
     alternatives: tuple[tuple[Candidate, Cost], ...] = ()
     rejections: tuple[Rejection, ...] = ()
+    flops: int = 0
+    nbytes: int = 0
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +182,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The decision for one graph, complete: `lower` and `explain` read nothing else.
+    """The decision for one graph, complete: `lower` and `explain` read nothing else. Choices are in the graph's order.
 
-    `barred`: finalists that may not run the graph, since they would use what the policy forbids.
+    `barred`: finalists that may not run the graph, since they would use what the policy forbids. `peaks`: the target's, in
+    bytes/s under "bandwidth" and flop/s by dtype.
     """
 
     fingerprint: str
@@ -193,6 +201,7 @@ class Plan:
     plan_s: float
     notes: tuple[str, ...] = ()
     barred: tuple[str, ...] = ()
+    peaks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def predicted(self) -> int:

@@ -16,18 +16,19 @@ from torch.utils import _pytree as pytree
 
 from . import export
 from .errors import OptionError, PlanError
-from .offline import PlannedModel
+from .offline import PlannedModel, check_bundle
 
 FILE = "_layerzero_plan.py"
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 1 << 22  # bytes
 
 
-def load_baked(folder: str | os.PathLike[str]) -> ModuleType:
+def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | None = None) -> ModuleType:
     """The module of a folder that `lz.bake` wrote, which is code that runs now.
 
     Before, every file is compared with manifest.json (about a second for each gigabyte of weights). That finds damage; who can
     write to the folder can write a manifest too. PlanError where something differs, or it was baked for another machine.
+    `bundle`: the model's folder, to be compared with the one that the plan was solved for.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -41,6 +42,9 @@ def load_baked(folder: str | os.PathLike[str]) -> ModuleType:
         exec(compile(source, path, "exec"), module.__dict__)  # the loader would prefer a file in __pycache__, which no hash covers
     except RuntimeError as error:
         raise PlanError(str(error)) from error
+    if bundle is not None:
+        manifest = json.loads(path.with_name(MANIFEST).read_text())
+        check_bundle(manifest.get("bundle", {}), bundle, strict=module.LAYOUT_MODE == "strict")
     return module
 
 
@@ -80,17 +84,17 @@ def _sha256(path: Path) -> str:
 
 def warmup(
     target: str | os.PathLike[str] | PlannedModel, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
-    calls: int = 3, progress: bool = False,
+    bundle: str | os.PathLike[str] | None = None, calls: int = 3, progress: bool = False,
 ) -> Any:  # fmt: skip
     """Run every cell `calls` times, so that the first real call costs what any other does; returns what is then ready.
 
     `target`: a folder of `lz.bake`, which is loaded and needs nothing else; or a model of `lz.compile(plan=...)` with example
-    arguments, as for `lz.solve`. Buffers that the model writes into are put back. Compiled kernels stay in Inductor's and
-    Triton's caches, where the next process finds them. `progress` draws a bar on stderr.
+    arguments, as for `lz.solve`. Buffers that the model writes into are put back after each call. Compiled kernels stay in Inductor's and
+    Triton's caches, where the next process finds them. `bundle`: as for `load_baked`. `progress` draws a bar on stderr.
     """
     if calls < 1:
         raise OptionError(f"calls is {calls}; at least 1 is needed.")
-    ready: Any = target if isinstance(target, PlannedModel) else load_baked(target)
+    ready: Any = target if isinstance(target, PlannedModel) else load_baked(target, bundle)
     if isinstance(target, PlannedModel):
         done, cells = _planned(target, args, kwargs, calls), len(target.plan.cells)
     else:
@@ -115,8 +119,8 @@ def _planned(target: PlannedModel, args: Sequence[Any], kwargs: Mapping[str, Any
             example = export.resized(named, plan.dynamic, {s: high for s, (_, high) in cell.ranges.items()})
             for _ in range(calls):
                 target(**pytree.tree_map_only(torch.Tensor, torch.clone, example))
+                for buffer, value in zip(target.model.buffers(), kept, strict=True):
+                    buffer.copy_(value)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             yield index
-        for buffer, value in zip(target.model.buffers(), kept, strict=True):
-            buffer.copy_(value)

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lz_compiler as lz
-from lz_compiler import cache_folder, facts, warming
+from lz_compiler import cache_folder, facts, plan_io, warming
 from lz_compiler.descriptors import Descriptor, read
 from lz_compiler.errors import CapabilityError, FingerprintError, LayerZeroError, OptionError, PlanError, PolicyError
 from lz_compiler.model_fingerprint import Fingerprint, fingerprint
@@ -178,7 +178,7 @@ def test_plans_of_many_cells_names_of_many_letters_and_large_files(tmp_path: Pat
         {"tensors": [{"dtype": "_inductor", "device": "cpu", "shape": [], "order": []}]},
     ):
         assert load(tmp_path, json.dumps({**data, **change}).encode()) is None
-    monkeypatch.setattr(lz.offline, "MAX_BYTES", 100)  # type: ignore[attr-defined]
+    monkeypatch.setattr(plan_io, "MAX_BYTES", 100)
     with pytest.raises(PlanError, match="more than 100 bytes"):
         load_plan(tmp_path / "p.json")
     with pytest.raises(PlanError, match="no such file"):

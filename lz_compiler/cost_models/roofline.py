@@ -52,6 +52,13 @@ def flops_of(ctx: SelectionContext) -> int:
     return out
 
 
+def work(ctx: SelectionContext, candidate: Candidate) -> tuple[int, int]:
+    """Flops, and bytes that must move at least: each input and output once, in the candidate's formats."""
+    formats = (*candidate.in_formats, *candidate.out_formats)
+    moved = sum(bytes_of(s, f.dtype) for s, f in zip((*ctx.specs, *ctx.outputs), formats, strict=True))
+    return flops_of(ctx), moved + int(dict(candidate.params).get("traffic", 0))  # type: ignore[call-overload]
+
+
 def traffic_ns(target: Target, nbytes: float) -> int:
     return round(nbytes / target.bandwidth * 1e9)
 
@@ -74,11 +81,9 @@ class Roofline:
         return [(_assumed_error(candidate, ctx), self.cost(ctx, candidate)) for candidate in candidates]
 
     def cost(self, ctx: SelectionContext, candidate: Candidate) -> Cost:
-        formats = (*candidate.in_formats, *candidate.out_formats)
-        moved = sum(bytes_of(s, f.dtype) for s, f in zip((*ctx.specs, *ctx.outputs), formats, strict=True))
-        moved += int(dict(candidate.params).get("traffic", 0))  # type: ignore[call-overload]
+        flops, moved = work(ctx, candidate)
         rate = self.target.flops.get(candidate.in_formats[0].dtype, self.target.flops["float32"])
-        ns = max(flops_of(ctx) / rate * 1e9, moved / self.target.bandwidth * 1e9) + self.target.launch_ns
+        ns = max(flops / rate * 1e9, moved / self.target.bandwidth * 1e9) + self.target.launch_ns
         return Cost(max(1, round(ns)), "roofline")
 
     def fused(self, op: str, out: TensorSpec) -> Cost:

@@ -1,0 +1,222 @@
+"""Which decisions differ between two plans, and between a problem's plan and that of the problem with rules added (what-if)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import offline
+from .errors import OptionError, PlanError, SolverError, unknown
+from .options import Options
+from .planning import solve_within
+from .problem import CALL, LOOP, VIEW
+from .report import Report, explain_model_plan, milliseconds, ranges_text
+from .types import Problem, Solution
+
+BUDGET_S = 60.0
+
+
+class Decision(NamedTuple):
+    """One region of a plan as it was decided."""
+
+    nodes: tuple[str, ...]
+    op: str
+    kernel: str
+    tuning: str
+    ns: int
+    source: str
+
+
+def changes(before: Sequence[Decision], after: Sequence[Decision]) -> list[dict[str, Any]]:
+    """Groups of regions that share nodes and are decided unlike, equal groups once with their number; dearest first.
+
+    `ns` is what all of a group's regions cost before and after; loops between them are not in it, the objective has them.
+    """
+    found: dict[object, dict[str, Any]] = {}
+    for old, new in _components(before, after):
+        if sorted((d.nodes, d.kernel, d.tuning) for d in old) == sorted((d.nodes, d.kernel, d.tuning) for d in new):
+            continue
+        same = tuple(tuple(sorted((d.op, len(d.nodes), d.kernel, d.tuning, d.ns) for d in side)) for side in (old, new))
+        first = {
+            "op": ", ".join(dict.fromkeys(d.op for d in (*old, *new))), "nodes": ", ".join(d.nodes[-1] for d in old or new), "count": 0,
+            "before": [_shown(d) for d in old], "after": [_shown(d) for d in new], "ns": [0, 0],
+        }  # fmt: skip
+        group = found.setdefault(same, first)
+        group["count"] += 1
+        for side, members in enumerate((old, new)):
+            group["ns"][side] += sum(d.ns for d in members)
+    return sorted(found.values(), key=lambda g: -max(g["ns"]))
+
+
+def _shown(d: Decision) -> dict[str, Any]:
+    return {"op": d.op, "kernel": d.kernel, "tuning": d.tuning, "cost_ns": d.ns, "source": d.source, "nodes": len(d.nodes)}
+
+
+def _components(before: Sequence[Decision], after: Sequence[Decision]) -> Iterator[tuple[list[Decision], list[Decision]]]:
+    """Regions of both sides that are connected by common nodes."""
+    parent: dict[str, str] = {}
+
+    def root(node: str) -> str:
+        while parent.setdefault(node, node) != node:
+            node = parent[node]
+        return node
+
+    for decision in (*before, *after):
+        for node in decision.nodes[1:]:
+            parent[root(node)] = root(decision.nodes[0])
+    groups: dict[str, tuple[list[Decision], list[Decision]]] = {}
+    for side, decisions in enumerate((before, after)):
+        for decision in decisions:
+            groups.setdefault(root(decision.nodes[0]), ([], []))[side].append(decision)
+    yield from groups.values()
+
+
+# --- two files ------------------------------------------------------------------------------------------------------------
+
+
+def compare_files(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> Report:
+    """Two plans of `lz.solve(...).save`, or two outputs of `lz explain --json`, graph by graph. PlanError for anything else."""
+    sides = [_plans(path) for path in (before, after)]
+    names = [os.fspath(before), os.fspath(after)]
+    graphs = []
+    for label in dict.fromkeys((*sides[0], *sides[1])):
+        if label not in sides[0] or label not in sides[1]:
+            graphs.append(_graph(label, [0, 0], [], [], f"only in {names[0] if label in sides[0] else names[1]}"))
+            continue
+        old, new = sides[0][label], sides[1][label]
+        other = old["fingerprint"] != new["fingerprint"]
+        note = "these are plans of two different graphs: regions are matched by the names of their nodes" if other else None
+        objectives = [old["objective_ns"], new["objective_ns"]]
+        graphs.append(_graph(label, objectives, list(_decisions(old)), list(_decisions(new)), note))
+    return _report(f"LayerZero: {names[0]} against {names[1]}", names, graphs)
+
+
+def _plans(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"cannot read {os.fspath(path)!r}: {error}. Give a plan of `lz solve`, or what `lz explain --json` printed."
+        ) from error
+    if isinstance(data, dict) and "layerzero_model_plan" in data:
+        data = explain_model_plan(offline.load_plan(path)).data
+    try:
+        if "cells" in data:
+            found = [(ranges_text({s: tuple(e) for s, e in cell["ranges"].items()}), cell["plans"]) for cell in data["cells"]]
+        elif "graphs" in data:
+            found = [(f"graph {i}", graph["plans"]) for i, graph in enumerate(data["graphs"])]
+        else:
+            found = [("the plan", [data])]
+        plans = {f"{label}, {p['kind']} {i}" if i else label: p for label, members in found for i, p in enumerate(members)}
+        for plan in plans.values():
+            list(_decisions(plan))
+        return plans
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise PlanError(
+            f"{os.fspath(path)!r} is neither a plan of `lz solve` nor what `lz explain --json` prints ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _decisions(plan: Mapping[str, Any]) -> Iterator[Decision]:
+    """Every instance of every region of an explained plan."""
+
+    def walk(rows: Iterable[Mapping[str, Any]]) -> Iterator[Decision]:
+        for row in rows:
+            if "repeat" in row:
+                yield from walk(row["rows"])
+            elif row["kind"] == "region":
+                r = plan["regions"][row["region"]]
+                tuning = ", ".join(f"{k}={v}" for k, v in r["tuning"].items())
+                for nodes in row["nodes"]:
+                    yield Decision(tuple(nodes), " + ".join((r["op"], *r["epilogue"])), r["kernel"], tuning, r["cost_ns"], r["source"])
+
+    return walk(plan["rows"])
+
+
+# --- what if --------------------------------------------------------------------------------------------------------------
+
+
+def what_if(problem: Problem, rules: Sequence[str], solver: str = "cp_sat", label: str = "the problem") -> Report:
+    """Solve a problem as it is and with rules added, each `deny=KERNEL_OR_BACKEND` or `lock=KERNEL_OR_BACKEND`, and compare.
+
+    A lock refuses all other kernels for the regions for which the named one has a candidate. OptionError for a rule that is none,
+    that names a kernel without a candidate in the problem, or that leaves no plan.
+    """
+    changed = problem
+    for rule in rules:
+        changed = _ruled(changed, rule)
+    first = _solution(problem, solver)
+    try:
+        second = _solution(changed, solver)
+    except SolverError as error:
+        raise OptionError(f"{', '.join(rules)} leaves no plan: {error}") from error
+    note = f"solved by {first.solver}: {first.status}, then {second.status}"
+    before, after = list(_solved(problem, first)), list(_solved(changed, second))
+    graph = _graph(label, [first.objective, second.objective], before, after, note)
+    return _report(f"LayerZero: what if {', '.join(rules)}", ["as it is", ", ".join(rules)], [graph])
+
+
+def _solution(problem: Problem, solver: str) -> Solution:
+    return solve_within(problem, Options.resolve({"solver": solver, "solve_budget_s": BUDGET_S}), problem.error_budget)
+
+
+def _solved(problem: Problem, solution: Solution) -> Iterator[Decision]:
+    for index in solution.chosen:
+        c, cost = problem.candidates[index], problem.costs[index]
+        if c.kernel not in (LOOP, VIEW, CALL):
+            variant: Any = dict(c.params).get("variant", ())
+            tuning = ", ".join(f"{k}={v}" for k, v in variant)
+            epilogue = [str(p) for k, p in c.params if k in ("act", "binary") and p]
+            yield Decision(c.region.nodes, " + ".join((c.region.op, *epilogue)), c.kernel, tuning, cost.ns, cost.source)
+
+
+def _ruled(problem: Problem, rule: str) -> Problem:
+    action, _, name = rule.partition("=")
+    if action not in ("deny", "lock") or not name:
+        raise OptionError(f"--what-if {rule!r} is neither deny=KERNEL_OR_BACKEND nor lock=KERNEL_OR_BACKEND")
+    kernels = {c.kernel for c in problem.candidates} - {LOOP, VIEW, CALL}
+    named = {k for k in kernels if k == name or k.partition(".")[0] == name}
+    if not named:
+        raise OptionError(unknown("kernel or backend in this problem", name, kernels | {k.partition(".")[0] for k in kernels}))
+    if action == "deny":
+        return _filtered(problem, lambda c: c.kernel not in named)
+    locked = {frozenset(c.region.nodes) for c in problem.candidates if c.kernel in named}
+    return _filtered(problem, lambda c: c.kernel in named or frozenset(c.region.nodes) not in locked)
+
+
+def _filtered(problem: Problem, keep: Callable[[Any], bool]) -> Problem:
+    kept = [i for i, c in enumerate(problem.candidates) if keep(c)]
+    tied = tuple(problem.candidate_class[i] for i in kept) if problem.candidate_class else ()
+    candidates, costs = tuple(problem.candidates[i] for i in kept), tuple(problem.costs[i] for i in kept)
+    return replace(problem, candidates=candidates, costs=costs, candidate_class=tied)
+
+
+# --- the report -----------------------------------------------------------------------------------------------------------
+
+
+def _graph(label: str, objectives: list[int], before: Sequence[Decision], after: Sequence[Decision], note: str | None) -> dict[str, Any]:
+    return {
+        "label": label, "objective_ns": objectives, "regions": len(before), "note": note, "changes": changes(before, after),
+        "prices_ns": [sum(d.ns for d in side) for side in (before, after)],
+    }  # fmt: skip
+
+
+def _report(title: str, names: list[str], graphs: list[dict[str, Any]]) -> Report:
+    lines = tuple(line for graph in graphs for line in _lines(graph))
+    return Report(title, {"diff": {"names": names, "graphs": graphs}}, lines)
+
+
+def _lines(graph: Mapping[str, Any]) -> Iterator[str]:
+    old, new = graph["objective_ns"]
+    share = f" ({(new - old) / old:+.1%})" if old else ""
+    differ = sum(c["count"] for c in graph["changes"])
+    yield f"{graph['label']}: objective {milliseconds(old)} -> {milliseconds(new)}{share}, {differ} decisions differ"
+    if graph["note"]:
+        yield f"  {graph['note']}"
+    for c in graph["changes"]:
+        sides = [" and ".join(f"{d['kernel']} {d['tuning']}".rstrip() for d in c[side]) or "loops" for side in ("before", "after")]
+        yield f"  {c['count']}x {c['op']} ({c['nodes']}): {sides[0]} -> {sides[1]}  {(c['ns'][1] - c['ns'][0]) / 1e6:+.3f} ms"

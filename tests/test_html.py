@@ -1,0 +1,348 @@
+"""The page of a report: structure, escaping and size without a browser, and what it does in a real one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import fails, run
+
+import lz_compiler as lz
+from lz_compiler.compare import Decision, changes, what_if
+from lz_compiler.drawing import drawing, identity
+from lz_compiler.errors import OptionError, PlanError
+from lz_compiler.plan_io import load_problem, plan_from_dict, plan_to_dict, save_problem
+from lz_compiler.planner import check, solve
+from lz_compiler.types import Candidate, Choice, Conversion, Cost, Format, Plan, Problem, Region, Rejection, Status
+
+EVIL = "</script><img src=x onerror=alert(1)><!--"
+ROWS, FUSED, BF16 = Format("strided", "float32"), Format("fused", "float32"), Format("strided", "bfloat16")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def layered(layers: int, kernel: str = "onednn.linear") -> Plan:
+    """Layers of norm (a loop), two equal products, attention in bfloat16 behind a conversion; a norm, a head."""
+    choices: list[Choice] = []
+    conversions: list[tuple[Conversion, Cost]] = []
+
+    def add(op: str, name: str, kernel: str, ns: int, after: tuple[int, ...], read: Format = ROWS, **more: Any) -> int:
+        region = Region(op, (f"{name}_in", name), (f"of_{name}",), (name,))
+        params = (("mask", more.pop("mask", None)),)
+        own, other = Candidate(kernel, region, (read,), (ROWS,), params=params, key=op), Candidate("aten.mm", region, (read,), (ROWS,))
+        rejected = () if kernel == "inductor.loop" else (Rejection("mkl.linear_packed", "weight_not_frozen", f"needs freeze=True {EVIL}"),)
+        choices.append(Choice(own, Cost(ns, "measured", 7), ((other, Cost(ns + 500, "measured")),), rejected, after=after, **more))
+        return len(choices) - 1
+
+    last = add("embedding", "embed", "inductor.loop", 100, ())
+    for i in range(layers):
+        norm = add("mul", f"norm_{i}", "inductor.loop", 40, (last,))
+        conversions.append((Conversion(f"norm_{i}", ROWS, FUSED), Cost(60 if i else 90, "roofline")))
+        q, k = (add("linear", f"{name}_{i}", kernel, 9000, (norm,), flops=10**6, nbytes=4000) for name in "qk")
+        conversions.append((Conversion(f"of_attend_{i}", ROWS, BF16), Cost(300, "roofline")))
+        last = add("attention", f"attend_{i}", "aten.sdpa", 5000, (q, k), BF16, mask="causal", flops=10**5, nbytes=8000)
+    last = add("mul", "norm_out", "inductor.loop", 40, (last,))
+    add("linear", "head", "onednn.linear", 20000, (last,), flops=10**6, nbytes=10**5)
+    total = sum(c.cost.ns for c in choices) + sum(c.ns for _, c in conversions)
+    return Plan(
+        fingerprint="f", kind="inference", environment={"device": "cpu"}, choices=tuple(choices), conversions=tuple(conversions),
+        objective=total, bound=total, status=Status.OPTIMAL, solver="cp_sat", epsilon=0.0, plan_s=0.1,
+        peaks={"bandwidth": 1e10, "float32": 2e11, "bfloat16": 4e11},
+    )  # fmt: skip
+
+
+def embedded(page: str) -> dict[str, Any]:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+# --- what is drawn --------------------------------------------------------------------------------------------------------
+
+
+def test_repeated_layers_are_one_block() -> None:
+    rows = lz.explain(layered(32)).data["rows"]
+    assert [r.get("repeat", r.get("kind")) for r in rows] == ["loop", 32, "region"]
+    block = rows[1]
+    products = block["rows"][0]
+    assert products["repeat"] == 2  # q and k
+    assert products["rows"][0]["names"][:4] == ["q_0", "k_0", "q_1", "k_1"]
+    assert products["rows"][0]["total_ns"] == 64 * 9000
+    kinds = [r.get("kind") for r in block["rows"]]
+    assert sorted(k for k in kinds if k) == ["conversion", "loop", "region"]
+    conversion, attention = kinds.index("conversion"), kinds.index("region")
+    assert conversion + 1 == attention  # where it happens
+    assert block["rows"][conversion]["src"] == "strided:float32"
+    assert block["rows"][conversion]["dst"] == "strided:bfloat16"
+
+
+def test_rows_account_for_the_whole_plan() -> None:
+    for layers in (1, 2, 5):
+        plan = layered(layers)
+
+        def total(rows: list[dict[str, Any]]) -> int:
+            return sum(total(r["rows"]) if "repeat" in r else r["total_ns"] for r in rows)
+
+        assert total(lz.explain(plan).data["rows"]) == plan.predicted
+
+
+def test_lines_between_rows() -> None:
+    """Every row reads what its choices read; the first row of a block also what the repetition before it wrote."""
+    plan = layered(3)
+    rows: dict[str, dict[str, Any]] = {}
+
+    def walk(items: list[dict[str, Any]]) -> None:
+        for r in items:
+            if "repeat" in r:
+                walk(r["rows"])
+            else:
+                rows[r["names"][0]] = r
+
+    walk(drawing(plan, {identity(c): i for i, c in enumerate(plan.choices)}))
+    products, attention, head = rows["q_0"]["id"], rows["attend_0"], rows["head"]
+    assert attention["from"] == [products]
+    norm = rows["norm_1_in … norm_1" if "norm_1_in … norm_1" in rows else "norm_1_in"]
+    assert norm["from"] == [attention["id"]]
+    assert head["from"] == [norm["id"]]
+    assert norm["id"] in rows["q_0"]["from"]  # of the layer before
+    assert norm["id"] > products
+
+
+def test_a_layer_that_differs_is_not_folded() -> None:
+    plan = layered(4)
+    at = next(i for i, c in enumerate(plan.choices) if c.candidate.region.outputs == ("attend_2",))
+    odd = replace(plan.choices[at], candidate=replace(plan.choices[at].candidate, kernel="aten.sdpa_math"))
+    rows = lz.explain(replace(plan, choices=(*plan.choices[:at], odd, *plan.choices[at + 1 :]))).data["rows"]
+    assert max(r.get("repeat", 1) for r in rows) == 2
+    assert "aten.sdpa_math" in str(lz.explain(replace(plan, choices=(odd,))))
+
+
+def test_floor_and_candidates() -> None:
+    regions = {r["op"]: r for r in lz.explain(layered(1)).data["regions"] if r["nodes"] != ["head_in", "head"]}
+    assert regions["linear"]["floor_ns"] == 5000  # 1e6 flop at 2e11 flop/s; 4000 bytes take 400 ns
+    assert regions["attention"]["floor_ns"] == 800  # 8000 bytes at 1e10 bytes/s
+    (other,) = regions["linear"]["candidates"]
+    assert (other["kernel"], other["cost_ns"], other["same_region"]) == ("aten.mm", 9500, True)
+    old = plan_to_dict(layered(1))
+    old = json.loads(json.dumps(old))
+    for choice in old["choices"]:
+        del choice["flops"], choice["nbytes"], choice["after"]
+    del old["peaks"]
+    older = lz.explain(plan_from_dict(old))
+    assert {r["floor_ns"] for r in older.data["regions"]} == {None}
+    assert "<main" in older.html()
+
+
+def test_plan_with_work_survives_json() -> None:
+    plan = layered(2)
+    assert plan_from_dict(json.loads(json.dumps(plan_to_dict(plan)))) == plan
+
+
+# --- the page -------------------------------------------------------------------------------------------------------------
+
+
+def test_page_is_one_file_and_small(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    for layers in (32, 128):
+        lz.explain(layered(layers)).to_html(path)
+        page = path.read_text(encoding="utf-8")
+        assert len(page.encode()) < 200_000
+        assert embedded(page)["data"]["rows"] == json.loads(lz.explain(layered(layers)).to_json())["rows"]
+        assert not re.search(r'(src|href)="(?!data:)', page)
+        outside = set(re.findall(r"https?://[^\s\"'`]+", page))
+        assert outside == {"http://www.w3.org/2000/svg"}  # a name, not an address
+        assert "innerHTML" not in page
+        assert "document.write" not in page
+    with pytest.raises(PlanError, match="cannot write the page"):
+        lz.explain(layered(1)).to_html(tmp_path / "nowhere" / "page.html")
+
+
+def test_names_are_no_markup() -> None:
+    page = lz.explain(replace(layered(2), notes=(EVIL,), solver=EVIL)).html()
+    assert page.count("</script>") == 2
+    assert "<img" not in page
+    assert page.count("<!--") == 0
+    assert embedded(page)["data"]["notes"] == [EVIL]
+
+
+def test_displays_itself_in_a_notebook() -> None:
+    frame = lz.explain(layered(1))._repr_html_()
+    assert frame.startswith("<iframe sandbox=")
+    assert "<script" not in frame  # escaped, in srcdoc
+    assert frame.count('"') == 6
+
+
+@pytest.mark.skipif(shutil.which("node") is None and CHROMIUM is None, reason="neither node nor Chromium: the page's script is not run")
+def test_script_runs(tmp_path: Path) -> None:
+    page = lz.explain(replace(layered(32), notes=(EVIL,))).html()
+    if shutil.which("node"):
+        (tmp_path / "page.js").write_text(page.split("<script>")[1].split("</script>")[0])
+        done = subprocess.run(["node", "--check", str(tmp_path / "page.js")], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    if CHROMIUM is None:
+        return
+    probe = """<script>
+const event = key => new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true });
+const press = (key, at) => (at || document.activeElement).dispatchEvent(event(key));
+const count = what => document.querySelectorAll(what).length, picked = () => document.querySelector("[aria-selected=true]").innerText;
+const seen = { rows: count(".row:not(.head)"), images: document.images.length, edges: count("#edges path"), dots: count(".dot") };
+press("/", document.body); seen.search = document.activeElement.id;
+$("search").value = "attend_7 sdpa"; $("search").dispatchEvent(new Event("input"));
+seen.hits = count(".row:not(.head):not(.hidden)"); press("Enter"); seen.hit = picked(); seen.details = $("details").innerText;
+press("Escape", $("search")); press("Home"); seen.home = picked(); press("ArrowDown"); seen.down = picked();
+seen.focus = document.activeElement.id; press("Enter"); seen.entered = document.activeElement.id;
+press("Escape"); seen.back = document.activeElement.id;
+document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(seen) + "NEES"));
+</script>"""
+    (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    command = [
+        CHROMIUM,
+        *flags.split(),
+        "--disable-sync",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    done = subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, check=False, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    text = done.stdout.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    found = re.search("SEEN(.*)NEES", text, re.DOTALL)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    seen = json.loads(found[1])
+    assert seen["rows"] <= 8  # 32 layers are folded
+    assert seen["search"] == "search"
+    assert seen["hits"] == 1
+    assert "aten.sdpa" in seen["hit"]
+    for words in ("causal", "Runner-up aten.mm", "weight_not_frozen", "needs freeze=True", "8: attend_7"):
+        assert words in seen["details"]
+    assert seen["home"] != seen["down"]
+    assert (seen["focus"], seen["entered"]) == (seen["back"], "details")
+    assert seen["images"] == 0
+    assert seen["edges"] > 4
+    assert seen["dots"] == 3
+
+
+# --- two plans, and what if -----------------------------------------------------------------------------------------------
+
+
+def test_changes_are_grouped_by_what_they_are() -> None:
+    old = [Decision((f"mm_{i}",), "linear", "aten.mm", "", 10, "measured") for i in range(4)]
+    new = [Decision(("mm_0", "gelu_0"), "linear + gelu", "onednn.linear", "", 7, "measured"), *old[1:3], replace_kernel(old[3])]
+    found = changes(old, new)
+    assert [(c["count"], c["nodes"], [d["kernel"] for d in c["after"]], c["ns"]) for c in found] == [
+        (1, "mm_0", ["onednn.linear"], [10, 7]), (1, "mm_3", ["mkl.linear"], [10, 10]),
+    ]  # fmt: skip
+    assert changes(old, [d._replace(ns=20) for d in old]) == []
+    assert changes(old, [])[0]["count"] == 4
+
+
+def replace_kernel(decision: Decision) -> Decision:
+    return decision._replace(kernel="mkl.linear")
+
+
+def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, kernel in zip(files, ("onednn.linear", "aten.mm"), strict=True):
+        file.write_text(lz.explain(layered(3, kernel)).to_json())
+    shown = run("diff", *map(str, files), "--html", str(tmp_path / "d.html"))
+    assert shown.exit_code == 0, shown.output
+    assert "6x linear (q_0): onednn.linear -> aten.mm" in shown.stdout
+    data = json.loads(run("diff", *map(str, files), "--json").stdout)["diff"]["graphs"][0]
+    assert [c["count"] for c in data["changes"]] == [6]
+    assert embedded((tmp_path / "d.html").read_text())["data"]["diff"]["graphs"][0] == data
+    same = run("diff", str(files[0]), str(files[0]))
+    assert "0 decisions differ" in same.stdout
+    (tmp_path / "c.json").write_text('{"rows": 3}')
+    assert "neither a plan" in fails(capsys, monkeypatch, "diff", str(files[0]), str(tmp_path / "c.json"))
+    assert "cannot read" in fails(capsys, monkeypatch, "diff", str(files[0]), str(tmp_path / "none.json"))
+
+
+def chain() -> Problem:
+    """Two tied products and a sink; the cheap kernel writes bfloat16, which must be converted back."""
+    candidates, costs, conversions = [], [], []
+    for i in (1, 2):
+        region = Region("linear", (f"mm_{i}",), (f"t{i - 1}",), (f"t{i}",))
+        candidates += [
+            Candidate("cublas.merged", region, (ROWS,), (BF16,), 1e-3, params=(("variant", (("block", 64),)),)),
+            Candidate("aten.mm", region, (ROWS,), (ROWS,)),
+        ]
+        costs += [Cost(10, "measured", 2), Cost(50, "measured")]
+        conversions.append(Conversion(f"t{i}", BF16, ROWS))
+    return Problem(
+        tuple(candidates), tuple(costs), tuple(conversions), (Cost(5, "roofline"),) * 2, frozenset({("t0", ROWS)}), (("t2", ROWS),),
+        error_budget=0.1, memory_limit=100, candidate_class=(0, 1, 0, 1), tensor_class={"t1": 0, "t2": 0},
+    )  # fmt: skip
+
+
+def test_problem_round_trip(tmp_path: Path) -> None:
+    path, problem = tmp_path / "p.problem.json", chain()
+    save_problem(problem, path)
+    assert load_problem(path) == problem
+    solution = solve(load_problem(path))
+    assert (solution.objective, check(problem, solution)) == (30, [])
+    good = json.loads(path.read_text())
+    for change in (
+        {"layerzero_problem": 9},
+        {"costs": []},
+        {"candidates": 3},
+        {"sinks": [["t"]]},
+        {"candidate_class": [1]},
+        {"conversions": None},
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(PlanError, match=r"schema 9|damaged"):
+            load_problem(path)
+    path.write_text(json.dumps(good | {"costs": [{**c, "ns": -1} for c in good["costs"]]}))
+    with pytest.raises(PlanError, match="-1 ns"):
+        load_problem(path)
+    with pytest.raises(PlanError, match="cannot read"):
+        load_problem(tmp_path / "none.problem.json")
+    with pytest.raises(PlanError, match="cannot write"):
+        save_problem(problem, tmp_path / "nowhere" / "p.json")
+
+
+def test_what_if(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for rule in ("deny=cublas", "deny=cublas.merged", "lock=aten.mm"):
+        graph = what_if(chain(), [rule]).data["diff"]["graphs"][0]
+        assert graph["objective_ns"] == [30, 100]
+        assert [(c["count"], c["before"][0]["kernel"], c["after"][0]["kernel"]) for c in graph["changes"]] == [
+            (2, "cublas.merged", "aten.mm")
+        ]
+    assert what_if(chain(), ["deny=aten.mm"]).data["diff"]["graphs"][0]["changes"] == []
+    with pytest.raises(OptionError, match="leaves no plan"):
+        what_if(chain(), ["deny=aten", "deny=cublas"])
+    file = str(tmp_path / "p.problem.json")
+    save_problem(chain(), file)
+    shown = run("explain", file, "--what-if", "deny=cublas", "--html", str(tmp_path / "w.html"))
+    assert shown.exit_code == 0, shown.output
+    assert "2x linear (mm_1): cublas.merged block=64 -> aten.mm" in shown.stdout
+    assert (tmp_path / "w.html").stat().st_size < 100_000
+    for rules, told in (
+        ([], "needs --what-if"),
+        (["--what-if", "avoid=cublas"], "is neither deny"),
+        (["--what-if", "deny=cublass"], "'cublas'"),
+    ):
+        assert told in fails(capsys, monkeypatch, "explain", file, *rules)
+
+
+def test_solve_writes_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lz_html_models.py").write_text("import torch\ndef m(): return torch.nn.Linear(8, 8).eval(), (torch.ones(4, 8),), {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["solve", "lz_html_models:m", "plan.json", "--problems", "new/folder", "-o", "cost_model=roofline", "-o", "race=false"]
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    (file,) = (tmp_path / "new" / "folder").glob("*.lossless.problem.json")
+    problem, plan = load_problem(file), lz.load_plan("plan.json")
+    assert solve(problem).objective == plan.cells[0].plans[0].objective
+    shown = run("explain", "plan.json", "--html", "page.html")
+    assert shown.exit_code == 0, shown.output
+    (choice,) = embedded((tmp_path / "page.html").read_text())["data"]["cells"][0]["plans"][0]["regions"]
+    assert choice["floor_ns"] <= choice["cost_ns"]
+    assert choice["flops"] == 2 * 4 * 8 * 8
