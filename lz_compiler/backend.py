@@ -30,7 +30,7 @@ from .passes.drop_masks import drop_masks_pass
 from .passes.keep_attention import keep_attention_pass
 from .passes.output_strides import output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
-from .plan_io import plan_from_dict, plan_to_dict
+from .plan_io import plan_from_dict, plan_to_dict, verdict_or_none
 from .planning import make_plan
 from .problem import narrower
 from .target import detect, environment
@@ -159,7 +159,7 @@ class Session:
 
     def _stored_verdict(self) -> Mapping[str, Any] | None:
         """The verdict of an earlier process, unless what it would run has failed since."""
-        verdict = None if self.options.problems else self.store.get_record("verdict", self.key)
+        verdict = None if self.options.problems else verdict_or_none(self.store.get_record("verdict", self.key))
         if verdict is None or verdict["winner"] not in (PLANNED, LOSSLESS):
             return verdict
         failed = Quarantine(self.store, self.device).of_plans(map(plan_from_dict, verdict["plans"]))

@@ -308,12 +308,19 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
     """What is stored, by kind."""
     held = _store(cache_dir).ls()
     if as_json:
-        found = {"path": str(held.path) if held.path else None, "bytes": held.bytes, "counts": dict(held.counts)}
+        found = {
+            "path": str(held.path) if held.path else None,
+            "bytes": held.bytes,
+            "counts": dict(held.counts),
+            "machines": dict(held.machines),
+        }
         out.print(json.dumps(found), markup=False)
         return
     out.print(f"{held.path or 'in memory only'}, {held.bytes} bytes", markup=False)
     for kind, count in sorted(held.counts.items()):
         out.print(f"  {kind}: {count}")
+    if len(held.machines) > 1:
+        out.print(f"  from {', '.join(f'{name} ({n})' for name, n in sorted(held.machines.items()))}", markup=False)
     for value in _store(cache_dir).get_records("quarantine").values():
         out.print(f"    {value.get('kernel')} for {value.get('op')} in {value.get('dtype')}: {value.get('error')}", markup=False)
 
@@ -327,14 +334,23 @@ def cache_clear(kind: Annotated[str | None, typer.Argument(help="timing, verdict
 
 @cache_app.command("export")
 def cache_export(file: str, cache_dir: CacheDir = None) -> None:
-    """Write timings and device peaks to FILE.jsonl, to plan for this machine on another one."""
+    """Write timings, device peaks and canary results, with this machine's name, to FILE.jsonl, to be merged elsewhere."""
     out.print(f"{_store(cache_dir).export(file)} written")
 
 
 @cache_app.command("merge")
 def cache_merge(file: str, cache_dir: CacheDir = None) -> None:
-    """Add what an exported FILE.jsonl, or another machine's store, knows and this store does not."""
-    out.print(f"{_store(cache_dir).merge(file)} added")
+    """Add what an exported FILE.jsonl, or another machine's store, knows: timings, peaks, what the canary found.
+
+    Where both know something else of one environment, what was found on this machine stays; else the more careful of the two.
+    """
+    merged = _store(cache_dir).merge(file)
+    by = ", ".join(f"{n} from {name}" for name, n in sorted(merged.machines.items()))
+    out.print(f"{merged.added} added{f' ({by})' if by else ''}, {len(merged.conflicts)} differ under the same environment", markup=False)
+    if merged.damaged:
+        out.print(f"  {merged.damaged} damaged rows left out")
+    for conflict in merged.conflicts[:20]:
+        out.print(f"  {conflict}", markup=False)
 
 
 def _store(cache_dir: str | None) -> TimingStore:

@@ -154,9 +154,17 @@ def read(path: Path, backend: str) -> Descriptor:
     """The descriptor in a file, checked. CapabilityError if it is not one of this schema version, or not of this backend."""
     reader = _Reader(path)
     try:
-        data = path.read_bytes()
+        return _read(reader, path, backend)
+    except RecursionError as error:  # nested so deeply that not even a message can show it
+        raise reader.fail("file", "is nested too deeply") from error
+
+
+def _read(reader: _Reader, path: Path, backend: str) -> Descriptor:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise reader.fail("file", f"{len(data)} bytes are too many")
+            raise reader.fail("file", f"more than {MAX_BYTES} bytes are too many")
         top = json.loads(data, parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CapabilityError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_SHOWN = 200  # characters of a wrong name
+
 
 class LayerZeroError(Exception):
     """Base of every error that LayerZero raises on purpose."""
@@ -49,6 +51,7 @@ class SolverError(LayerZeroError, RuntimeError):
 def unknown(what: str, given: object, allowed: Iterable[str]) -> str:
     """A message for a wrong name, with the nearest right one."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(str(given), names, n=1)
+    text = str(given) if len(str(given)) <= MAX_SHOWN else f"{str(given)[:MAX_SHOWN]}..."
+    near = difflib.get_close_matches(text, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {given!r}.{hint} Allowed: {', '.join(names)}."
+    return f"unknown {what} {text!r}.{hint} Allowed: {', '.join(names)}."

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
+import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from .errors import PlanError, unknown
 from .export import Argument, Dynamic, Program, Ranges
 from .model_fingerprint import fingerprint as fingerprint_folder
 from .options import Options
-from .plan_io import plan_from_dict, plan_to_dict
+from .plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited
 from .problem import CALL, LOOP, VIEW
 from .target import environment
 from .timings import TimingStore, open_store
@@ -85,16 +87,17 @@ class ModelPlan:
 def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
     """Read what `ModelPlan.save` wrote. PlanError for a file that is not one, is damaged, or is of another schema."""
     try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(read_limited(Path(path)))
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}. Make one: lz.solve(...).save(path).") from error
     version = data.get("layerzero_model_plan") if isinstance(data, dict) else None
     if version != VERSION:
-        raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r}; this LayerZero reads {VERSION}. Solve again.")
+        raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r:.80}; this LayerZero reads {VERSION}. Solve again.")
     try:
         return _model_plan(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanError(f"the plan {os.fspath(path)!r} is damaged ({type(error).__name__}: {error}). Solve again.") from error
+    except DAMAGE as error:
+        what = f"{type(error).__name__}: {error}"[:1000]
+        raise PlanError(f"the plan {os.fspath(path)!r} is damaged ({what}). Solve again.") from error
 
 
 def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
@@ -117,14 +120,17 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
     known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
     for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
         raise PlanError(unknown("kernel", kernel, known))
-    if [c.ranges for c in plan.cells] != export.cells(plan.buckets):
-        raise PlanError(f"the plan's cells are not those of its buckets {dict(plan.buckets)}")
+    # Counted first: a few lines of buckets can stand for billions of cells.
+    most = math.prod(1 + len(ends) for ends in plan.buckets.values())
+    least = math.prod(len(ends) for ends in plan.buckets.values())
+    if not least <= len(plan.cells) <= most or [c.ranges for c in plan.cells] != export.cells(plan.buckets):
+        raise PlanError(f"the plan's cells are not those of its buckets {reprlib.repr(dict(plan.buckets))}")
     return plan
 
 
 def _argument(data: Mapping[str, Any]) -> Argument:
     dtype, device = data["dtype"], data["device"]
-    if not isinstance(getattr(torch, dtype), torch.dtype) or device not in ("cpu", "cuda"):
+    if not isinstance(vars(torch).get(dtype), torch.dtype) or device not in ("cpu", "cuda"):
         raise PlanError(f"no tensor is {dtype!r} on {device!r}")
     return Argument(dtype, device, tuple(map(int, data["shape"])), tuple(map(int, data["order"])))
 

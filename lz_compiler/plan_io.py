@@ -19,8 +19,46 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     return {"schema_version": VERSION, **dataclasses.asdict(plan)}
 
 
+MAX_BYTES = 1 << 26  # of a file
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)  # what reading nonsense may raise
+
+
+def read_limited(path: Path) -> bytes:
+    """A plain file's bytes. OSError if it is none, or is larger than any plan."""
+    if not path.is_file():
+        raise OSError("no such file")
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise OSError(f"more than {MAX_BYTES} bytes")
+    return text
+
+
+def _is(value: Any, *kinds: type) -> Any:
+    """A value of one of these types: True is no number, and torch's version is a text. TypeError otherwise."""
+    if type(value) not in kinds and not (str in kinds and isinstance(value, str)):
+        raise TypeError(f"{value!r:.80} is not {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    return tuple(_is(value, str) for value in _is(values, list, tuple))
+
+
 def _format(d: Mapping[str, Any]) -> Format:
-    return Format(d["layout"], d["dtype"])
+    return Format(_is(d["layout"], str), _is(d["dtype"], str))
+
+
+def _cost(d: Mapping[str, Any]) -> Cost:
+    cost = Cost(**d)
+    _is(cost.ns, int), _is(cost.source, str), _is(cost.spread, int), _is(cost.factor, float, int)
+    if cost.ns < 0 or not 0 < cost.factor < float("inf"):
+        raise ValueError(f"a price of {cost.ns} ns with factor {cost.factor}")
+    return cost
+
+
+def _rejection(d: Mapping[str, Any]) -> Rejection:
+    return Rejection(*(_is(d[name], str) for name in ("kernel", "code", "detail")))
 
 
 def _tuples(value: Any) -> Any:
@@ -28,21 +66,21 @@ def _tuples(value: Any) -> Any:
 
 
 def _candidate(d: Mapping[str, Any]) -> Candidate:
-    region = Region(d["region"]["op"], *(tuple(d["region"][k]) for k in ("nodes", "inputs", "outputs")))
+    region = Region(_is(d["region"]["op"], str), *(_names(d["region"][k]) for k in ("nodes", "inputs", "outputs")))
     return Candidate(
-        kernel=d["kernel"], region=region, in_formats=tuple(map(_format, d["in_formats"])),
-        out_formats=tuple(map(_format, d["out_formats"])), epsilon=d["epsilon"], workspace=d["workspace"],
-        params=tuple((k, _tuples(v)) for k, v in d["params"]), key=d["key"],
+        kernel=_is(d["kernel"], str), region=region, in_formats=tuple(map(_format, d["in_formats"])),
+        out_formats=tuple(map(_format, d["out_formats"])), epsilon=_is(d["epsilon"], float, int),
+        workspace=_is(d["workspace"], int), params=tuple((_is(k, str), _tuples(v)) for k, v in d["params"]), key=_is(d["key"], str),
     )  # fmt: skip
 
 
 def _choice(d: Mapping[str, Any]) -> Choice:
     return Choice(
         _candidate(d["candidate"]),
-        Cost(**d["cost"]),
-        tuple((_candidate(c), Cost(**k)) for c, k in d["alternatives"]),
-        tuple(Rejection(**r) for r in d["rejections"]),
-        d.get("flops", 0), d.get("nbytes", 0), tuple(d.get("after", ())),
+        _cost(d["cost"]),
+        tuple((_candidate(c), _cost(k)) for c, k in d["alternatives"]),
+        tuple(map(_rejection, d["rejections"])),
+        _is(d.get("flops", 0), int, float), _is(d.get("nbytes", 0), int, float), tuple(_is(i, int) for i in d.get("after", ())),
     )  # fmt: skip
 
 
@@ -51,12 +89,30 @@ def plan_from_dict(d: Mapping[str, Any]) -> Plan:
         raise PlanError(f"a plan of schema version {d.get('schema_version')!r}; this LayerZero reads {VERSION}. Plan again.")
     later = ("barred", "peaks")  # older plans have none
     fields = {f.name: d[f.name] for f in dataclasses.fields(Plan) if f.name in d or f.name not in later}
-    conversions = tuple((Conversion(c["tensor"], _format(c["src"]), _format(c["dst"])), Cost(**k)) for c, k in d["conversions"])
+    conversions = tuple((Conversion(_is(c["tensor"], str), _format(c["src"]), _format(c["dst"])), _cost(k)) for c, k in d["conversions"])
     fields |= {
         "choices": tuple(map(_choice, d["choices"])), "conversions": conversions, "status": Status(d["status"]),
-        "notes": tuple(d["notes"]), "barred": tuple(d.get("barred", ())),
+        "notes": _names(d["notes"]), "barred": _names(d.get("barred", ())),
+        "environment": {_is(k, str): _is(v, str) for k, v in d["environment"].items()},
+        "peaks": {_is(k, str): _is(v, int, float) for k, v in d.get("peaks", {}).items()},
+        **{name: _is(d[name], str) for name in ("fingerprint", "kind", "solver")},
+        **{name: _is(d[name], int, float) for name in ("objective", "bound", "epsilon", "plan_s")},
     }  # fmt: skip
     return Plan(**fields)
+
+
+def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A stored verdict if it can be followed; None for one that is damaged, or of another version."""
+    try:
+        if value is not None:
+            _is(value["winner"], str)
+            dict(_is(value["times"], dict)), [plan_from_dict(p) for p in value["plans"]]
+            _is(value.get("error"), float, int, type(None)), _is(value.get("written"), list, type(None))
+            for names in value.get("calls", {}).values():
+                _names(names)
+    except DAMAGE:
+        return None
+    return value
 
 
 PROBLEM_VERSION = 1
@@ -88,16 +144,17 @@ def _plain(value: Any) -> Any:
 def load_problem(path: str | os.PathLike[str]) -> Problem:
     """Read what `save_problem` wrote. PlanError for a file that is not one, is damaged, or is of another schema."""
     try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(read_limited(Path(path)))
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"cannot read the problem {os.fspath(path)!r}: {error}. `lz solve --problems FOLDER` writes some.") from error
     version = data.get("layerzero_problem") if isinstance(data, dict) else None
     if version != PROBLEM_VERSION:
-        raise PlanError(f"{os.fspath(path)!r} is a problem of schema {version!r}; this LayerZero reads {PROBLEM_VERSION}.")
+        raise PlanError(f"{os.fspath(path)!r} is a problem of schema {version!r:.80}; this LayerZero reads {PROBLEM_VERSION}.")
     try:
         return _problem(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanError(f"the problem {os.fspath(path)!r} is damaged ({type(error).__name__}: {error}).") from error
+    except DAMAGE as error:
+        what = f"{type(error).__name__}: {error}"[:1000]
+        raise PlanError(f"the problem {os.fspath(path)!r} is damaged ({what}).") from error
 
 
 def _problem(d: Mapping[str, Any]) -> Problem:
@@ -116,10 +173,3 @@ def _problem(d: Mapping[str, Any]) -> Problem:
         if (len(c.in_formats), len(c.out_formats)) != (len(c.region.inputs), len(c.region.outputs)) or not c.region.nodes:
             raise ValueError(f"a candidate of {c.kernel} needs nodes, and one format for each input and output")
     return problem
-
-
-def _cost(d: Mapping[str, Any]) -> Cost:
-    cost = Cost(int(d["ns"]), str(d["source"]), int(d["spread"]), float(d["factor"]))
-    if cost.ns < 0 or not 0 < cost.factor < float("inf"):
-        raise ValueError(f"a price of {cost.ns} ns with factor {cost.factor}")
-    return cost

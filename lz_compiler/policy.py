@@ -154,7 +154,12 @@ def load_policy(given: object, where: str) -> Policy:
         given = _parsed(Path(os.path.expanduser(given)), where)
     if not isinstance(given, Mapping):
         raise PolicyError(f"{where} is {reprlib.repr(given)}. Give a path, or a dict of {', '.join(FACTORS)} to lists of rules.")
-    rules = [_rule(action, rule, i, where) for action, listed in given.items() for i, rule in enumerate(_listed(action, listed, where))]
+    try:
+        rules = [_rule(action, rule, i, where) for action, listed in given.items() for i, rule in enumerate(_listed(action, listed, where))]
+    except PolicyError:
+        raise
+    except (ValueError, RecursionError) as error:  # what cannot even be shown: a number of thousands of digits
+        raise PolicyError(f"{where} cannot be read as a policy: {error}.") from None
     names = [rule.name for rule in rules]
     if len(rules) > MAX_RULES or len(set(names)) < len(names):
         twice = next((n for n in names if names.count(n) > 1), None) if len(rules) <= MAX_RULES else None
@@ -193,6 +198,8 @@ def _mappings(root: Any) -> Iterator[list[str]]:
             continue
         seen.add(id(node))
         pairs = [item for item in node.value if isinstance(item, tuple)]
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in pairs):
+            raise ValueError("merge keys (<<) are not read: a few lines of them stand for gigabytes")
         yield [str(key.value)[:MAX_TEXT] for key, _ in pairs]
         pending += [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
 
@@ -250,7 +257,8 @@ def _texts(given: object, where: str) -> tuple[str, ...]:
 
 def _numbers(given: object, where: str) -> tuple[str, ...]:
     """Comparisons in their normal form: `>= 128, < 4096` and 64 are ('>=128', '<4096') and ('==64',)."""
-    texts = given.split(",") if isinstance(given, str) and len(given) <= MAX_TEXT else [str(given)] if type(given) is int else []
+    texts = given.split(",") if isinstance(given, str) and len(given) <= MAX_TEXT else []
+    texts = [str(given)] if type(given) is int and 0 <= given < 10**18 else texts
     found = [_COMPARISON.fullmatch(text) for text in texts]
     if not found or None in found:
         raise PolicyError(f"{where} is {reprlib.repr(given)}. Give a whole number, or comparisons such as '>= 128, < 4096'.")

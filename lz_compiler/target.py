@@ -79,27 +79,38 @@ def detect(device: str, store: TimingStore, graphs: bool = False) -> Target:
     env = environment(device)
     key = "|".join(f"{k}={v}" for k, v in sorted(env.items()))
     peaks = store.get_record("peaks", key)
-    if peaks is None:
+    if peaks is None or not _readable(peaks):
         peaks = measure_peaks(device)
         store.put_record("peaks", key, peaks)
     return _target(env, peaks, graphs)
 
 
 def stored_target(store: TimingStore, name: str, graphs: bool = False) -> Target:
-    """The target of a device that need not be here, from its stored peaks: the newest of that name (`NVIDIA H200`).
+    """The target of a device that need not be here, from its stored peaks: of that name (`NVIDIA H200`), this torch's or else the newest.
 
     OptionError if the store has none.
     """
     known: dict[str, tuple[dict[str, str], str]] = {}
-    for entry in sorted((e for e in store.ls().entries if e.kind == "peaks"), key=lambda e: (e.created or 0.0, e.key)):
-        env = dict(part.split("=", 1) for part in entry.key.split("|"))
-        known[env["name"]] = env, entry.key
+    own = f"|torch={torch.__version__}"  # rather than a newer row of another torch
+    for entry in sorted((e for e in store.ls().entries if e.kind == "peaks"), key=lambda e: (own in e.key, e.created or 0.0, e.key)):
+        env = dict(part.split("=", 1) for part in entry.key.split("|") if "=" in part)
+        if {"name", "device"} <= set(env) and _readable(store.get_record("peaks", entry.key) or {}):
+            known[env["name"]] = env, entry.key
     if name not in known:
         raise OptionError(unknown("target", name, known))
     env, key = known[name]
     peaks = store.get_record("peaks", key)
     assert peaks is not None
     return _target(env, peaks, graphs)
+
+
+def _readable(peaks: Mapping[str, Any]) -> bool:
+    """Whether a stored record has what a target is made of, as positive numbers."""
+    flops = peaks.get("flops")
+    if not isinstance(flops, dict) or not {"float32", "bfloat16", "float16", "transcendental"} <= set(flops):
+        return False
+    numbers = [*flops.values(), peaks.get("bandwidth"), peaks.get("launch_ns")]
+    return all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers)
 
 
 def is_here(target: Target) -> bool:

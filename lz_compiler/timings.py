@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import sqlite3
 import sys
@@ -18,60 +17,45 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import LayerZeroError
+from . import cache_folder, facts
+from .facts import MAX_VALUE, TIMING, Facts, Merged
+from .facts import StoreError as StoreError
+from .facts import Timing as Timing
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "timings.sqlite"
 BUSY_S = 30.0
-TIMING = "timing"  # the kind under which `ls` and `clear` know the timings
 TEXT_SUFFIX = ".jsonl"  # of an exported file; any other is read as a store
+CHECKED = 1 << 24  # bytes of a store up to which opening it looks at all of its structure: some milliseconds
 _CHUNK = 500  # variables in one statement: SQLite's limit was 999 for a long time
 
-# `epsilon` may be NULL because that is what SQLite makes of a NaN.
+# `created` and `machine`: when and where a fact was found. `crc` is over all other columns.
 _TABLES = (
     """CREATE TABLE IF NOT EXISTS timings (
         key TEXT PRIMARY KEY NOT NULL, kernel TEXT NOT NULL, ns INTEGER, spread INTEGER NOT NULL, samples INTEGER NOT NULL,
-        error TEXT, epsilon REAL, detail TEXT NOT NULL, created REAL NOT NULL
+        error TEXT, epsilon REAL, detail TEXT NOT NULL, created REAL NOT NULL, machine TEXT NOT NULL, crc INTEGER NOT NULL
     ) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS records (
-        kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, created REAL NOT NULL, PRIMARY KEY (kind, key)
+        kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, created REAL NOT NULL, machine TEXT NOT NULL, crc INTEGER NOT NULL,
+        PRIMARY KEY (kind, key)
     ) WITHOUT ROWID""",
 )
-_TIMING_COLUMNS = "key, kernel, ns, spread, samples, error, epsilon, detail"
-_TYPES = (str, str, int | None, int, int, str | None, float | None, str)
-_ALL_TIMINGS = f"SELECT {_TIMING_COLUMNS} FROM timings"
-_PUT_TIMING = f"INTO timings ({_TIMING_COLUMNS}, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_SCHEMA = {" ".join(table.replace(" IF NOT EXISTS", "").split()) for table in _TABLES}
+_TIMING_COLUMNS = "key, kernel, ns, spread, samples, error, epsilon, detail, created, machine, crc"
+_ALL_TIMINGS = f"SELECT {_TIMING_COLUMNS} FROM timings WHERE length(kernel) + length(detail) + coalesce(length(error), 0) < {MAX_VALUE}"
+_PUT_TIMING = f"INSERT OR REPLACE INTO timings ({_TIMING_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 # As a blob: the JSON parser then finds what is not UTF-8.
-_ALL_RECORDS = "SELECT kind, key, CAST(value AS BLOB) FROM records"
-_PUT_RECORD = "INTO records (kind, key, value, created) VALUES (?, ?, ?, ?)"
+_ALL_RECORDS = f"SELECT kind, key, CAST(value AS BLOB), created, machine, crc FROM records WHERE length(value) < {MAX_VALUE}"
+_PUT_RECORD = "INSERT OR REPLACE INTO records (kind, key, value, created, machine, crc) VALUES (?, ?, ?, ?, ?, ?)"
 
 # SQLITE_ERROR is "no such table" and the like: a file that has our version and not our tables.
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)
 
 T = TypeVar("T")
-_Records = dict[tuple[str, str], bytes]
-
-
-class StoreError(LayerZeroError, ValueError):
-    """Another store, which the user asked for, cannot be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """One measurement. `key` says everything it depends on; a failure has no `ns` and an `error`."""
-
-    key: str
-    kernel: str
-    ns: int | None
-    spread: int
-    samples: int
-    error: str | None
-    epsilon: float
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +70,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a store holds. `path` is None in memory, `bytes` the size of the file."""
+    """What a store holds. `path` is None in memory, `bytes` the size of the file, `machines` how many facts come from each."""
 
     path: Path | None
     bytes: int
     counts: Mapping[str, int]
     entries: tuple[Entry, ...]
+    machines: Mapping[str, int]
 
 
 class TimingStore:
@@ -105,8 +90,8 @@ class TimingStore:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
-        self._timings: dict[str, Timing] = {}  # what was read or put; everything there is, once in memory
-        self._records: _Records = {}
+        self._facts = Facts()  # what was read or put; everything there is, once in memory
+        self._told = False  # that some rows are damaged
         _stores.add(self)
 
     @staticmethod
@@ -128,85 +113,87 @@ class TimingStore:
         """The timings that are known. A fact does not change, so what was read once is not read again."""
         wanted = list(dict.fromkeys(keys))
         with self._lock:
-            missing = [key for key in wanted if key not in self._timings]
+            known = self._facts.timings
+            missing = [key for key in wanted if key not in known]
             if missing:
-                rows = self._run(lambda connection: _select(connection, missing)) or []
-                self._timings |= _timings(rows)
-            return {key: self._timings[key] for key in wanted if key in self._timings}
+                self._facts.add(self._read(lambda connection: facts.read_rows(_select(connection, missing))) or Facts())
+            return {key: known[key] for key in wanted if key in known}
 
     def put(self, timing: Timing) -> None:
         self.put_many([timing])
 
     def put_many(self, timings: Iterable[Timing]) -> None:
-        fresh = {timing.key: timing for timing in timings}
-        with self._lock:
-            self._timings |= fresh
-            if fresh:
-                self._run(lambda connection: _insert(connection, "REPLACE", fresh.values(), {}))
+        known = {timing.key: timing for timing in timings}
+        if known:
+            self._put(Facts(timings=known))
 
     def get_record(self, kind: str, key: str) -> dict[str, Any] | None:
         """A JSON object, read anew each time (another process may have put a better one). Damaged JSON is no record."""
         with self._lock:
-            where = f"{_ALL_RECORDS} WHERE kind = ? AND key = ?"
-            rows = self._run(lambda connection: connection.execute(where, (kind, key)).fetchall())
-            if rows is not None:  # not in memory
-                self._records.pop((kind, key), None)
-                self._records |= _texts(rows)
-            text = self._records.get((kind, key))
-        try:
-            value = None if text is None else json.loads(text)
-        except (ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
+            where = f"{_ALL_RECORDS} AND kind = ? AND key = ?"
+            found = self._read(lambda connection: facts.read_rows(records=connection.execute(where, (kind, key))))
+            if found is not None:  # not in memory
+                self._facts.drop((kind, key))
+                self._facts.add(found)
+            return facts.parsed(self._facts.records.get((kind, key)))
 
     def get_records(self, kind: str) -> dict[str, dict[str, Any]]:
         """All records of a kind by key, without what is damaged."""
         with self._lock:
-            rows = self._run(lambda connection: connection.execute(f"{_ALL_RECORDS} WHERE kind = ?", (kind,)).fetchall())
-            known = self._records if rows is None else _texts(rows)
-            texts = {key: text for (name, key), text in known.items() if name == kind}
-        found: dict[str, dict[str, Any]] = {}
-        for key, text in texts.items():
-            with suppress(ValueError, RecursionError):
-                value = json.loads(text)
-                found |= {key: value} if isinstance(value, dict) else {}
-        return found
+            where = f"{_ALL_RECORDS} AND kind = ?"
+            found = self._read(lambda connection: facts.read_rows(records=connection.execute(where, (kind,)))) or self._facts
+            values = {key: facts.parsed(text) for (name, key), text in found.records.items() if name == kind}
+        return {key: value for key, value in values.items() if value is not None}
 
     def put_record(self, kind: str, key: str, value: Mapping[str, object]) -> None:
-        fresh: _Records = {(kind, key): json.dumps(dict(value), sort_keys=True).encode()}
+        self._put(Facts(records={(kind, key): json.dumps(dict(value), sort_keys=True).encode()}))
+
+    def _put(self, fresh: Facts) -> None:
+        fresh.origins = dict.fromkeys(fresh.names(), (facts.machine(), time.time()))
         with self._lock:
-            self._records |= fresh
-            self._run(lambda connection: _insert(connection, "REPLACE", (), fresh))
+            self._facts.add(fresh)
+            self._run(lambda connection: _insert(connection, fresh))
+
+    def _read(self, query: Callable[[sqlite3.Connection], Facts]) -> Facts | None:
+        """Facts from the file, without damaged rows, of which a warning tells once. None: the store is in memory."""
+        found = self._run(query)
+        if found is not None and found.damaged and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{found.damaged} rows in the timings store {self.path} are damaged and left out. What they held is found out anew; "
+                "`lz cache clear` removes them, and `lz canary` tries the kernels again.",
+                stacklevel=4,
+            )
+        return found
 
     def ls(self) -> Listing:
         """Everything in the store, by kind and key."""
         with self._lock:
-            entries = self._run(_entries)
-            if entries is None:
-                known = self._timings.values()
-                entries = [Entry(TIMING, t.key, len(f"{t.key}{t.error or ''}{t.detail}"), None) for t in known]
-                entries += [Entry(kind, key, len(value), None) for (kind, key), value in self._records.items()]
-            entries.sort(key=lambda entry: (entry.kind, entry.key))
-            counts: dict[str, int] = {}
-            for entry in entries:
-                counts[entry.kind] = counts.get(entry.kind, 0) + 1
+            rows = self._run(_entries)
+            if rows is None:
+                known = self._facts
+                sizes = {(TIMING, t.key): len(f"{t.key}{t.error or ''}{t.detail}") for t in known.timings.values()}
+                sizes |= {name: len(text) for name, text in known.records.items()}
+                rows = [(*name, size, None, known.origins[name][0]) for name, size in sizes.items()]
+            entries = sorted((Entry(*row[:4]) for row in rows), key=lambda entry: (entry.kind, entry.key))
+            counts, machines = dict[str, int](), dict[str, int]()
+            for kind, *_, where in sorted(rows, key=lambda row: row[0]):
+                counts[kind] = counts.get(kind, 0) + 1
+                machines[where] = machines.get(where, 0) + 1
             size = sum(_size(self.path, suffix) for suffix in ("", "-wal")) if self.path else 0
-            return Listing(self.path, size, counts, tuple(entries))
+            return Listing(self.path, size, counts, tuple(entries), machines)
 
     def clear(self, kind: str | None = None) -> int:
         """Forget all facts, or those of one kind. Returns how many there were."""
         with self._lock:
             removed = self._run(lambda connection: _delete(connection, kind))
-            timings = len(self._timings) if kind in (None, TIMING) else 0
-            records = [name for name in self._records if kind in (None, name[0])]
-            if timings:
-                self._timings.clear()
-            for name in records:
-                del self._records[name]
-            return timings + len(records) if removed is None else removed
+            names = [name for name in self._facts.names() if kind in (None, name[0])]
+            for name in names:
+                self._facts.drop(name)
+            return len(names) if removed is None else removed
 
     def export(self, file: str | Path) -> int:
-        """Write the timings and the devices' peaks as JSON lines, sorted, for `merge` elsewhere. Returns how many.
+        """Write timings, the devices' peaks and what the canary found as JSON lines, sorted, for `merge` elsewhere; returns how many.
 
         Plans and verdicts stay: they belong to a machine and its user's graphs. StoreError if the file cannot be written.
         """
@@ -214,32 +201,32 @@ class TimingStore:
         if path.suffix != TEXT_SUFFIX:
             raise StoreError(f"cannot export to {path}: `merge` reads JSON lines from a name that ends in {TEXT_SUFFIX}.")
         with self._lock:
-            timings, records = self._run(_facts) or (self._timings, self._records)
-        rows = [{"kind": kind, "key": key, "value": json.loads(text)} for (kind, key), text in sorted(records.items()) if kind == "peaks"]
-        for _, timing in sorted(timings.items()):
-            known = asdict(timing)
-            rows.append(known | {"epsilon": None} if math.isnan(timing.epsilon) else known)
+            lines = facts.to_lines(self._read(_everything) or self._facts)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            partial.write_text("".join(lines))
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise StoreError(f"cannot export to {path}: {error}.") from error
-        return len(rows)
+        return len(lines)
 
-    def merge(self, other: str | Path) -> int:
-        """Add the facts of another store, or of an exported file, that are not known here. Returns how many were added."""
+    def merge(self, other: str | Path) -> Merged:
+        """Add the facts of another store, or of an exported file, with their origins: all of them, or none if it cannot be read.
+
+        Facts of other environments stand side by side; under one environment see `facts.join`.
+        """
         path = Path(os.path.expanduser(other)).absolute()
-        timings, records = _read_text(path) if path.suffix == TEXT_SUFFIX else _read_other(path)
+        theirs = facts.read_lines(path) if path.suffix == TEXT_SUFFIX else _read_other(path)
         with self._lock:
-            added = self._run(lambda connection: _insert(connection, "IGNORE", timings.values(), records))
-            if added is None:
-                before = len(self._timings) + len(self._records)
-                self._timings = timings | self._timings
-                self._records = records | self._records
-                added = len(self._timings) + len(self._records) - before
-            return added
+            merged = self._run(lambda connection: _merge(connection, theirs))
+            if merged is None:
+                fresh, merged = facts.join(self._facts, theirs)
+                self._facts.add(fresh)
+            else:  # what is replaced in the file must not be answered from memory
+                for name in theirs.names():
+                    self._facts.drop(name)
+            return merged
 
     def close(self) -> None:
         """Let go of the file. A later use opens it again."""
@@ -271,7 +258,8 @@ class TimingStore:
             return self._connection
         self._disconnect()  # the file was moved or deleted under us: what is written to it now would be lost
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            cache_folder.check(self.path)
             with _exclusive(self.path.parent):
                 self._connection = _open(self.path)
                 self._file = _identity(self.path)
@@ -301,7 +289,7 @@ class TimingStore:
         connection = self._connected()
         if connection is not None:
             try:
-                _insert(connection, "IGNORE", self._timings.values(), self._records)
+                _merge(connection, self._facts)
             except sqlite3.Error as error:
                 self._disconnect()
                 self._go_on_in_memory(error)
@@ -309,10 +297,11 @@ class TimingStore:
     def _go_on_in_memory(self, error: Exception) -> None:
         path, self.path = self.path, None
         assert path is not None
-        with suppress(StoreError):  # a store that can be read and not written is still worth reading
-            timings, records = _read_other(path, wait_s=1.0)
-            self._timings = timings | self._timings
-            self._records = records | self._records
+        if not isinstance(error, cache_folder.UnsafeFolderError):
+            with suppress(StoreError):  # a store that can be read and not written is still worth reading
+                known = _read_other(path, wait_s=1.0)
+                known.add(self._facts)
+                self._facts = known
         warnings.warn(
             f"the timings store {path} cannot be used ({error}). New timings are kept in memory and lost at exit. "
             "Set cache_dir (LAYERZERO_CACHE_DIR) to a directory that can be written to.",
@@ -324,21 +313,6 @@ class TimingStore:
 def open_store(cache_dir: str | None) -> TimingStore:
     """One store per process and folder."""
     return TimingStore.open(cache_dir)
-
-
-def _timings(rows: Iterable[Sequence[Any]]) -> dict[str, Timing]:
-    """Rows as timings. SQLite lets any column hold any type, so a damaged row is told by its types, and left out."""
-    known = {}
-    for row in rows:
-        if all(isinstance(value, kind) for value, kind in zip(row, _TYPES, strict=True)):
-            key, kernel, ns, spread, samples, error, epsilon, detail = row
-            epsilon = float("nan") if epsilon is None else epsilon
-            known[key] = Timing(key, kernel, ns, spread, samples, error, epsilon, detail)
-    return known
-
-
-def _texts(rows: Iterable[Sequence[Any]]) -> _Records:
-    return {(kind, key): text for kind, key, text in rows if isinstance(text, bytes)}
 
 
 @contextmanager
@@ -357,17 +331,22 @@ def _select(connection: sqlite3.Connection, keys: Sequence[str]) -> list[Any]:
     rows: list[Any] = []
     for start in range(0, len(keys), _CHUNK):
         chunk = keys[start : start + _CHUNK]
-        rows += connection.execute(f"{_ALL_TIMINGS} WHERE key IN ({', '.join('?' * len(chunk))})", chunk)
+        rows += connection.execute(f"{_ALL_TIMINGS} AND key IN ({', '.join('?' * len(chunk))})", chunk)
     return rows
 
 
-def _insert(connection: sqlite3.Connection, policy: str, timings: Iterable[Timing], records: _Records) -> int:
-    before, now = connection.total_changes, time.time()
+def _insert(connection: sqlite3.Connection, fresh: Facts) -> None:
     with _transaction(connection):
-        connection.executemany(f"INSERT OR {policy} {_PUT_TIMING}", [(*astuple(t), now) for t in timings])
-        rows = [(kind, key, text.decode("utf-8", "replace"), now) for (kind, key), text in records.items()]
-        connection.executemany(f"INSERT OR {policy} {_PUT_RECORD}", rows)
-    return connection.total_changes - before
+        connection.executemany(_PUT_TIMING, facts.timing_rows(fresh))
+        connection.executemany(_PUT_RECORD, facts.record_rows(fresh))
+
+
+def _merge(connection: sqlite3.Connection, theirs: Facts) -> Merged:
+    with _transaction(connection):
+        fresh, merged = facts.join(_everything(connection), theirs)
+        connection.executemany(_PUT_TIMING, facts.timing_rows(fresh))
+        connection.executemany(_PUT_RECORD, facts.record_rows(fresh))
+    return merged
 
 
 def _delete(connection: sqlite3.Connection, kind: str | None) -> int:
@@ -379,13 +358,12 @@ def _delete(connection: sqlite3.Connection, kind: str | None) -> int:
     return removed
 
 
-def _entries(connection: sqlite3.Connection) -> list[Entry]:
-    timings = "SELECT ?, key, length(key || coalesce(error, '') || detail), created FROM timings"
-    rows = connection.execute(f"{timings} UNION ALL SELECT kind, key, length(value), created FROM records", (TIMING,))
-    return [Entry(*row) for row in rows]
+def _entries(connection: sqlite3.Connection) -> list[tuple[str, str, int, float | None, str]]:
+    timings = "SELECT ?, key, length(key || coalesce(error, '') || detail), created, machine FROM timings"
+    return connection.execute(f"{timings} UNION ALL SELECT kind, key, length(value), created, machine FROM records", (TIMING,)).fetchall()
 
 
-def _read_other(path: Path, wait_s: float = BUSY_S) -> tuple[dict[str, Timing], _Records]:
+def _read_other(path: Path, wait_s: float = BUSY_S) -> Facts:
     """All facts of a file that is only read. StoreError if it is not a store of this version."""
     if not path.is_file():
         raise StoreError(f"no timings store at {path}. Give the path of a {FILE_NAME} file.")
@@ -395,9 +373,12 @@ def _read_other(path: Path, wait_s: float = BUSY_S) -> tuple[dict[str, Timing], 
         try:
             connection = _connect(f"{path.as_uri()}?{how}", wait_s, uri=True)
             version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == 1:
+                return _first_version(connection)
             if version != SCHEMA_VERSION:
                 raise StoreError(f"{path} has schema version {version}, this LayerZero reads version {SCHEMA_VERSION}.")
-            return _facts(connection)
+            _check_tables(connection)
+            return _everything(connection)
         except sqlite3.Error as error:
             if last or _damaged(error) or _code(error) == sqlite3.SQLITE_BUSY:
                 raise StoreError(f"{path} cannot be read as a timings store: {error}.") from error
@@ -407,32 +388,27 @@ def _read_other(path: Path, wait_s: float = BUSY_S) -> tuple[dict[str, Timing], 
     raise AssertionError("the last way either returned or raised")
 
 
-def _facts(connection: sqlite3.Connection) -> tuple[dict[str, Timing], _Records]:
-    return _timings(connection.execute(_ALL_TIMINGS)), _texts(connection.execute(_ALL_RECORDS))
+def _everything(connection: sqlite3.Connection) -> Facts:
+    return facts.read_rows(connection.execute(_ALL_TIMINGS), connection.execute(_ALL_RECORDS))
 
 
-def _read_text(path: Path) -> tuple[dict[str, Timing], _Records]:
-    """All facts of an exported file. StoreError with the line if one is damaged."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as exported timings: {error}.") from error
-    names = [field.name for field in fields(Timing)]
-    timings: dict[str, Timing] = {}
-    records: _Records = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if "kind" in row:
-                records[str(row["kind"]), str(row["key"])] = json.dumps(row["value"], sort_keys=True).encode()
-                continue
-            known = _timings([[row[name] for name in names]])
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise StoreError(f"{path}, line {number}: not an exported fact ({error!r}). Export the store again.") from error
-        if not known:
-            raise StoreError(f"{path}, line {number}: a field of this timing has the wrong type. Export the store again.")
-        timings |= known
-    return timings, records
+def _first_version(connection: sqlite3.Connection) -> Facts:
+    """What a store of version 1 holds: without machine and checksum."""
+    found, tables = Facts(), connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql NOT LIKE '%VIRTUAL%'")
+    if sorted(tables) != [("records",), ("timings",)]:
+        raise sqlite3.DatabaseError("not the tables of version 1")
+    for key, kernel, ns, spread, samples, error, epsilon, detail, when in connection.execute(_ALL_TIMINGS.replace(", machine, crc", "")):
+        with suppress(TypeError, ValueError):
+            found.timings[key] = Timing(
+                key, kernel, ns, spread, samples, error, float("nan") if epsilon is None else float(epsilon), detail
+            )
+            found.origins[TIMING, key] = facts.UNKNOWN, float(when)
+    for kind, key, text, when in connection.execute(_ALL_RECORDS.replace(", machine, crc", "")):
+        if isinstance(text, bytes) and isinstance(when, float):
+            found.records[kind, key], found.origins[kind, key] = text, (facts.UNKNOWN, when)
+    # Written and read again, so that types are checked as everywhere.
+    blobs = ((kind, key, value.encode(), *rest) for kind, key, value, *rest in facts.record_rows(found))
+    return facts.read_rows(facts.timing_rows(found), blobs)
 
 
 def _connect(database: str, wait_s: float = BUSY_S, *, uri: bool = False) -> sqlite3.Connection:
@@ -456,8 +432,31 @@ def _open(path: Path) -> sqlite3.Connection:
         if version == SCHEMA_VERSION:
             return connection
         connection.close()
+        if version == 1:
+            _upgrade(path)
+            continue
         _set_aside(path, f"v{version}", f"has schema version {version}, this LayerZero uses {SCHEMA_VERSION}")
     raise OSError(f"{path} cannot be built anew")
+
+
+def _upgrade(path: Path) -> None:
+    """A store of version 1 becomes one of this version, whole or not at all; the old file is kept."""
+    new = path.with_name(f"{path.name}.new")
+    for suffix in ("-wal", "-shm", ""):
+        Path(f"{new}{suffix}").unlink(missing_ok=True)
+    try:
+        known = _read_other(path)
+    except StoreError:
+        _set_aside(path, f"corrupt-{time.strftime('%Y%m%d-%H%M%S')}", "is damaged")
+        return
+    connection = _connect(str(new))
+    try:
+        _prepare(connection)
+        _merge(connection, known)
+    finally:
+        connection.close()
+    _rename(path, path.with_name(f"{path.name}.v1"))
+    os.replace(new, path)
 
 
 def _prepare(connection: sqlite3.Connection) -> int:
@@ -473,9 +472,20 @@ def _prepare(connection: sqlite3.Connection) -> int:
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         version = SCHEMA_VERSION
     if version == SCHEMA_VERSION:
+        _check_tables(connection)
+        pages, size = (connection.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size"))
+        if pages * size <= CHECKED and connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("the file's structure is broken")
         for query in (_ALL_TIMINGS, _ALL_RECORDS):
             connection.execute(f"{query} LIMIT 1").fetchall()
     return version
+
+
+def _check_tables(connection: sqlite3.Connection) -> None:
+    """Our tables and nothing else: a view, trigger or virtual table of that name would run somebody's query, perhaps without end."""
+    found = {" ".join(str(sql).split()) for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+    if found != _SCHEMA:
+        raise sqlite3.DatabaseError("other tables than ours")
 
 
 def _damaged(error: sqlite3.Error) -> bool:

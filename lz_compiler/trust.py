@@ -48,9 +48,10 @@ def _key(backend: Backend, environment: Mapping[str, str]) -> str:
 
 def remember(store: TimingStore, backend: Backend, environment: Mapping[str, str], value: Mapping[str, Any]) -> None:
     """Keep what a canary run found: {"capabilities": {name: {"status", "detail", "shape"}}, ...}."""
-    store.put_record(CANARY, _key(backend, environment), value)
+    before = last_run(store, backend, environment)
+    store.put_record(CANARY, _key(backend, environment), {**value, "run": 1 + (before or {}).get("run", 0)})
     index = _hardware(environment)
-    named = set((store.get_record(FAILED, index) or {}).get("backends", ()))
+    named = set(_named(store, environment))
     failed = any(found["status"] in BAD for found in value["capabilities"].values())
     if failed != (backend.name in named):
         store.put_record(FAILED, index, {"backends": sorted(named ^ {backend.name})})
@@ -60,7 +61,19 @@ def last_run(store: TimingStore, backend: Backend, environment: Mapping[str, str
     """The newest run of this backend on this device, whatever the versions."""
     name = f"name={environment['name']}"
     runs = [e for e in store.ls().entries if e.kind == CANARY and e.key.startswith(f"{backend.name}|") and name in e.key.split("|")]
-    return store.get_record(CANARY, max(runs, key=lambda e: e.created or 0.0).key) if runs else None
+    known = [(value.get("run", 0), e.created or 0.0, value) for e in runs for value in [store.get_record(CANARY, e.key)] if value]
+    # Counted, not dated: a clock may have been set back.
+    return max(known, key=lambda run: run[:2])[2] if known else None
+
+
+def _named(store: TimingStore, environment: Mapping[str, str]) -> list[str]:
+    """The backends in which something failed, of a row that anyone may have written."""
+    names = (store.get_record(FAILED, _hardware(environment)) or {}).get("backends", ())
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _entries(capabilities: object) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, v) for name, v in capabilities.items() if isinstance(v, dict)] if isinstance(capabilities, dict) else []
 
 
 class Trust:
@@ -68,12 +81,12 @@ class Trust:
 
     def __init__(self, store: TimingStore, environment: Mapping[str, str]) -> None:
         self.failed: dict[str, str] = {}  # capability -> why
-        for name in (store.get_record(FAILED, _hardware(environment)) or {}).get("backends", ()):
+        for name in _named(store, environment):
             backend = backends.all_backends().get(name)
             found = (store.get_record(CANARY, _key(backend, environment)) or {}) if backend else {}
-            for capability, v in found.get("capabilities", {}).items():
-                if v["status"] in BAD:
-                    self.failed[capability] = f"{v['status']} in the canary at {v['shape']}: {v['detail']}"
+            for capability, v in _entries(found.get("capabilities")):
+                if v.get("status") in BAD:
+                    self.failed[capability] = f"{v['status']} in the canary at {v.get('shape')}: {v.get('detail')}"
 
     def marks(self) -> tuple[str, ...]:
         """What a stored verdict must be distinguished by: nothing, as long as nothing failed."""

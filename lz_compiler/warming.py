@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -18,28 +19,67 @@ from .errors import OptionError, PlanError
 from .offline import PlannedModel, check_bundle
 
 FILE = "_layerzero_plan.py"
+MANIFEST = "manifest.json"
+MAX_MANIFEST = 1 << 22  # bytes
 
 
 def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | None = None) -> ModuleType:
-    """The module of a folder that `lz.bake` wrote. PlanError where there is none, or it was baked for another machine.
+    """The module of a folder that `lz.bake` wrote, which is code that runs now.
 
+    Before, every file is compared with manifest.json (about a second for each gigabyte of weights). That finds damage; who can
+    write to the folder can write a manifest too. PlanError where something differs, or it was baked for another machine.
     `bundle`: the model's folder, to be compared with the one that the plan was solved for.
     """
     path = Path(folder) / FILE
     if not path.is_file():
         raise PlanError(f"there is no {FILE} in {os.fspath(folder)!r}. Give a folder that lz.bake wrote.")
+    check_manifest(path.parent)
+    source = path.read_bytes()
     spec = importlib.util.spec_from_file_location(f"layerzero_plan_{path.parent.name}", path)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, path, "exec"), module.__dict__)  # the loader would prefer a file in __pycache__, which no hash covers
     except RuntimeError as error:
         raise PlanError(str(error)) from error
     if bundle is not None:
-        manifest = json.loads(path.with_name("manifest.json").read_text())
+        manifest = json.loads(path.with_name(MANIFEST).read_text())
         check_bundle(manifest.get("bundle", {}), bundle, strict=module.LAYOUT_MODE == "strict")
     return module
+
+
+def check_manifest(folder: Path) -> None:
+    """PlanError if a file that manifest.json lists is missing, or other than it was, or a name leads out of the folder."""
+    where, again = os.fspath(folder), "Bake again, or copy the folder again."
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            text = file.read(MAX_MANIFEST + 1)
+        data = json.loads(text) if len(text) <= MAX_MANIFEST else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(f"{where!r} has no {MANIFEST} that can be read ({error}): it is not loaded. {again}") from error
+    files = data.get("files") if isinstance(data, dict) and data.get("layerzero_bake") == 1 else None
+    if not isinstance(files, dict) or FILE not in files:
+        raise PlanError(f"the {MANIFEST} of {where!r} is not one of this version, or does not list {FILE}: it is not loaded. {again}")
+    for name, digest in files.items():
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name or str(parts) != name:
+            raise PlanError(f"the {MANIFEST} of {where!r} names {name!r:.200}, which is no file in the folder: it is not loaded.")
+        path = folder / name
+        if any(p.is_symlink() for p in (path, *path.parents) if p.is_relative_to(folder) and p != folder):
+            raise PlanError(f"{name!r:.200} in {where!r} is a link; a baked folder has plain files: it is not loaded. {again}")
+        if parts.parts[0] == "kernels" and not path.exists():
+            continue  # the Python file then compiles its own source
+        if not path.is_file() or _sha256(path) != digest:
+            what = "is not what was baked (another sha256)" if path.is_file() else "is missing"
+            raise PlanError(f"{name!r:.200} in {where!r} {what}: it is not loaded. {again}")
+    extra = {p.relative_to(folder).as_posix() for p in (folder / "kernels").glob("*")} - set(files)
+    if extra:
+        raise PlanError(f"{min(extra)!r:.200} in {where!r} is not listed in {MANIFEST}: it is not loaded. {again}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def warmup(

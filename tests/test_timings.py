@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lz_compiler import facts as facts_module
 from lz_compiler import timings as module
 from lz_compiler.timings import FILE_NAME, SCHEMA_VERSION, Entry, StoreError, Timing, TimingStore
 
@@ -137,9 +140,11 @@ def test_damaged_rows_count_as_absent(tmp_path: Path) -> None:
         "UPDATE timings SET ns = 'fast', error = CAST(x'ff' AS TEXT) WHERE key = 'k0'",
     )
     store = reopened(store)
-    kept = {key: store.get_record("plan", key) for key in ("cut", "list", "bytes", "deep", "good")}
+    with pytest.warns(UserWarning, match="1 rows in the timings store .* are damaged and left out") as caught:
+        kept = {key: store.get_record("plan", key) for key in ("cut", "list", "bytes", "deep", "good")}
+    assert len(caught) == 1
     assert kept == {"cut": None, "list": None, "bytes": None, "deep": None, "good": {"a": 1}}
-    assert list(store.get_many(["k0", "k1"])) == ["k1"]
+    assert list(store.get_many(["k0", "k1"])) == ["k1"]  # told once
     store.put(row("k0"))
     assert reopened(store).get("k0") == row("k0")
 
@@ -450,15 +455,15 @@ def test_merge(tmp_path: Path) -> None:
     other.put_record("plan", "p", {"a": 1})
     assert other.path is not None
     sql(other.path, "UPDATE timings SET ns = 'fast' WHERE key = 'wrong'")
-    assert store.merge(other.path) == 2  # while the other is in use
-    assert store.merge(str(other.path)) == 0
+    assert store.merge(other.path).added == 2  # while the other is in use
+    assert store.merge(str(other.path)).added == 0
     assert reopened(store).get_many(["both", "theirs", "wrong"]) == {"both": row("both", 1), "theirs": row("theirs", 3)}
     assert store.get_record("plan", "p") == {"a": 1}
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="cannot be used"):
         memory = TimingStore.open(tmp_path / "file")
     memory.put(row("both", 1))
-    assert memory.merge(other.path) == 2
+    assert memory.merge(other.path).added == 2
     assert memory.get("both") == row("both", 1)
 
 
@@ -470,8 +475,8 @@ def test_export_and_merge_as_text(tmp_path: Path) -> None:
     store.put_record("verdict", "graph", {"winner": "eager"})
     first, again = tmp_path / "first.jsonl", tmp_path / "again.jsonl"
     assert store.export(first) == 4
-    assert other.merge(first) == 4
-    assert other.merge(first) == 0
+    assert other.merge(first).added == 4
+    assert other.merge(first).added == 0
     assert reopened(other).get_many(["fast\nand odd|é", "failed"]) == {t.key: t for t in (row("fast\nand odd|é"), row("failed", None))}
     found = other.get("z")
     assert found is not None
@@ -516,3 +521,117 @@ def test_merge_names_what_is_wrong(tmp_path: Path) -> None:
             store.merge(path)
     assert broken.read_bytes() == before
     assert store.ls().counts == {"timing": 1}
+
+
+# --- joining stores of many machines ----------------------------------------------------------------------------------------
+
+
+def from_machine(folder: Path, name: str, when: float, *facts: Timing, monkeypatch: pytest.MonkeyPatch, **records: dict[str, Any]) -> Path:
+    """The exported facts of another machine, found at another time."""
+    with monkeypatch.context() as patch:
+        patch.setattr(facts_module, "machine", lambda: name)
+        patch.setattr(time, "time", lambda: when)
+        store = TimingStore.open(folder / name)
+        store.put_many(facts)
+        for kind, value in records.items():
+            store.put_record(kind, "device=cpu|name=box", value)
+        store.export(folder / f"{name}.jsonl")
+        store.close()
+    return folder / f"{name}.jsonl"
+
+
+def test_origins_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine and date of the finding go through export, merge, and export again; also where a store itself is merged."""
+    file = from_machine(tmp_path, "one", 1000.5, row("a"), row("b"), monkeypatch=monkeypatch)
+    for i, source in enumerate((file, tmp_path / "one" / FILE_NAME)):
+        store = TimingStore.open(tmp_path / str(i))
+        store.put(row("mine"))
+        merged = store.merge(source)
+        assert (merged.added, merged.machines, merged.conflicts) == (2, {"one": 2}, ())
+        assert reopened(store).ls().machines == {"one": 2, facts_module.machine(): 1}
+        store.export(tmp_path / "again.jsonl")
+        rows = {r["key"]: (r["machine"], r["measured"]) for r in map(json.loads, (tmp_path / "again.jsonl").read_text().splitlines())}
+        assert rows["a"] == rows["b"] == ("one", 1000.5)
+        assert rows["mine"][0] == facts_module.machine()
+
+
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old")])
+def test_dates_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, str]) -> None:
+    """What was found here stays; of two others under one environment, in either order: wrong numbers before a time, else samples."""
+    few, many = Timing("k", "aten.mm", 100, 3, 5, None, 0.0, ""), Timing("k", "aten.mm", 120, 3, 9, None, 0.0, "")
+    wrong, fine = replace(few, key="w", ns=None, error="wrong: error 3"), replace(many, key="w")
+    raised, timed = replace(few, key="r", ns=None, error="RuntimeError: no"), replace(few, key="r")
+    here = replace(few, key="here", samples=1)
+    files = {
+        "old": from_machine(tmp_path, "old", 1.0, many, wrong, timed, replace(here, samples=9), monkeypatch=monkeypatch),
+        "new": from_machine(tmp_path, "new", 4e9, few, fine, raised, replace(here, samples=7), monkeypatch=monkeypatch),
+    }
+    store = TimingStore.open(tmp_path / "store")
+    store.put(here)
+    store.get_many(["k", "w", "r"])
+    conflicts = [store.merge(files[name]).conflicts for name in order]
+    assert [len(told) for told in conflicts] == [1, 4]
+    assert any("old" in told and "new" in told for told in conflicts[1])
+    for found in (store, reopened(store)):
+        assert found.get_many(["k", "w", "r", "here"]) == {"k": many, "w": wrong, "r": timed, "here": here}
+    other = replace(few, key="k|another environment")
+    assert store.merge(from_machine(tmp_path, "third", 5e9, other, monkeypatch=monkeypatch)).conflicts == ()
+    assert store.get(other.key) == other  # side by side
+
+
+def verdicts(**status: str) -> dict[str, Any]:
+    return {"capabilities": {name: {"status": s, "shape": "", "detail": ""} for name, s in status.items()}, "run": 1}
+
+
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_canary_runs_are_joined_by_capability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, str]) -> None:
+    """Here tried counts; what was not tried here is taken over, the worse of two others; and the index of failures knows of it."""
+    files = {
+        "one": from_machine(
+            tmp_path, "one", 9e9, canary=verdicts(a="failed", b="passed", c="passed"), canary_failed={"backends": ["x"]},
+            peaks={"bandwidth": 2.0}, verdict={"winner": "eager"}, monkeypatch=monkeypatch,
+        ),
+        "two": from_machine(
+            tmp_path, "two", 1.0, canary=verdicts(a="passed", b="crashed", d="passed"), canary_failed={"backends": ["y"]},
+            peaks={"bandwidth": 3.0}, monkeypatch=monkeypatch,
+        ),
+    }  # fmt: skip
+    joined, mine = TimingStore.open(tmp_path / "store"), TimingStore.open(tmp_path / "mine")
+    mine.put_record("canary", "device=cpu|name=box", verdicts(a="passed", d="failed"))
+    mine.put_record("peaks", "device=cpu|name=box", {"bandwidth": 1.0})
+    told = [store.merge(files[name]).conflicts for name in order for store in (joined, mine)]
+    assert any("one" in line and "two" in line for line in told[2])
+    key = "device=cpu|name=box"
+
+    def found(store: TimingStore) -> dict[str, tuple[str, str | None]]:
+        record = reopened(store).get_record("canary", key)
+        assert record is not None
+        return {name: (v["status"], v.get("machine")) for name, v in record["capabilities"].items()}
+
+    assert {name: status for name, (status, _) in found(joined).items()} == {"a": "failed", "b": "crashed", "c": "passed", "d": "passed"}
+    assert found(mine) == {"a": ("passed", None), "b": ("crashed", "two"), "c": ("passed", "one"), "d": ("failed", None)}
+    for store in (joined, mine):
+        assert store.get_record("canary_failed", key) == {"backends": ["x", "y"]}
+        assert store.get_record("verdict", key) is None  # not exported
+    assert joined.get_record("peaks", key) == {"bandwidth": 3.0}
+    assert mine.get_record("peaks", key) == {"bandwidth": 1.0}
+
+
+def test_a_store_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
+    columns = "key TEXT PRIMARY KEY NOT NULL, kernel TEXT NOT NULL, ns INTEGER, spread INTEGER, samples INTEGER, error TEXT, epsilon REAL"
+    old = (
+        f"CREATE TABLE timings ({columns}, detail TEXT NOT NULL, created REAL NOT NULL) WITHOUT ROWID",
+        "CREATE TABLE records (kind TEXT, key TEXT, value TEXT, created REAL, PRIMARY KEY (kind, key)) WITHOUT ROWID",
+        "INSERT INTO timings VALUES ('a', 'aten.addmm', 7, 3, 9, NULL, 0.5, 'linear', 5.0), ('bad', 'x', 'fast', 3, 9, NULL, 1, '', 5.0)",
+        """INSERT INTO records VALUES ('peaks', 'p', '{"a": 1}', 6.0)""", "PRAGMA user_version = 1",
+    )  # fmt: skip
+    for name in ("used", "merged"):
+        (tmp_path / name).mkdir()
+        sql(tmp_path / name / FILE_NAME, *old)
+    merged = TimingStore.open(tmp_path / "new")
+    assert merged.merge(tmp_path / "merged" / FILE_NAME).added == 2
+    for store in (TimingStore.open(tmp_path / "used"), merged):
+        assert reopened(store).get_many(["a", "bad"]) == {"a": row("a", 7)}
+        assert store.get_record("peaks", "p") == {"a": 1}
+        assert store.ls().machines == {"unknown": 2}
+    assert (tmp_path / "used" / f"{FILE_NAME}.v1").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 
@@ -24,6 +26,8 @@ from .onednn import OneDNN
 from .torchao import TorchAO
 from .triton_kernels import Triton
 from .xformers import XFormers
+
+SLOW_S = 5.0  # in which a third party's library should have been imported
 
 OWN: tuple[Callable[[], Backend], ...] = (
     Aten, OneDNN, Attention, Inductor, Cublas, Cudnn, Triton, FlexAttention, FlashAttention, FlashAttention3, FlashInfer, XFormers,
@@ -54,10 +58,13 @@ class Unusable:
 def all_backends() -> dict[str, Backend]:
     found: dict[str, Backend] = {backend.name: backend for backend in (own() for own in OWN)}
     for entry in entry_points(group="lz_compiler.backends"):
+        start = time.monotonic()
         try:
             found[entry.name] = entry.load()()
         except Exception as error:  # it is foreign code, and may raise anything
             found[entry.name] = Unusable(entry.name, f"{entry.value} raises {type(error).__name__}: {error}")
+        if time.monotonic() - start > SLOW_S:
+            warnings.warn(f"LayerZero: the backend {entry.name!r} took {time.monotonic() - start:.1f} s to import", stacklevel=2)
     return found
 
 

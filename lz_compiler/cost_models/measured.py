@@ -50,10 +50,10 @@ class Measured:
                 )
                 for j, m in found.items()
             ]  # fmt: skip
+            known |= {t.key: t for t in fresh}
             fresh = [t for t in fresh if not (t.error or "").startswith("OutOfMemoryError")]  # no fact: memory may be free later
             self.measured += len(fresh)
             self.store.put_many(fresh)
-            known |= {t.key: t for t in fresh}
         return [self._priced(ctx, c, key, known.get(key)) for c, key in zip(candidates, keys, strict=True)]
 
     def _priced(self, ctx: SelectionContext, candidate: Candidate, key: str, timing: Timing | None) -> Priced:
