@@ -97,6 +97,8 @@ def answers(ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
         if ctx.specs[0].device not in library.devices:
             continue
         reason = library.missing()
+        if reason is not None and not _serves(library, ctx):
+            continue
         if reason is not None:
             yield Rejection(library.name, "library_missing", reason)
             continue
@@ -108,6 +110,12 @@ def answers(ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
                     yield answer
         except CapabilityError as error:
             yield Rejection(library.name, "descriptor", str(error))
+
+
+def _serves(library: Backend, ctx: SelectionContext) -> bool:
+    """Whether a library, if it were there, would have anything for such regions."""
+    known = descriptor(library)
+    return known is None or any(ctx.region.op in kernel.ops for kernel in known.kernels.values())
 
 
 def _deterministic(library: Backend, name: str) -> bool:
