@@ -283,13 +283,18 @@ def _lines(graph: Mapping[str, Any]) -> Iterator[str]:
     if graph["note"]:
         yield f"  {graph['note']}"
     for c in graph["changes"]:
-        sides = [" and ".join(map(kernel_text, c[side])) or "loops" for side in ("before", "after")]
+        sides = [" and ".join(side) or "loops" for side in both_sides(c)]
         yield f"  {c['count']}x {c['op']} ({c['nodes']}): {sides[0]} -> {sides[1]}  {(c['ns'][1] - c['ns'][0]) / 1e6:+.3f} ms"
     for m in graph["conversions"]:
         yield f"  conversions {m['kind']}: {m['count'][0]} -> {m['count'][1]}  {(m['ns'][1] - m['ns'][0]) / 1e6:+.3f} ms"
 
 
-def kernel_text(decision: Mapping[str, Any]) -> str:
-    """The kernel, and what tells it from the same kernel for another region."""
-    nodes = f"({decision['nodes']} nodes)" if decision["nodes"] > 1 else ""
-    return " ".join(part for part in (decision["kernel"], decision["tuning"], nodes) if part)
+def both_sides(change: Mapping[str, Any]) -> list[list[str]]:
+    """The kernels before and after, with their numbers of nodes where nothing else tells them apart."""
+    named = [[f"{d['kernel']} {d['tuning']}".rstrip() for d in change[side]] for side in ("before", "after")]
+    if named[0] != named[1]:
+        return named
+    return [
+        [f"{name} ({d['nodes']} nodes)" for name, d in zip(names, change[s], strict=True)]
+        for names, s in zip(named, ("before", "after"), strict=True)
+    ]

@@ -74,7 +74,7 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _difference(graph: Mapping[str, Any], names: Sequence[str]) -> Iterator[RenderableType]:
-    from .compare import kernel_text
+    from .compare import both_sides
 
     old, new = graph["objective_ns"]
     share = f" ({(new - old) / old:+.1%})" if old else ""
@@ -84,7 +84,7 @@ def _difference(graph: Mapping[str, Any], names: Sequence[str]) -> Iterator[Rend
         yield Text(graph["note"], "dim")
     table = _table(">", "region", "node", names[0], ">ms", names[1], ">ms", ">change")
     for c in graph["changes"]:
-        sides = [Text("\n".join(map(kernel_text, c[side])) or "fused loops") for side in ("before", "after")]
+        sides = [Text("\n".join(side) or "fused loops") for side in both_sides(c)]
         prices = ["\n".join(_ms(d["cost_ns"]) for d in c[side]) for side in ("before", "after")]
         change = Text(f"{(c['ns'][1] - c['ns'][0]) / 1e6:+.3f}", "green" if c["ns"][1] < c["ns"][0] else "yellow")
         table.add_row(f"{c['count']}x", Text(c["op"]), Text(c["nodes"], "dim"), sides[0], prices[0], sides[1], prices[1], change)
