@@ -13,14 +13,14 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from . import __version__, ops, race, torch_private
-from .backends import check_names, set_up
+from . import __version__, ops, race, ranks, torch_private
+from .backends import allowed_backends, check_names, set_up
 from .capture import GraphView, fingerprint, tensors_in
 from .circuit import Breaker, Quarantine, called_as, guarded
 from .errors import PlanError
@@ -32,6 +32,7 @@ from .passes.output_strides import output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
 from .plan_io import plan_from_dict, plan_to_dict
 from .planning import make_plan
+from .problem import narrower
 from .target import detect, environment
 from .timings import TimingStore, open_store
 from .trust import Trust
@@ -59,6 +60,7 @@ class GraphRecord:
     decided: bool = False
     error: float | None = None  # measured relative error of a plan with an error budget
     notes: list[str] = field(default_factory=list)
+    ranks: str = ""  # what the ranks of a job agreed on
 
 
 RECORDS: list[GraphRecord] = []  # of the compiled graphs that are still there
@@ -82,7 +84,8 @@ def layerzero(
     store = open_store(chosen.cache_dir)
     if chosen.freeze:
         torch_private.guard_owned(gm)
-    return Session(gm, list(example_inputs), chosen, store, device, torch_private.placeholder_tensors(gm)).compile()
+    team = ranks.team(chosen) if ranks.several() else None
+    return Session(gm, list(example_inputs), chosen, store, device, torch_private.placeholder_tensors(gm), team).compile()
 
 
 def _device(example_inputs: Sequence[Any], gm: fx.GraphModule) -> str:
@@ -95,13 +98,17 @@ class Session:
 
     def __init__(
         self, gm: fx.GraphModule, inputs: list[Any], options: Options, store: TimingStore, device: str,
-        real: Sequence[tuple[Tensor | None, bool]],
+        real: Sequence[tuple[Tensor | None, bool]], team: ranks.Team | None = None,
     ) -> None:  # fmt: skip
+        self.team = team
+        if team is not None:
+            options = replace(options, race=False)  # clocks differ, so ranks would run different finalists
         if torch.are_deterministic_algorithms_enabled():
             options = replace(options, deterministic=True)
         self.gm, self.inputs, self.options, self.store, self.device, self.real = gm, inputs, options, store, device, real
         env = [f"{k}={v}" for k, v in sorted(environment(device).items())]
         env += Trust(store, environment(device)).marks()
+        env += ["ranks"] if team is not None else []
         grad = f"grad={torch.is_grad_enabled()}"
         self.key = fingerprint(gm, (options.key(), __version__, grad, *env))
         owned = [t for t, is_owned in self.real if is_owned and t is not None] or list(gm.parameters())
@@ -114,6 +121,7 @@ class Session:
         self.known: list[Plan] = []  # of an earlier verdict: applied where they fit, so that nothing is planned again
         self.follows = False  # a stored plan: nothing may be planned
         self.dropped = 0  # masks
+        self.collective = False  # whether a planned graph contains collectives
         self.breaker = Breaker(store, device, gm.forward, self.record.compile_id)
         torch_private.counters()["graphs"] += 1
 
@@ -123,10 +131,31 @@ class Session:
         `verdict`: of a stored plan. It is followed as it is, and PlanError where its plans are not for this graph.
         """
         self.follows = verdict is not None
-        compiled = self._watched(self._compile(verdict or self._stored_verdict()))
+        if self.team is not None:
+            with self.team:
+                compiled = self._watched(self._with_ranks(self.team))
+        else:
+            compiled = self._watched(self._compile(verdict or self._stored_verdict()))
         RECORDS.append(self.record)
         weakref.finalize(compiled, RECORDS.remove, self.record)
         return compiled
+
+    def _with_ranks(self, team: ranks.Team) -> Callable[..., Any]:
+        """Decide for the ranks of this one's group, or follow the rank that does."""
+        store, env, options = self.store, environment(self.device), self.options
+        known = {f"option {f.name}": str(getattr(options, f.name)) for f in fields(options) if f.metadata["plans"]}
+        known |= {f"backend {b.name}": b.version() for b in allowed_backends(options.backends)}
+        known |= {"lz_compiler": __version__, "gradients": str(torch.is_grad_enabled())}
+        refused = (*Trust(store, env).marks(), *Quarantine(store, self.device).names())
+        team.meet(ranks.facts(env, known, refused, fingerprint(self.gm)))
+        if team.leads:
+            run = self._compile(self._stored_verdict())
+            lossless = [plan_to_dict(p) for p in self.lossless]
+            team.say("verdict", self._verdict(self.record.winner, self.record.times) | {"lossless": lossless})
+        else:
+            run = self._compile(team.verdict())
+        self.record.ranks = team.confirm(self.record.winner, [plan_to_dict(p) for p in self.record.plans])
+        return run
 
     def _stored_verdict(self) -> Mapping[str, Any] | None:
         """The verdict of an earlier process, unless what it would run has failed since."""
@@ -149,7 +178,13 @@ class Session:
         return {name for plan in (*self.record.plans, *self.lossless) for name in plan.barred}
 
     def _reference(self) -> Callable[..., Any] | None:
-        return None if EAGER in self._barred() else self.gm.forward
+        return None if self._stop() else self.gm.forward
+
+    def _stop(self) -> str | None:
+        """Why a call may not be repeated by eager, or None."""
+        if self.collective:
+            return "the graph contains collectives, and the other ranks would not repeat them"
+        return "the policy forbids the reference plan" if EAGER in self._barred() else None
 
     def _rescue(self, name: str, error: Exception, args: tuple[Any, ...]) -> Any:
         """The call by eager, after a finalist raised (circuit.Breaker); raises where that cannot be."""
@@ -157,7 +192,7 @@ class Session:
             raise error
         record, plans = self.record, [*self.record.plans, *self.lossless]
         try:
-            out = self.breaker.rescue(error, args, plans, self.written, self._reference() is None)
+            out = self.breaker.rescue(error, args, plans, self.written, self._stop())
         finally:
             if self.breaker.tripped is not None and self.breaker.tripped not in record.notes:
                 torch_private.counters()["broken"] += 1
@@ -178,9 +213,12 @@ class Session:
             self._finish({}, INDUCTOR)
             return planned
         lossy = any(plan.epsilon > 0 for plan in self.record.plans)
-        racing = self.options.race and not self.options.deterministic
+        if self.collective and self.options.race:
+            self.record.notes.append("the graph contains collectives: not raced, since each rank would have its own verdict")
+        racing = self.options.race and not self.options.deterministic and not self.collective
         if not racing and not lossy:
-            if self.options.deterministic:  # what one process could not measure in time, the next one must not measure instead
+            # What one process could not measure in time, the next one must not measure instead.
+            if self.options.deterministic or self.team is not None or self.collective:
                 self._finish({}, PLANNED)
             return planned
         finalists: dict[str, race.Finalist] = {PLANNED: planned}
@@ -213,7 +251,9 @@ class Session:
         winner = verdict["winner"]
         self.record.times, self.record.winner, self.record.decided = dict(verdict["times"]), winner, True
         self.record.error = verdict.get("error")
-        stored = self.known = [plan_from_dict(p) for p in verdict["plans"]]
+        stored = [plan_from_dict(p) for p in verdict["plans"]]
+        self.known = [*stored, *map(plan_from_dict, verdict.get("lossless", ()))]
+        self.collective = bool(verdict.get("collective"))
         self.written = verdict.get("written")
         self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []
         self.breaker.calls = {kernel: set(names) for kernel, names in verdict.get("calls", {}).items()}
@@ -243,8 +283,9 @@ class Session:
     def _within_budget(self, planned: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[tuple[Any, ...]], list[str]]]:
         """The lossless plan, compiled, and the check that tells whether it is needed."""
         lossless = self._planned(replace(self.options, error_budget=0.0), self.lossless)
-        budget = self.options.error_budget
-        return lossless, race.over_budget(self.gm.forward, {PLANNED: planned}, budget, self._report_error, self.written)
+        budget, team = self.options.error_budget, self.team
+        check = race.over_budget(self.gm.forward, {PLANNED: planned}, budget, self._report_error, self.written)
+        return lossless, check if team is None else lambda args: team.union(check(args))
 
     def _report_error(self, name: str, error: float) -> None:
         self.record.error = error
@@ -263,14 +304,16 @@ class Session:
         if self.breaker.tripped is None:  # else the next process plans anew, without what failed
             self._store(winner, times)
 
-    def _store(self, winner: str, times: Mapping[str, float]) -> None:
+    def _verdict(self, winner: str, times: Mapping[str, float]) -> dict[str, Any]:
         plans = [plan_to_dict(p) for p in self.record.plans]
-        value = {
+        return {
             "winner": winner, "times": times, "plans": plans, "error": self.record.error, "written": self.written,
             "digest": _digest(self.record.plans), "calls": {kernel: sorted(names) for kernel, names in self.breaker.calls.items()},
-            "why": self.breaker.tripped,
+            "why": self.breaker.tripped, "collective": self.collective,
         }  # fmt: skip
-        self.store.put_record("verdict", self.key, value)
+
+    def _store(self, winner: str, times: Mapping[str, float]) -> None:
+        self.store.put_record("verdict", self.key, self._verdict(winner, times))
 
     def _inductor(self) -> Callable[..., Any]:
         gm = torch_private.copy_graph_module(self.gm)
@@ -302,6 +345,7 @@ class Session:
 
         def run(graph: fx.Graph, is_inference: bool) -> None:
             frozen = self._frozen(graph, is_inference)
+            self.collective |= has_collectives(graph)
             plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, self.follows))
             for kernel, names in called_as(graph).items():
                 self.breaker.calls.setdefault(kernel, set()).update(names)
@@ -337,7 +381,8 @@ class Session:
             return {}
         written = _written(graph)
         found = {}
-        for node, (value, owned) in zip(placeholders, self.real, strict=True):
+        for node, (whole, owned) in zip(placeholders, self.real, strict=True):
+            value = None if whole is None else torch_private.local_part(whole)
             like = node.meta.get("val")
             if owned and value is not None and isinstance(like, Tensor) and node not in written:
                 if like.shape != value.shape or like.stride() != value.stride() or like.dtype != value.dtype:
@@ -350,14 +395,21 @@ def _written(graph: fx.Graph) -> set[Any]:
     return {n.args[0] for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.copy_.default}
 
 
+def has_collectives(graph: fx.Graph) -> bool:
+    return any(torch_private.is_collective(n.target) for n in graph.nodes)
+
+
 def plan_and_apply(
     graph: fx.Graph, options: Options, target: Target, store: TimingStore, frozen: Mapping[fx.Node, Tensor], is_inference: bool,
     known: Sequence[Plan] = (), follow: bool = False,
 ) -> Plan:  # fmt: skip
     """Plan a functional ATen graph, unless one of the known plans is for it, and rewrite it in place.
 
-    With `follow`, PlanError where none of them is.
+    With `follow`, PlanError where none of them is. A graph with collectives gets a lossless plan: to check a lossy one, a rank
+    would run it once more than others do.
     """
+    if has_collectives(graph):
+        options = replace(options, error_budget=0.0)
     view = GraphView(graph, frozen)
     before = interface(graph)
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
@@ -372,6 +424,9 @@ def plan_and_apply(
         raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
     torch_private.counters()["known_plans"] += plan is not None
     plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind)
+    collected = torch_private.collected()
+    if collected is not None:
+        collected.limits |= narrower(graph, frozen, options, plan.choices)
     applied = apply_plan(view, plan.choices)
     torch_private.counters()["kernels"] += applied
     verify(graph, before)

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +134,14 @@ class _Writer:
         (self.out / "weights.safetensors").chmod(0o644)
         (self.out / FILE).write_text(self._text(cells))
         files = {str(p.relative_to(self.out)): _hash(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
+        shapes = {
+            name: [self.plan.dynamic.get(name, {}).get(dim, size) for dim, size in enumerate(planned.shape)]
+            for name, planned in zip(self.inputs, self.plan.tensors, strict=True)
+        }
         manifest = {
             "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "bundle": dict(self.plan.bundle),
-            "files": files,
+            "inputs": shapes, "buckets": dict(self.plan.buckets), "error_budget": self.plan.options["error_budget"],
+            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "files": files,
         }  # fmt: skip
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -149,12 +155,25 @@ class _Writer:
         winner = PLANNED if cell.winner == EAGER else cell.winner
         with torch_private.generated_code() as code:
             _, written, aliased = compile_cell(session, program, cell, winner)
+        if written is None:
+            raise PlanError("AOTAutograd merged inputs of this graph, so that it is not known which ones the model writes into.")
         if len(code.sources) != 1 or aliased:
             raise PlanError("a model that returns views of its arguments, buffers or other outputs cannot be baked. Return copies.")
         returns = _render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
         assert self.returns in ("", returns)
         self.returns = returns
         return Generated(program, read_generated(code.sources[0]), code, frozenset(written))
+
+    def _holds(self, cell: CellPlan, made: Generated) -> dict[str, Any]:
+        """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
+        places = [i for i, w in enumerate(made.program.weights) if w is None]
+        ranges, first, assumed = torch_private.compiled_sizes([made.program.inputs[i] for i in places])
+        names = {s: made.program.symbols[place] for s, place in first.items()}
+        holds = {symbol: ranges[position][dim] for (position, dim), symbol in made.program.symbols.items()}
+        texts = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text) for text in assumed]
+        kernels = sorted({c.candidate.kernel for p in cell.plans for c in p.choices})
+        limits = [{"kernel": k, "symbol": names[s], "low": low, "high": high} for k, s, low, high in sorted(made.code.limits)]
+        return {"ranges": holds, "assumed": texts, "kernels": kernels, "limits": limits}
 
     def _function(self, index: int, cell: CellPlan, made: Generated) -> str:
         text, program = "\n".join(made.body.lines), made.program
@@ -234,7 +253,7 @@ class _Writer:
             "ENVIRONMENT_TEXT": _text(", ".join(f"{k} {v}" for k, v in self.plan.environment.items())),
             "ENVIRONMENT": repr(dict(self.plan.environment)), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
             "STRIDES": repr({n: w.stride() for n, w in self.weights.items() if not w.is_contiguous()}),
-            "DEVICE": repr(self.plan.environment["device"]), "WRITTEN": repr(tuple(sorted(self.written))),
+            "MEMORY": self._memory(), "DEVICE": repr(self.plan.environment["device"]), "WRITTEN": repr(tuple(sorted(self.written))),
             "STATE": repr(tuple(sorted(n for n, e in self.globals.items() if e in {f"_weight({s!r})" for s in self.state}))),
             "CUDA": Path(__file__).with_name("baked_cuda.txt").read_text().strip() if self.cuda else "",
             "LIBRARIES": library if self.brgemm else "", "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
@@ -244,6 +263,15 @@ class _Writer:
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
+
+    def _memory(self) -> str:
+        """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
+        layouts = Counter(re.findall(r"'([^']*)'", expression)[0] for expression in self.globals.values())
+        stored = sum(self.weights[name].nbytes for name in layouts)
+        loaded = sum(count * self.weights[name].nbytes for name, count in layouts.items())
+        several = sum(count > 1 for count in layouts.values())
+        more = f", {several} of them in more than one layout" if several else ""
+        return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}."
 
     def _checks(self, constants: Mapping[str, Any]) -> str:
         """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""

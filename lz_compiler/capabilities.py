@@ -130,7 +130,7 @@ def refusal(known: Capability, ctx: SelectionContext) -> Rejection | None:
     if least is not None and not _capable(device, least):
         return _refused(known, "architectures", "device", f"needs {'CPU level' if device == 'cpu' else 'compute capability'} {least}")
     for library, wanted in known.libraries.items():
-        have = _version(library)
+        have = installed_version(library)
         if have is None or not _satisfies(have, wanted):
             return _refused(known, "libraries", "library_version", f"needs {library} {wanted}, not {have}")
     if device == "cuda" and ctx.options.graphs and not known.cuda_graph_safe:
@@ -158,14 +158,15 @@ def _cpu_level() -> int:
 
 
 @functools.cache
-def _version(library: str) -> str | None:
+def installed_version(library: str) -> str | None:
+    """The version of an installed package by its name for pip, or None: not there, or without readable metadata."""
     if library == "torch":
         return torch.__version__
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return version(library)
-    except PackageNotFoundError:
+        return version(library) or None
+    except (PackageNotFoundError, KeyError, TypeError):  # the last two: its METADATA is missing or names no version
         return None
 
 

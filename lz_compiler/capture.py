@@ -95,6 +95,8 @@ def _foldable(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
+    if torch_private.is_collective(target):  # the other ranks may not be planning
+        return False
     return isinstance(node.meta.get("val"), Tensor) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
@@ -115,6 +117,8 @@ def _describe(value: object, index: Mapping[fx.Node, int]) -> str:
         return f"slice({_describe((value.start, value.stop, value.step), index)})"
     if isinstance(value, torch.SymInt):
         return torch_private.symbolic_range(value)
+    if isinstance(value, torch.device):
+        return _relative(value)
     return repr(value) if isinstance(value, (int, float, str, bool, complex, type(None))) else str(value)
 
 
@@ -123,10 +127,24 @@ def _meta(value: object) -> str:
         sizes = [s if isinstance(s, int) else torch_private.symbolic_range(s) for s in value.shape]
         strides = list(value.stride()) if value.layout is torch.strided else str(value.layout)
         grad = "g" if value.requires_grad else ""
-        return f"{value.dtype}{sizes}{[str(s) for s in strides]}{value.device}{grad}"
+        mesh = getattr(value, "device_mesh", None)  # of a DTensor
+        placed = "" if mesh is None else f"{getattr(value, 'placements', '')}{tuple(mesh.shape)}"
+        return f"{value.dtype}{sizes}{[str(s) for s in strides]}{_relative(value.device)}{grad}{placed}"
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return torch_private.symbolic_range(value)
     return type(value).__name__
+
+
+def _relative(device: torch.device) -> str:
+    """Ranks of one machine have a current device each: `cuda:0` is the current one, `cuda:1` the next."""
+    if device.type != "cuda" or device.index is None or not torch.cuda.is_available():
+        return str(device)
+    return f"cuda:{(device.index - torch.cuda.current_device()) % torch.cuda.device_count()}"
+
+
+def _arguments(node: fx.Node) -> Any:
+    """What a call is given; of a collective only nodes: a group's name is another on each rank."""
+    return node.all_input_nodes if torch_private.is_collective(node.target) else (node.args, node.kwargs)
 
 
 def fingerprint(gm: fx.GraphModule, extra: Sequence[str] = ()) -> str:
@@ -145,7 +163,7 @@ def fingerprint(gm: fx.GraphModule, extra: Sequence[str] = ()) -> str:
             parts.append(_attribute(gm, node.target))
         elif node.op != "placeholder":
             parts.append(node.target if isinstance(node.target, str) else _qualified(node.target))
-        parts.append(_describe((node.args, node.kwargs), index))
+        parts.append(_describe(_arguments(node), index))
         value = node.meta.get("val", node.meta.get("example_value"))
         parts += [_meta(v) for v in pytree.tree_leaves(value)]
         digest.update("\x1f".join(parts).encode())

@@ -43,6 +43,10 @@ class Quarantine:
         self.known = store.get_records(KIND)
         self.suffix = "|".join(f"{k}={v}" for k, v in sorted(environment(device).items())) if self.known else ""
 
+    def names(self) -> list[str]:
+        """What failed, without the environment."""
+        return [key.removesuffix(self.suffix) for key in self.known if key.endswith(self.suffix)]
+
     def reason(self, candidate: Candidate) -> str | None:
         """Why this candidate may not be used, or None. The graph as it stands is always allowed: eager runs the same."""
         if not self.known or dict(candidate.params).get("as_is"):
@@ -127,19 +131,18 @@ class Breaker:
         self.kernels: list[str] = []  # that were found to be the reason
 
     def rescue(
-        self, error: Exception, args: tuple[Any, ...], plans: Sequence[Plan], written: Sequence[int] | None, barred: bool,
+        self, error: Exception, args: tuple[Any, ...], plans: Sequence[Plan], written: Sequence[int] | None, stop: str | None,
     ) -> Any:  # fmt: skip
         """The call's result by the reference. The kernel is to blame only if that succeeds on the same inputs.
 
         Raises the error itself where memory ran out or the reference fails too (then eager's own error), KernelError where the
-        call cannot be repeated: the graph writes into its inputs, or the policy forbids the reference.
+        call cannot be repeated: the graph writes into its inputs, or for the reason `stop`.
         """
         if isinstance(error, torch.OutOfMemoryError):
             raise error
         kernels = blamed(error, self.calls)
         named = ", ".join(kernels) or "its compiled code"
         why = f"graph {self.label}: {named} raised {type(error).__name__}: {_line(error)}"
-        stop = "the policy forbids the reference plan" if barred else None
         if written is None or written:
             stop = "the graph may have written into its inputs" if written is None else f"the graph writes into its inputs {list(written)}"
         if stop is not None and not kernels:

@@ -211,6 +211,20 @@ def warmup(folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder o
     out.print(f"{folder}: {len(module.EXAMPLES)} cells ready", markup=False)
 
 
+@app.command()
+def fuzz(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder of `lz bake`")],
+    model: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="the baked model; without it, nothing is run")] = None,
+    examples: Annotated[int, typer.Option(help="calls that are tried")] = 500, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Prove that a baked file has a right cell for every declared size, and try random ones against the model. 1 if it is wrong."""
+    from .fuzzing import fuzz as run
+
+    report = run(folder, examples=examples, model=load_factory(model)[0] if model else None)
+    out.print(report.to_json() if as_json else str(report), markup=False)
+    raise typer.Exit(0 if report.ok else 1)
+
+
 def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:
     found = {}
     for text in texts:

@@ -38,6 +38,10 @@ class FingerprintError(LayerZeroError, ValueError):
     """A model folder that has no fingerprint, or a stored fingerprint that cannot be read."""
 
 
+class RankError(LayerZeroError, RuntimeError):
+    """Ranks of one job that do not agree, or of which one did not come in time."""
+
+
 class SolverError(LayerZeroError, RuntimeError):
     """No valid plan exists for the problem as posed."""
 

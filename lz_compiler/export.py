@@ -33,6 +33,8 @@ class Program:
     inputs: list[Any]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
+    symbols: Mapping[tuple[int, int], str]  # (which of the arguments' leaves, dimension) -> what varies there
+    ranges: Ranges
 
 
 def cells(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
@@ -157,7 +159,26 @@ def export_program(model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic,
     weights = tuple(state.get(spec.target) if spec.target else None for spec in specs)
     names = tuple(spec.target or spec.arg.name for spec in specs)
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    return Program(gm, weights, names, inputs, exported.call_spec.in_spec, exported.call_spec.out_spec)
+    leaves = [name for name, value in named.items() for _ in pytree.tree_leaves(value)]
+    symbols = {(i, dim): symbol for i, name in enumerate(leaves) for dim, symbol in dynamic.get(name, {}).items()}
+    return Program(gm, weights, names, inputs, exported.call_spec.in_spec, exported.call_spec.out_spec, symbols, ranges)
+
+
+def check_sizes(program: Program) -> None:
+    """PlanError where the code that was just compiled is for a part of the declared sizes only: torch.export narrowed a range, or
+    Inductor assumed something of a size which is not true of all."""
+    values = [value for value, weight in zip(program.inputs, program.weights, strict=True) if weight is None]
+    found, first, _ = torch_private.compiled_sizes(values)
+    for (position, dim), symbol in program.symbols.items():
+        (low, high), (least, most) = program.ranges[symbol], found[position][dim]
+        if low < least or high > most:
+            raise PlanError(f"the model can be compiled for {symbol} {least}..{most} only, not for {low}..{high}. Cut its buckets there.")
+    names = {name: program.symbols[place] for name, place in first.items()}
+    broken = torch_private.broken_assumption(values, {name: program.ranges[symbol] for name, symbol in names.items()})
+    if broken is not None:
+        text, sizes = broken
+        at = ", ".join(f"{names[name]}={size}" for name, size in sizes.items())
+        raise PlanError(f"compiled for {_ranges(program.ranges)}, the code assumes {text}, not so for {at}. Cut the buckets there.")
 
 
 def _ranges(ranges: Ranges) -> str:

@@ -160,7 +160,8 @@ def solve(
         session = session_for(program, chosen, open_store(chosen.cache_dir))
         run, written, _ = compile_cell(session, program)
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
-        state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
+        if written is not None:
+            state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
         _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
@@ -203,10 +204,12 @@ def session_for(program: Program, options: Options, store: TimingStore) -> Sessi
 
 def compile_cell(
     session: Session, program: Program, cell: CellPlan | None = None, winner: str | None = None
-) -> tuple[Callable[..., Any], list[int], bool]:
-    """The compiled graph, which of its inputs it writes into, and whether an output is a view of an input or of another one.
+) -> tuple[Callable[..., Any], list[int] | None, bool]:
+    """The compiled graph, which of its inputs it writes into (None: unknown), and whether an output is a view.
 
-    With a `cell`, its plan is followed, and its winner unless another is given."""
+    With a `cell`, its plan is followed, and its winner unless another is given. PlanError where the code holds for a part of the
+    program's sizes only.
+    """
     verdict = None
     if cell is not None:
         plans = [plan_to_dict(p) for p in cell.plans]
@@ -215,7 +218,8 @@ def compile_cell(
         run = session.compile(verdict)
         written = torch_private.written_inputs(len(program.inputs))
         aliased = torch_private.aliased_outputs()
-    return run, list(range(len(program.inputs))) if written is None else written, aliased
+    export.check_sizes(program)
+    return run, written, aliased
 
 
 def _flat(program: Program, named: Mapping[str, Any]) -> list[Any]:
@@ -224,12 +228,12 @@ def _flat(program: Program, named: Mapping[str, Any]) -> list[Any]:
     return [next(leaves) if w is None else w for w in program.weights]
 
 
-def _race(session: Session, run: Callable[..., Any], written: Sequence[int], inputs: list[Any]) -> None:
+def _race(session: Session, run: Callable[..., Any], written: Sequence[int] | None, inputs: list[Any]) -> None:
     """Call until the race is decided, each time on copies of what the model writes into."""
     racing = session.options.race and not session.options.deterministic
     with torch.no_grad():
         for _ in range(CALLS if racing else 1):
-            run(*[v.clone() if i in written and isinstance(v, Tensor) else v for i, v in enumerate(inputs)])
+            run(*[v.clone() if (written is None or i in written) and isinstance(v, Tensor) else v for i, v in enumerate(inputs)])
             if session.record.decided:
                 return
 

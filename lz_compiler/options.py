@@ -54,6 +54,8 @@ class Options:
         "no race, no kernel that may give other bits: the plan follows from stored facts alone; on where torch's own flag is",
     )
     race: bool = _option(True, "compare plans end to end on the first real calls; False trusts the prices")
+    ranks: bool = _option(True, "under torch.distributed, one rank plans for all; False: each for itself", plans=False)
+    rank_timeout_s: float = _option(300.0, "seconds to wait for the other ranks to compile the same graph", plans=False)
     cache_dir: str | None = _option(None, "directory of the timings store; None is the user's cache", plans=False)
     problems: str | None = _option(
         None, "folder for each graph's problem as planned, one FILE.problem.json a graph; a stored verdict is then not used", plans=False

@@ -17,7 +17,7 @@ from .errors import PolicyError, SolverError
 from .options import Options
 from .plan_io import problem_name, save_problem
 from .policy import Rule
-from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions
+from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions, refused_when_smaller
 from .timings import TimingStore
 from .trust import Trust
 from .types import EAGER, INDUCTOR, Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Status, Target
@@ -36,7 +36,11 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
     roofline = Roofline(target)
     trust, broken = Trust(store, target.environment), Quarantine(store, target.device)
-    found = enumerate_regions(view, options, model, lambda ctx, candidate: trust.refusal(ctx, candidate) or broken.refusal(candidate))
+    small = refused_when_smaller(view, options)
+    found = enumerate_regions(
+        view, options, model,
+        lambda ctx, candidate: trust.refusal(ctx, candidate) or broken.refusal(candidate) or small(ctx, candidate),
+    )  # fmt: skip
     priced = time.perf_counter()
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
     problem = build(view, found, options, roofline)

@@ -8,6 +8,7 @@ them saves these: memory traffic is priced, not nodes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from .cost_models.roofline import Roofline, work
 from .options import Options
 from .patterns import Recogniser
 from .policy import Facts, Rule, facts
-from .types import Candidate, Conversion, Cost, Format, Problem, Region, Rejection
+from .types import Candidate, Choice, Conversion, Cost, Format, Problem, Region, Rejection
 
 aten = torch.ops.aten
 
@@ -105,6 +106,58 @@ def enumerate_regions(
             else:
                 found.work[len(found.candidates)] = work(ctx, priced[0])
                 found.add(*found.weighed(options, *priced, meant))
+    return found
+
+
+def refused_when_smaller(view: GraphView, options: Options) -> Callable[[SelectionContext, Candidate], Rejection | None]:
+    """Why a candidate, offered for the sizes of the example, may not be used for all sizes of a dynamic graph: its backend refuses it
+    with one symbol at its lowest sizes. The graph as it stands may."""
+    symbols = torch_private.symbols_of(n.meta.get("val") for n in view.graph.nodes if n.op == "placeholder")
+    values = [size for size, _, _ in symbols.values()]
+    offered: list[tuple[str, int, set[tuple[str, tuple[str, ...]]]]] = []
+    for symbol, (_, low, high) in symbols.items():
+        for size in (n for n in (low, low + 1) if n < high):
+            with torch_private.hints_at(values, **{symbol: size}):
+                contexts = Recogniser(GraphView(view.graph, view.frozen), options).regions()
+                known = {(a.kernel, ctx.region.nodes) for ctx in contexts for a in answers(ctx) if isinstance(a, Candidate)}
+            offered.append((symbol, size, known))
+
+    def refusal(ctx: SelectionContext, candidate: Candidate) -> Rejection | None:
+        if dict(candidate.params).get("as_is"):
+            return None
+        where = next((f"{s}={n}" for s, n, known in offered if (candidate.kernel, ctx.region.nodes) not in known), None)
+        return Rejection(candidate.kernel, "dynamic_shape", f"not for all sizes: its backend refuses it for {where}") if where else None
+
+    return refusal
+
+
+def narrower(
+    graph: fx.Graph, frozen: Mapping[fx.Node, Tensor], options: Options, choices: Sequence[Choice]
+) -> set[tuple[str, str, int, int]]:
+    """Chosen kernels that their backend would refuse for smaller sizes of a symbol's range: (kernel, symbol, from, up to).
+
+    Kernels are chosen for the largest sizes. Here each backend is asked again with one symbol at its lowest sizes, and where it
+    refuses, the first size from which on it does not is sought by bisection.
+    """
+    symbols = torch_private.symbols_of(n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
+    values = [size for size, _, _ in symbols.values()]
+
+    def offers(symbol: str, size: int) -> set[tuple[str, tuple[str, ...]]]:
+        with torch_private.hints_at(values, **{symbol: size}):
+            contexts = list(Recogniser(GraphView(graph, frozen), options).regions())
+            return {(a.kernel, ctx.region.nodes) for ctx in contexts for a in answers(ctx) if isinstance(a, Candidate)}
+
+    offered = functools.cache(offers)
+    found = set()
+    for symbol, (_, low, high) in symbols.items():
+        for kernel, nodes in {(c.candidate.kernel, c.candidate.region.nodes) for c in choices} & offered(symbol, high):
+            bad, good = max((n for n in (low, low + 1) if n < high and (kernel, nodes) not in offered(symbol, n)), default=None), high
+            if bad is None:
+                continue
+            while good - bad > 1:
+                middle = (bad + good) // 2
+                bad, good = (bad, middle) if (kernel, nodes) in offered(symbol, middle) else (middle, good)
+            found.add((kernel, symbol, good, high))
     return found
 
 

@@ -184,7 +184,7 @@ def describe_record(record: GraphRecord) -> dict[str, Any]:
         "graph": record.compile_id, "key": record.key, "winner": record.winner, "decided": record.decided,
         "times_s": dict(record.times), "predicted_s": predicted, "measured_s": measured,
         "additive_error": (measured - predicted) / measured if measured else None,
-        "error": record.error, "error_budget": record.options.error_budget, "notes": list(record.notes),
+        "ranks": record.ranks or None, "error": record.error, "error_budget": record.options.error_budget, "notes": list(record.notes),
         "plans": [describe_plan(p) for p in record.plans],
     }  # fmt: skip
 
@@ -201,6 +201,8 @@ def _record_lines(record: GraphRecord) -> Iterator[str]:
         yield f"  predicted {predicted:.3f} ms, measured {measured:.3f} ms: {d['additive_error']:+.1%} not explained by the prices"
     if record.error is not None:
         yield f"  measured error {record.error:.2e}, budget {record.options.error_budget:g}"
+    if record.ranks:
+        yield f"  ranks: {record.ranks}"
     yield from (f"  note: {note}" for note in record.notes)
     for plan in record.plans:
         yield from _plan_lines(plan)

@@ -6,8 +6,10 @@ Imports of torch's private modules are inside the functions, so that `import lz_
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,6 +70,7 @@ class Generated:
     sources: list[str] = field(default_factory=list)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     packed: dict[str, tuple[str, torch.Tensor, tuple[Any, ...]]] = field(default_factory=dict)
+    limits: set[tuple[str, str, int, int]] = field(default_factory=set)  # kernels that are for fewer sizes: (kernel, symbol, low, high)
 
 
 _generated: ContextVar[Generated | None] = ContextVar("generated", default=None)
@@ -86,6 +89,59 @@ def generated_code() -> Iterator[Generated]:
             yield found
     finally:
         _generated.reset(token)
+
+
+def compiled_sizes(values: Sequence[Any]) -> tuple[list[list[tuple[int, int]]], dict[str, tuple[int, int]], list[str]]:
+    """For which sizes of fake inputs the code made from them holds: (for each tensor, the range of each dimension; the dimensions
+    (position, dimension) that a symbol stands for; what was assumed or has to be asserted of the symbols, as Python).
+
+    What torch.export narrowed or asserts is in it, and what Inductor assumed when it chose loops and layouts by the example's sizes.
+    """
+    from torch.utils._sympy.printers import PythonPrinter
+
+    ranges: list[list[tuple[int, int]]] = []
+    first: dict[str, tuple[int, int]] = {}
+    assumed: list[str] = []
+    for position, value in enumerate(values):
+        found = []
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, int):
+                found.append((size, size))
+                continue
+            env, symbol = size.node.shape_env, size.node._expr
+            bound = env.var_to_range[symbol]
+            found.append((int(bound.lower), int(bound.upper)))
+            first.setdefault(str(symbol), (position, dim))
+            every = [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]
+            assumed = [PythonPrinter().doprint(expr) for expr in every]
+        ranges.append(found)
+    return ranges, first, assumed
+
+
+def broken_assumption(values: Sequence[Any], ranges: Mapping[str, tuple[int, int]]) -> tuple[str, dict[str, int]] | None:
+    """What was assumed of the symbolic sizes of `values` while they were compiled, and sizes in `ranges` for which it is not so.
+
+    Up to 512 sizes of a single symbol are tried, of several the ends, their neighbours and the middle.
+    """
+    import sympy
+
+    sizes: list[Any] = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else ()) if not isinstance(s, int)]
+    if not sizes:
+        return None
+    env = sizes[0].node.shape_env
+    for expr in [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]:
+        free = sorted(expr.free_symbols, key=str)
+        if any(str(symbol) not in ranges for symbol in free):
+            continue
+        axes = []
+        for low, high in (ranges[str(symbol)] for symbol in free):
+            all_of_it = len(free) == 1 and high - low < 512
+            some = {low, low + 1, (low + high) // 2, high - 1, high}
+            axes.append(range(low, high + 1) if all_of_it else sorted(n for n in some if low <= n <= high))
+        for point in itertools.product(*axes):
+            if expr.xreplace({symbol: sympy.Integer(n) for symbol, n in zip(free, point, strict=True)}) == False:  # noqa: E712
+                return str(expr), {str(symbol): n for symbol, n in zip(free, point, strict=True)}
+    return None
 
 
 @contextmanager
@@ -261,11 +317,45 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     return None
 
 
+_sizes: ContextVar[dict[Any, Any] | None] = ContextVar("sizes", default=None)
+
+
+@contextmanager
+def hints_at(values: Iterable[Any], **changed: int) -> Iterator[None]:
+    """Inside, `hint` answers for other sizes of the symbols named; for the examples' of the others in `values` (SymInts)."""
+    import sympy
+
+    sizes = {v.node.expr: sympy.Integer(changed.get(str(v.node.expr), v.node.hint)) for v in values}
+    token = _sizes.set(sizes)
+    try:
+        yield
+    finally:
+        _sizes.reset(token)
+
+
+def symbols_of(values: Iterable[Any]) -> dict[str, tuple[Any, int, int]]:
+    """The plain symbols among the sizes of fake tensors: name -> (SymInt, lowest and highest size)."""
+    found: dict[str, tuple[Any, int, int]] = {}
+    for value in values:
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if not isinstance(size, int) and size.node.expr.is_Symbol and size.node.has_hint():
+                bound = size.node.shape_env.var_to_range[size.node.expr]
+                found[str(size.node.expr)] = (size, int(bound.lower), int(bound.upper) if bound.upper.is_Integer else sys.maxsize)
+    return found
+
+
+def collected() -> Generated | None:
+    """What is being collected by `generated_code`, or None."""
+    return _generated.get()
+
+
 def hint(value: Any) -> int:
     """A concrete size for a SymInt (its hint), for planning only; an unbacked one counts as 1."""
     if isinstance(value, int):
         return value
-    node = value.node
+    node, sizes = value.node, _sizes.get()
+    if sizes:
+        return int(node.expr.xreplace(sizes))
     if node.has_hint():
         return int(node.hint)
     return 1
@@ -357,6 +447,7 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Calla
     names = [name for name in tensors if not (cpu and name in ("w", "bias"))]
     constants = {name: t for name, t in tensors.items() if name not in names}
     gm = make_fx(lambda *values: (run({**constants, **dict(zip(names, values, strict=True))}),))(*(tensors[n] for n in names))
+    gm.graph.eliminate_dead_code()  # what FlexAttention returns beside its result does not exist on a CPU
     templates: dict[str, Any] = {"max_autotune": True, "max_autotune_gemm_backends": "CPP"} if cpu else {}
     with config.patch({"post_grad_custom_pre_pass": None, "triton.cudagraphs": False, **templates}):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -410,6 +501,57 @@ def trace_triton(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.
         return op(*(next(given) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
 
     return make_fx(dispatch_functionalize(run, FunctionalTensorMode()), decomposition_table=decompositions())(*tensors).graph
+
+
+def trace_function(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """A function of tensors, all different objects, as a graph of ATen calls."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with real_tensors():
+        return make_fx(lambda *values: function(*values))(*examples)
+
+
+@functools.cache
+def flex_attention() -> Any:
+    """FlexAttention's operator. Inductor is told not to fuse what follows into its C++ kernel, which raises NotImplementedError
+    then (torch 2.13, `epilogue_nodes`; torch.compile(mode="max-autotune") of flex_attention(...).relu() fails alike)."""
+    from torch._higher_order_ops.flex_attention import flex_attention as operator
+    from torch._inductor import ir, lowering
+
+    lower = lowering.lowerings[operator]
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        results = lower(*args, **kwargs)
+        for box in results if isinstance(results, tuple) else ():
+            buffer = getattr(getattr(box, "data", None), "data", None)
+            if isinstance(buffer, ir.CppTemplateBuffer):
+                buffer.allow_epilogue_fusion = False
+        return results
+
+    lowering.lowerings[operator] = alone
+    return operator
+
+
+def flex_options() -> dict[str, Any]:
+    """The options that torch.nn.attention.flex_attention gives its operator for inference."""
+    from torch.nn.attention import flex_attention as module
+
+    like = torch.empty(0)
+    with torch.no_grad():
+        return dict(module._apply_kernel_options(like, like, like, False, None))
+
+
+def flex_blocks(sees: Callable[..., Any], queries: int, keys: int, device: str, ahead: bool) -> tuple[Any, ...]:
+    """The operator's block mask as its tuple, ending in a function. `ahead`: of the blocks in which `sees(b, h, i, j)` holds
+    somewhere; else one block of everything."""
+    from torch.nn.attention import flex_attention as module
+
+    if ahead:
+        known = module.create_block_mask(lambda b, h, i, j: sees(b, h, i, j), None, None, queries, keys, device=device)
+        return tuple(known.as_tuple())
+    one = torch.ones([1, 1, 1], dtype=torch.int32, device=device)
+    whole = module.BlockMask.from_kv_blocks(one, 0 * one[None], BLOCK_SIZE=module._LARGE_SPARSE_BLOCK_SIZE, seq_lengths=(1, 1))
+    return tuple(whole.as_tuple())
 
 
 def is_fake(value: object) -> bool:
@@ -549,6 +691,33 @@ def load_cpp(path: str, folder: str) -> str:
         log.info("compiled kernels go to Inductor's cache: %s", error)
     with mock.patch.dict(os.environ, place):
         return str(CppCodeCache.load(Path(path).read_text())._name)
+
+
+@functools.lru_cache(maxsize=1)
+def _connection(store: Any) -> Any:
+    return store.clone()
+
+
+def job_store(prefix: str) -> Any:
+    """The key-value store that the default process group met in, under a prefix: a second connection to it, since a wait
+    blocks the first one for the group's own watchdogs."""
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return PrefixStore(prefix, _connection(_get_default_store()))
+
+
+_COLLECTIVE = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor", "c10d", "symm_mem")
+
+
+def is_collective(target: Any) -> bool:
+    """Whether an operator takes part in a communication between ranks (torch has no tag for them)."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in _COLLECTIVE
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    part = getattr(tensor, "_local_tensor", None)
+    return part if isinstance(part, torch.Tensor) else tensor
 
 
 def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:

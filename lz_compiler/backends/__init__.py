@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 
 from ..capabilities import descriptor
@@ -15,16 +15,49 @@ from .attention import Attention
 from .base import Backend, Kernel, SelectionContext
 from .cublas import Cublas
 from .cudnn import Cudnn
+from .flash_attention import FlashAttention, FlashAttention3
+from .flashinfer import FlashInfer
+from .flex_attention import FlexAttention
 from .inductor import Inductor
+from .liger import Liger
 from .onednn import OneDNN
+from .torchao import TorchAO
 from .triton_kernels import Triton
+from .xformers import XFormers
+
+OWN: tuple[Callable[[], Backend], ...] = (
+    Aten, OneDNN, Attention, Inductor, Cublas, Cudnn, Triton, FlexAttention, FlashAttention, FlashAttention3, FlashInfer, XFormers,
+    Liger, TorchAO,
+)  # fmt: skip
+
+
+class Unusable:
+    """A third party's backend that cannot be imported: a rejection wherever it is asked."""
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name, self.why = name, why
+        self.kernels: Mapping[str, Kernel] = {}
+
+    def version(self) -> str:
+        return "unusable"
+
+    def missing(self) -> str | None:
+        return self.why
+
+    def candidates(self, ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
+        yield from ()
 
 
 @functools.cache
 def all_backends() -> dict[str, Backend]:
-    found: dict[str, Backend] = {b.name: b for b in (Aten(), OneDNN(), Attention(), Inductor(), Cublas(), Cudnn(), Triton())}
+    found: dict[str, Backend] = {backend.name: backend for backend in (own() for own in OWN)}
     for entry in entry_points(group="lz_compiler.backends"):
-        found[entry.name] = entry.load()()
+        try:
+            found[entry.name] = entry.load()()
+        except Exception as error:  # it is foreign code, and may raise anything
+            found[entry.name] = Unusable(entry.name, f"{entry.value} raises {type(error).__name__}: {error}")
     return found
 
 

@@ -31,6 +31,9 @@ class Emitter(Protocol):
     def constant(self, make: Callable[..., Any], *values: Any) -> Any:
         """`make(*values)` computed once, ahead of time; `values` must be frozen weights."""
 
+    def subgraph(self, function: Callable[..., Any], *examples: torch.Tensor) -> Any:
+        """A function that an operator takes as an argument, traced with `examples` where it goes into a graph."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:

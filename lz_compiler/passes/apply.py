@@ -25,6 +25,7 @@ class GraphEmitter:
         self.mode = torch_private.fake_mode_of(view.graph)
         self.label = ""
         self.emitted: dict[str, fx.Node] = {}
+        self.subgraphs: dict[str, fx.Node] = {}
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, or return the one that already computes this (layers share a mask in a kernel's format)."""
@@ -80,6 +81,16 @@ class GraphEmitter:
             )
         node.meta["layerzero"] = self.label
         return node
+
+    def subgraph(self, function: Callable[..., Any], *examples: Tensor) -> fx.Node:
+        traced = torch_private.trace_function(function, examples)
+        if traced.code not in self.subgraphs:
+            module, name = self.graph.owning_module, f"_layerzero_function_{len(self.subgraphs)}"
+            assert module is not None
+            module.add_module(name, traced)
+            node = self.subgraphs[traced.code] = self.graph.get_attr(name)
+            node.meta["val"] = traced  # what shape rules of operators that take it are given
+        return self.subgraphs[traced.code]
 
 
 class _Rewriter:

@@ -1,0 +1,91 @@
+"""FlashInfer (Ye et al., FlashInfer: efficient and customizable attention engine for LLM inference serving, 2025).
+
+Only what is one call without state. Its batch wrappers plan on the host from the lengths, which a graph must not do in each step;
+paged decode goes through `trtllm_batch_decode_with_kv_cache`, which reads block tables and lengths on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..types import Candidate, Rejection
+from .base import Emitter, Kernel, SelectionContext, Values
+from .library import Library, LibraryBackend, sees_last_keys
+
+LIBRARY = Library("flashinfer-python", "flashinfer", "pip install 'lz-compiler[flashinfer]'")
+WORKSPACE = 128 << 20  # bytes, what the library's documentation recommends
+SEMAPHORES = 8 << 20  # the first bytes of it, which must be zero
+
+
+def _like_query(q: Tensor, *_: Any) -> Tensor:
+    batch, heads, length, head = q.shape
+    return q.new_empty((batch, length, heads, head)).transpose(1, 2)
+
+
+def _single_run(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, left: int) -> Tensor:
+    """One batch entry; keys and values in whichever order they stand in memory."""
+    library = LIBRARY.load()
+    turned = all(x.transpose(1, 2).is_contiguous() for x in (k, v))
+    k, v = ((x[0].transpose(0, 1) if turned else x[0].contiguous()) for x in (k, v))
+    options = {"kv_layout": "NHD" if turned else "HND", "sm_scale": scale, "window_left": left}
+    if q.shape[2] == 1:
+        return library.single_decode_with_kv_cache(q[0, :, 0].contiguous(), k, v, **options)[None, :, None]
+    y = library.single_prefill_with_kv_cache(q[0].transpose(0, 1).contiguous(), k, v, causal=causal, **options)
+    return y.transpose(0, 1)[None]
+
+
+def _paged_run(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor, scale: float, layout: str) -> Tensor:
+    page = k_cache.shape[1 if layout == "NHD" else 2]
+    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=q.device)  # from the graph's pool: no state between calls
+    workspace[:SEMAPHORES].zero_()
+    y = LIBRARY.load("flashinfer.decode").trtllm_batch_decode_with_kv_cache(
+        q[:, :, 0].contiguous(), (k_cache, v_cache), workspace, table.int(), lengths.int(), table.shape[1] * page,
+        bmm1_scale=scale, bmm2_scale=1.0, kv_layout=layout,
+    )  # fmt: skip
+    return y.masked_fill(lengths[:, None, None] == 0, 0)[:, :, None]  # what it gives for no key at all is not documented
+
+
+flashinfer_single = ops._define(
+    "flashinfer_single(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int left) -> Tensor",
+    _single_run, _like_query, torch.Tag.needs_exact_strides,
+)  # fmt: skip
+flashinfer_paged = ops._define(
+    "flashinfer_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float scale, str layout) -> Tensor",
+    _paged_run, _like_query, torch.Tag.needs_exact_strides,
+)  # fmt: skip
+
+
+def _single(emit: Emitter, t: Values, p: Values) -> Any:
+    return emit.call(flashinfer_single, t["q"], t["k"], t["v"], p["scale"], p["causal"], p["window"] - 1)
+
+
+def _paged(emit: Emitter, t: Values, p: Values) -> Any:
+    scale = float(p["scale"] if p["scale"] is not None else p["head"] ** -0.5)
+    return emit.call(flashinfer_paged, t["q"], t["k_cache"], t["v_cache"], t["block_table"], t["seq_lens"], scale, p["layout"])
+
+
+class FlashInfer(LibraryBackend):
+    name = "flashinfer"
+    devices: tuple[str, ...] = ("cuda",)
+    kernels: Mapping[str, Kernel] = {
+        kernel.name: kernel for kernel in (Kernel("flashinfer.single", _single), Kernel("flashinfer.paged", _paged))
+    }
+    library = LIBRARY
+
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        if name == "flashinfer.paged":
+            cache = ctx.kv_cache
+            assert cache is not None
+            if ctx.spec("q").shape[1] // cache.kv_heads > 32:
+                yield ctx.reject(name, "shape", "at most 32 heads read one key-value head")
+            else:
+                yield ctx.candidate(self.kernels[name], head=cache.head_size)
+        elif not sees_last_keys(ctx):
+            yield ctx.reject(name, "mask", "a causal mask or window must end at the last key")
+        else:
+            yield ctx.candidate(self.kernels[name])
