@@ -282,11 +282,19 @@ def _lines(graph: Mapping[str, Any]) -> Iterator[str]:
     yield f"{graph['label']}: objective {milliseconds(old)} -> {milliseconds(new)}{share}, {differ} decisions differ"
     if graph["note"]:
         yield f"  {graph['note']}"
+    yield f"  {parts(graph)}"
     for c in graph["changes"]:
         sides = [" and ".join(side) or "loops" for side in both_sides(c)]
         yield f"  {c['count']}x {c['op']} ({c['nodes']}): {sides[0]} -> {sides[1]}  {(c['ns'][1] - c['ns'][0]) / 1e6:+.3f} ms"
     for m in graph["conversions"]:
         yield f"  conversions {m['kind']}: {m['count'][0]} -> {m['count'][1]}  {(m['ns'][1] - m['ns'][0]) / 1e6:+.3f} ms"
+
+
+def parts(graph: Mapping[str, Any]) -> str:
+    """What the objectives are made of: a kernel may cost less and its neighbours' memory traffic more."""
+    rest = [o - p - c for o, p, c in zip(graph["objective_ns"], graph["prices_ns"], graph["conversions_ns"], strict=True)]
+    named = {"kernels": graph["prices_ns"], "conversions": graph["conversions_ns"], "fused loops, their memory traffic, other calls": rest}
+    return "; ".join(f"{name} {milliseconds(a)} -> {milliseconds(b)}" for name, (a, b) in named.items())
 
 
 def both_sides(change: Mapping[str, Any]) -> list[list[str]]:

@@ -74,7 +74,7 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _difference(graph: Mapping[str, Any], names: Sequence[str]) -> Iterator[RenderableType]:
-    from .compare import both_sides
+    from .compare import both_sides, parts
 
     old, new = graph["objective_ns"]
     share = f" ({(new - old) / old:+.1%})" if old else ""
@@ -82,6 +82,7 @@ def _difference(graph: Mapping[str, Any], names: Sequence[str]) -> Iterator[Rend
     yield Text(f"{graph['label']}: objective {_ms(old)} ms -> {_ms(new)} ms{share}, {differ} of {graph['regions']} decisions differ")
     if graph["note"]:
         yield Text(graph["note"], "dim")
+    yield Text(parts(graph))
     table = _table(">", "region", "node", names[0], ">ms", names[1], ">ms", ">change")
     for c in graph["changes"]:
         sides = [Text("\n".join(side) or "fused loops") for side in both_sides(c)]

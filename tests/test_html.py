@@ -351,6 +351,8 @@ def test_what_if(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     shown = run("explain", file, "--what-if", "deny=cublas", "--html", str(tmp_path / "w.html"))
     assert shown.exit_code == 0, shown.output
     assert "2x linear (mm_1): cublas.merged block=64 -> aten.mm" in shown.stdout
+    assert "conversions strided:bfloat16 -> strided:float32: 2 -> 0" in shown.stdout
+    assert "kernels 0.000 ms -> 0.000 ms; conversions " in shown.stdout
     assert (tmp_path / "w.html").stat().st_size < 100_000
     for rules, told in (
         ([], "needs --what-if"),
