@@ -89,7 +89,8 @@ def explain(
     what: Annotated[str, typer.Argument(metavar="MODULE:FACTORY|FILE.json", help="what to compile, or a plan or problem of `lz solve`")],
     as_json: Json = False, option: Option = None, calls: int = 40, html: Html = None,
     what_if: Annotated[list[str] | None, typer.Option(
-        "--what-if", metavar="RULE", help="With FILE.problem.json: deny=KERNEL_OR_BACKEND or lock=KERNEL_OR_BACKEND; repeatable.")] = None,
+        "--what-if", metavar="RULE", help="With a plan or problem: deny=KERNEL_OR_BACKEND or lock=KERNEL_OR_BACKEND; repeatable.")] = None,
+    problems: Annotated[str | None, typer.Option(metavar="FOLDER", help="A plan's problems, for --what-if [problems beside it].")] = None,
 ) -> None:  # fmt: skip
     """Explain every choice: of a stored plan, or of what MODULE:FACTORY returns, compiled and run CALLS times for the race.
 
@@ -98,7 +99,7 @@ def explain(
     from . import api, offline
 
     if what_if or what.endswith(".problem.json"):
-        result = _what_if(what, what_if or [], parse_options(option))
+        result = _what_if(what, what_if or [], parse_options(option), problems)
     elif what.endswith(".json"):
         if option:
             raise OptionError("a plan file holds its options: give no --option with it")
@@ -112,16 +113,23 @@ def _show(result: Report, as_json: bool, html: str | None) -> None:
     if html:
         result.to_html(html)
         err.print(f"{html} written", markup=False)
-    out.print(result.to_json() if as_json else str(result), markup=False)
+    if out.is_terminal and not as_json:
+        out.print(result, soft_wrap=False, width=min(out.width, 100))
+    else:
+        out.print(result.to_json() if as_json else str(result), markup=False)
 
 
-def _what_if(file: str, rules: list[str], options: dict[str, Any]) -> Report:
-    from .compare import what_if
+def _what_if(file: str, rules: list[str], options: dict[str, Any], problems: str | None) -> Report:
+    from .compare import what_if, what_if_plan
+    from .offline import load_plan
     from .plan_io import load_problem
 
     if not rules or options.keys() - {"solver"}:
         raise OptionError("a problem file needs --what-if deny=KERNEL or lock=KERNEL, and of the options it takes `solver` only")
-    return what_if(load_problem(file), rules, options.get("solver", "cp_sat"), Path(file).name)
+    solver = options.get("solver", "cp_sat")
+    if file.endswith(".problem.json"):
+        return what_if(load_problem(file), rules, solver, Path(file).name)
+    return what_if_plan(load_plan(file), problems or Path(file).parent / "problems", rules, solver)
 
 
 @app.command()

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import offline
+from .backend import LOSSLESS
 from .errors import OptionError, PlanError, SolverError, unknown
 from .options import Options
+from .plan_io import load_problem, problem_name
 from .planning import solve_within
 from .problem import CALL, LOOP, VIEW
 from .report import Report, explain_model_plan, milliseconds, ranges_text
 from .types import Problem, Solution
 
+if TYPE_CHECKING:
+    from .offline import ModelPlan
+
 BUDGET_S = 60.0
+
+Conversions = dict[str, tuple[int, int]]  # of each kind, between formats in memory: how many, and their ns
 
 
 class Decision(NamedTuple):
@@ -85,13 +92,14 @@ def compare_files(before: str | os.PathLike[str], after: str | os.PathLike[str])
     graphs = []
     for label in dict.fromkeys((*sides[0], *sides[1])):
         if label not in sides[0] or label not in sides[1]:
-            graphs.append(_graph(label, [0, 0], [], [], f"only in {names[0] if label in sides[0] else names[1]}"))
+            graphs.append(_graph(label, [0, 0], ([], []), f"only in {names[0] if label in sides[0] else names[1]}"))
             continue
         old, new = sides[0][label], sides[1][label]
         other = old["fingerprint"] != new["fingerprint"]
         note = "these are plans of two different graphs: regions are matched by the names of their nodes" if other else None
         objectives = [old["objective_ns"], new["objective_ns"]]
-        graphs.append(_graph(label, objectives, list(_decisions(old)), list(_decisions(new)), note))
+        decided, converted = [list(_decisions(p)) for p in (old, new)], [_conversions(p) for p in (old, new)]
+        graphs.append(_graph(label, objectives, decided, note, converted))
     return _report(f"LayerZero: {names[0]} against {names[1]}", names, graphs)
 
 
@@ -137,6 +145,26 @@ def _decisions(plan: Mapping[str, Any]) -> Iterator[Decision]:
     return walk(plan["rows"])
 
 
+def _conversions(plan: Mapping[str, Any]) -> Conversions:
+    """Conversions between formats in memory, of an explained plan."""
+    found: Conversions = {}
+
+    def walk(rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            if "repeat" in row:
+                walk(row["rows"])
+            elif row["kind"] == "conversion":
+                _count(found, f"{row['src']} -> {row['dst']}", len(row["names"]), row["total_ns"])
+
+    walk(plan["rows"])
+    return found
+
+
+def _count(found: Conversions, kind: str, count: int, ns: int) -> None:
+    before = found.get(kind, (0, 0))
+    found[kind] = (before[0] + count, before[1] + ns)
+
+
 # --- what if --------------------------------------------------------------------------------------------------------------
 
 
@@ -146,18 +174,37 @@ def what_if(problem: Problem, rules: Sequence[str], solver: str = "cp_sat", labe
     A lock refuses all other kernels for the regions for which the named one has a candidate. OptionError for a rule that is none,
     that names a kernel without a candidate in the problem, or that leaves no plan.
     """
-    changed = problem
-    for rule in rules:
-        changed = _ruled(changed, rule)
-    first = _solution(problem, solver)
-    try:
-        second = _solution(changed, solver)
-    except SolverError as error:
-        raise OptionError(f"{', '.join(rules)} leaves no plan: {error}") from error
-    note = f"solved by {first.solver}: {first.status}, then {second.status}"
-    before, after = list(_solved(problem, first)), list(_solved(changed, second))
-    graph = _graph(label, [first.objective, second.objective], before, after, note)
-    return _report(f"LayerZero: what if {', '.join(rules)}", ["as it is", ", ".join(rules)], [graph])
+    return _what_if({label: problem}, rules, solver)
+
+
+def what_if_plan(plan: ModelPlan, problems: str | os.PathLike[str], rules: Sequence[str], solver: str = "cp_sat") -> Report:
+    """`what_if` for every graph of a plan of `lz.solve`, whose problems are in the folder `problems`. PlanError where one is not."""
+    found = {}
+    for cell in plan.cells:
+        lossy = bool(plan.options.get("error_budget")) and cell.winner != LOSSLESS
+        for i, p in enumerate(cell.plans):
+            label = f"{ranges_text(cell.ranges)}, {p.kind} {i}" if i else ranges_text(cell.ranges)
+            found[label] = load_problem(Path(problems) / problem_name(p.fingerprint, p.kind, lossy))
+    return _what_if(found, rules, solver)
+
+
+def _what_if(problems: Mapping[str, Problem], rules: Sequence[str], solver: str) -> Report:
+    kernels = {c.kernel for problem in problems.values() for c in problem.candidates} - {LOOP, VIEW, CALL}
+    graphs = []
+    for label, problem in problems.items():
+        changed = problem
+        for rule in rules:
+            changed = _ruled(changed, rule, kernels)
+        first = _solution(problem, solver)
+        try:
+            second = _solution(changed, solver)
+        except SolverError as error:
+            raise OptionError(f"{', '.join(rules)} leaves no plan for {label}: {error}") from error
+        note = f"solved by {first.solver}: {first.status}, then {second.status}"
+        decided = [list(_solved(p, s)) for p, s in ((problem, first), (changed, second))]
+        converted = [_converted(p, s) for p, s in ((problem, first), (changed, second))]
+        graphs.append(_graph(label, [first.objective, second.objective], decided, note, converted))
+    return _report(f"LayerZero: what if {', '.join(rules)}", ["as it is", ", ".join(rules)], graphs)
 
 
 def _solution(problem: Problem, solver: str) -> Solution:
@@ -174,14 +221,22 @@ def _solved(problem: Problem, solution: Solution) -> Iterator[Decision]:
             yield Decision(c.region.nodes, " + ".join((c.region.op, *epilogue)), c.kernel, tuning, cost.ns, cost.source)
 
 
-def _ruled(problem: Problem, rule: str) -> Problem:
+def _converted(problem: Problem, solution: Solution) -> Conversions:
+    found: Conversions = {}
+    for index in solution.converted:
+        c = problem.conversions[index]
+        if "fused" not in c.src.layout and "fused" not in c.dst.layout:
+            _count(found, f"{c.src} -> {c.dst}", 1, problem.conversion_costs[index].ns)
+    return found
+
+
+def _ruled(problem: Problem, rule: str, kernels: Set[str]) -> Problem:
     action, _, name = rule.partition("=")
     if action not in ("deny", "lock") or not name:
         raise OptionError(f"--what-if {rule!r} is neither deny=KERNEL_OR_BACKEND nor lock=KERNEL_OR_BACKEND")
-    kernels = {c.kernel for c in problem.candidates} - {LOOP, VIEW, CALL}
     named = {k for k in kernels if k == name or k.partition(".")[0] == name}
     if not named:
-        raise OptionError(unknown("kernel or backend in this problem", name, kernels | {k.partition(".")[0] for k in kernels}))
+        raise OptionError(unknown("kernel or backend in this problem", name, {*kernels, *(k.partition(".")[0] for k in kernels)}))
     if action == "deny":
         return _filtered(problem, lambda c: c.kernel not in named)
     locked = {frozenset(c.region.nodes) for c in problem.candidates if c.kernel in named}
@@ -198,10 +253,20 @@ def _filtered(problem: Problem, keep: Callable[[Any], bool]) -> Problem:
 # --- the report -----------------------------------------------------------------------------------------------------------
 
 
-def _graph(label: str, objectives: list[int], before: Sequence[Decision], after: Sequence[Decision], note: str | None) -> dict[str, Any]:
+def _graph(
+    label: str, objectives: list[int], decided: Sequence[Sequence[Decision]], note: str | None,
+    conversions: Sequence[Conversions] = ({}, {}),
+) -> dict[str, Any]:  # fmt: skip
+    """`prices_ns` and `conversions_ns` are parts of the objectives; what is left is loops, memory traffic and calls."""
+    kinds = sorted({*conversions[0], *conversions[1]})
+    moved = [
+        {"kind": k, "count": [c.get(k, (0, 0))[0] for c in conversions], "ns": [c.get(k, (0, 0))[1] for c in conversions]} for k in kinds
+    ]
     return {
-        "label": label, "objective_ns": objectives, "regions": len(before), "note": note, "changes": changes(before, after),
-        "prices_ns": [sum(d.ns for d in side) for side in (before, after)],
+        "label": label, "objective_ns": objectives, "regions": len(decided[0]), "note": note, "changes": changes(*decided),
+        "prices_ns": [sum(d.ns for d in side) for side in decided],
+        "conversions_ns": [sum(ns for _, ns in c.values()) for c in conversions],
+        "conversions": [m for m in moved if m["count"][0] != m["count"][1]],
     }  # fmt: skip
 
 
@@ -217,8 +282,27 @@ def _lines(graph: Mapping[str, Any]) -> Iterator[str]:
     yield f"{graph['label']}: objective {milliseconds(old)} -> {milliseconds(new)}{share}, {differ} decisions differ"
     if graph["note"]:
         yield f"  {graph['note']}"
+    yield f"  {parts(graph)}"
     for c in graph["changes"]:
-        sides = [" and ".join(f"{d['kernel']} {d['tuning']}".rstrip() for d in c[side]) or "loops" for side in ("before", "after")]
-        if sides[0] == sides[1]:  # the same kernel, for other nodes
-            sides = [f"{told} for {sum(d['nodes'] for d in c[side])} nodes" for told, side in zip(sides, ("before", "after"), strict=True)]
+        sides = [" and ".join(side) or "loops" for side in both_sides(c)]
         yield f"  {c['count']}x {c['op']} ({c['nodes']}): {sides[0]} -> {sides[1]}  {(c['ns'][1] - c['ns'][0]) / 1e6:+.3f} ms"
+    for m in graph["conversions"]:
+        yield f"  conversions {m['kind']}: {m['count'][0]} -> {m['count'][1]}  {(m['ns'][1] - m['ns'][0]) / 1e6:+.3f} ms"
+
+
+def parts(graph: Mapping[str, Any]) -> str:
+    """What the objectives are made of: a kernel may cost less and its neighbours' memory traffic more."""
+    rest = [o - p - c for o, p, c in zip(graph["objective_ns"], graph["prices_ns"], graph["conversions_ns"], strict=True)]
+    named = {"kernels": graph["prices_ns"], "conversions": graph["conversions_ns"], "fused loops, their memory traffic, other calls": rest}
+    return "; ".join(f"{name} {milliseconds(a)} -> {milliseconds(b)}" for name, (a, b) in named.items())
+
+
+def both_sides(change: Mapping[str, Any]) -> list[list[str]]:
+    """The kernels before and after, with their numbers of nodes where nothing else tells them apart."""
+    named = [[f"{d['kernel']} {d['tuning']}".rstrip() for d in change[side]] for side in ("before", "after")]
+    if named[0] != named[1]:
+        return named
+    return [
+        [f"{name} ({d['nodes']} nodes)" for name, d in zip(names, change[s], strict=True)]
+        for names, s in zip(named, ("before", "after"), strict=True)
+    ]

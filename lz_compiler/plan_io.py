@@ -118,6 +118,11 @@ def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None
 PROBLEM_VERSION = 1
 
 
+def problem_name(fingerprint: str, kind: str, lossy: bool) -> str:
+    """The file of a graph's problem in the folder of the option `problems`."""
+    return f"{fingerprint}.{kind}.{'lossy' if lossy else 'lossless'}.problem.json"
+
+
 def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:
     """Write a problem as JSON, whole or not at all: it can be solved again without the model or its device."""
     rest = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem) if f.name not in ("sources", "sinks", "tensor_class")}

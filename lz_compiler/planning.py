@@ -15,7 +15,7 @@ from .cost_models import cost_model
 from .cost_models.roofline import Roofline
 from .errors import PolicyError, SolverError
 from .options import Options
-from .plan_io import save_problem
+from .plan_io import problem_name, save_problem
 from .policy import Rule
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions, refused_when_smaller
 from .timings import TimingStore
@@ -46,8 +46,7 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     problem = build(view, found, options, roofline)
     budget = options.error_budget / DILUTION
     if options.problems is not None:
-        name = f"{fingerprint}.{kind}.{'lossy' if budget else 'lossless'}.problem.json"
-        save_problem(replace(problem, error_budget=budget), Path(options.problems) / name)
+        save_problem(replace(problem, error_budget=budget), Path(options.problems) / problem_name(fingerprint, kind, budget > 0))
     try:
         solution = solve_within(problem, options, budget)
     except SolverError:

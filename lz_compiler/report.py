@@ -20,6 +20,8 @@ from .problem import LOOP
 from .types import Candidate, Choice, Cost, Plan, Region
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from .backend import GraphRecord
     from .offline import CellPlan, ModelPlan
 
@@ -57,10 +59,11 @@ class Report:
         frame = "width:100%;height:720px;border:1px solid #8884;border-radius:8px"
         return f'<iframe sandbox="allow-scripts" style="{frame}" srcdoc="{escape(self.html())}"></iframe>'
 
-    def __rich__(self) -> str:
-        from rich.markup import escape
+    def __rich__(self) -> RenderableType:
+        """Tables, for a terminal; what has none is text."""
+        from .tables import tables
 
-        return escape(str(self))
+        return tables(self.title, self.data, self.lines)
 
 
 @cache
@@ -100,6 +103,7 @@ def describe_choice(choice: Choice, count: int = 1, peaks: Mapping[str, float] |
         "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "factor": choice.cost.factor,
         "epsilon": c.epsilon, "floor_ns": _floor(choice, peaks or {}), "flops": choice.flops, "bytes": choice.nbytes,
         "tuning": dict(dict(c.params).get("variant", ())), "mask": dict(c.params).get("mask"),  # type: ignore[call-overload]
+        "reads_mask": "mask" in dict(c.params).get("roles", ()),  # type: ignore[operator]
         "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
         "runner_up": runner_up and {
             "kernel": runner_up[0].kernel, "cost_ns": runner_up[1].ns, "source": runner_up[1].source,

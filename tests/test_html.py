@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_cli import fails, run
 
 import lz_compiler as lz
-from lz_compiler.compare import Decision, changes, what_if
+from lz_compiler.compare import Decision, both_sides, changes, what_if
 from lz_compiler.drawing import drawing, identity
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.plan_io import load_problem, plan_from_dict, plan_to_dict, save_problem
@@ -190,7 +191,8 @@ def test_script_runs(tmp_path: Path) -> None:
 const event = key => new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true });
 const press = (key, at) => (at || document.activeElement).dispatchEvent(event(key));
 const count = what => document.querySelectorAll(what).length, picked = () => document.querySelector("[aria-selected=true]").innerText;
-const seen = { rows: count(".row:not(.head)"), images: document.images.length, edges: count("#edges path"), dots: count(".dot") };
+const seen = { ready: performance.now(),
+  rows: count(".row:not(.head)"), images: document.images.length, edges: count("#edges path"), dots: count(".dot") };
 press("/", document.body); seen.search = document.activeElement.id;
 $("search").value = "attend_7 sdpa"; $("search").dispatchEvent(new Event("input"));
 seen.hits = count(".row:not(.head):not(.hidden)"); press("Enter"); seen.hit = picked(); seen.details = $("details").innerText;
@@ -216,6 +218,7 @@ document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(se
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     seen = json.loads(found[1])
     assert seen["rows"] <= 8  # 32 layers are folded
+    assert seen["ready"] < 2000  # ms from the start of loading until everything is drawn
     assert seen["search"] == "search"
     assert seen["hits"] == 1
     assert "aten.sdpa" in seen["hit"]
@@ -226,6 +229,26 @@ document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(se
     assert seen["images"] == 0
     assert seen["edges"] > 4
     assert seen["dots"] == 3
+
+
+def in_terminal(report: Any, width: int = 100) -> str:
+    console = Console(width=width, force_terminal=True, color_system=None)
+    with console.capture() as shown:
+        console.print(report)
+    return shown.get()
+
+
+def test_tables_of_a_terminal() -> None:
+    shown = in_terminal(lz.explain(replace(layered(3), notes=("[red]no markup[/red]",))))
+    assert max(map(len, shown.splitlines())) <= 100
+    (products,) = [line.split() for line in shown.splitlines() if " linear " in line and "6x" in line]
+    assert products == ["6x", "linear", "onednn.linear", "0.009", "56%", "measured", "aten.mm", "+0.001", "1"]
+    assert "mask of 3x attention: causal" in shown
+    assert "3x conversion strided:float32 -> strided:bfloat16" in shown
+    assert "[red]no markup[/red]" in shown
+    changed = what_if(chain(), ["deny=cublas"])
+    assert max(map(len, in_terminal(changed).splitlines())) <= 100
+    assert "cublas.merged block=64" in " ".join(in_terminal(changed, 200).split())
 
 
 # --- two plans, and what if -----------------------------------------------------------------------------------------------
@@ -240,6 +263,8 @@ def test_changes_are_grouped_by_what_they_are() -> None:
     ]  # fmt: skip
     assert changes(old, [d._replace(ns=20) for d in old]) == []
     assert changes(old, [])[0]["count"] == 4
+    (grown,) = changes([new[0]], [new[0]._replace(nodes=("mm_0", "gelu_0", "mul_0"))])
+    assert both_sides(grown) == [["onednn.linear (2 nodes)"], ["onednn.linear (3 nodes)"]]
 
 
 def replace_kernel(decision: Decision) -> Decision:
@@ -256,6 +281,8 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     data = json.loads(run("diff", *map(str, files), "--json").stdout)["diff"]["graphs"][0]
     assert [c["count"] for c in data["changes"]] == [6]
     assert embedded((tmp_path / "d.html").read_text())["data"]["diff"]["graphs"][0] == data
+    assert (data["conversions"], data["conversions_ns"]) == ([], [900, 900])  # the same three in both
+    assert "prices_ns" in data
     same = run("diff", str(files[0]), str(files[0]))
     assert "0 decisions differ" in same.stdout
     (tmp_path / "c.json").write_text('{"rows": 3}')
@@ -311,6 +338,8 @@ def test_what_if(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     for rule in ("deny=cublas", "deny=cublas.merged", "lock=aten.mm"):
         graph = what_if(chain(), [rule]).data["diff"]["graphs"][0]
         assert graph["objective_ns"] == [30, 100]
+        assert (graph["prices_ns"], graph["conversions_ns"]) == ([20, 100], [10, 0])
+        assert graph["conversions"] == [{"kind": "strided:bfloat16 -> strided:float32", "count": [2, 0], "ns": [10, 0]}]
         assert [(c["count"], c["before"][0]["kernel"], c["after"][0]["kernel"]) for c in graph["changes"]] == [
             (2, "cublas.merged", "aten.mm")
         ]
@@ -322,6 +351,8 @@ def test_what_if(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     shown = run("explain", file, "--what-if", "deny=cublas", "--html", str(tmp_path / "w.html"))
     assert shown.exit_code == 0, shown.output
     assert "2x linear (mm_1): cublas.merged block=64 -> aten.mm" in shown.stdout
+    assert "conversions strided:bfloat16 -> strided:float32: 2 -> 0" in shown.stdout
+    assert "kernels 0.000 ms -> 0.000 ms; conversions " in shown.stdout
     assert (tmp_path / "w.html").stat().st_size < 100_000
     for rules, told in (
         ([], "needs --what-if"),
@@ -331,7 +362,7 @@ def test_what_if(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert told in fails(capsys, monkeypatch, "explain", file, *rules)
 
 
-def test_solve_writes_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solve_writes_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lz_html_models.py").write_text("import torch\ndef m(): return torch.nn.Linear(8, 8).eval(), (torch.ones(4, 8),), {}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -341,6 +372,11 @@ def test_solve_writes_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (file,) = (tmp_path / "new" / "folder").glob("*.lossless.problem.json")
     problem, plan = load_problem(file), lz.load_plan("plan.json")
     assert solve(problem).objective == plan.cells[0].plans[0].objective
+    moved = run("explain", "plan.json", "--problems", "new/folder", "--what-if", "lock=aten", "--json")
+    assert moved.exit_code == 0, moved.output
+    (graph,) = json.loads(moved.stdout)["diff"]["graphs"]
+    assert (graph["label"], graph["objective_ns"][0]) == ("the given shapes", solve(problem).objective)
+    assert "problems/" in fails(capsys, monkeypatch, "explain", "plan.json", "--what-if", "deny=aten")
     shown = run("explain", "plan.json", "--html", "page.html")
     assert shown.exit_code == 0, shown.output
     (choice,) = embedded((tmp_path / "page.html").read_text())["data"]["cells"][0]["plans"][0]["regions"]
