@@ -132,7 +132,7 @@ class Session:
         """
         self.follows = verdict is not None
         if self.team is not None:
-            with self.team:
+            with self.team, torch_private.backward_at_once():
                 compiled = self._watched(self._with_ranks(self.team))
         else:
             compiled = self._watched(self._compile(verdict or self._stored_verdict()))
@@ -381,10 +381,11 @@ class Session:
             return {}
         written = _written(graph)
         found = {}
-        for node, (whole, owned) in zip(placeholders, self.real, strict=True):
-            value = None if whole is None else torch_private.local_part(whole)
+        for node, (value, owned) in zip(placeholders, self.real, strict=True):
             like = node.meta.get("val")
             if owned and value is not None and isinstance(like, Tensor) and node not in written:
+                if torch_private.is_wrapper(value):
+                    return {}
                 if like.shape != value.shape or like.stride() != value.stride() or like.dtype != value.dtype:
                     return {}
                 found[node] = value

@@ -115,8 +115,9 @@ class Team:
             self.store.delete_key(self._key("verdict", self.rank))
         same = [rank for rank, told in known.items() if told["plan"] == own["plan"]]
         rest = sorted(set(range(self.size)) - set(same))
-        apart = f"; {_names(rest)}: other hardware, quarantine or graph, and so another plan" if rest else ""
-        return f"plan {own['plan']} agreed by {_names(same)} of {self.size}, made by rank {self.members[0]}{apart}"
+        maker = f"made by rank {self.members[0]}" if self.members[0] in same else "made by each"
+        apart = f"; {_names(rest)} {'has' if len(rest) == 1 else 'have'} another: hardware, quarantine or graph differ" if rest else ""
+        return f"plan {own['plan']} agreed by {_names(same)} of {self.size}, {maker}{apart}"
 
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any member gives."""

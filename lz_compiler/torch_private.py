@@ -714,10 +714,20 @@ def is_collective(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace in _COLLECTIVE
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    part = getattr(tensor, "_local_tensor", None)
-    return part if isinstance(part, torch.Tensor) else tensor
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for others (a DTensor for this rank's part), which AOTAutograd puts in its place."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+@contextmanager
+def backward_at_once() -> Iterator[None]:
+    """Lower a backward graph together with its forward graph, not when it is first run."""
+    import torch._functorch.config as functorch
+
+    with functorch.patch(force_non_lazy_backward_lowering=True):
+        yield
 
 
 def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:

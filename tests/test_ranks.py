@@ -1,0 +1,133 @@
+"""Two ranks of one job (gloo, torchrun): one plan, the same outputs, and differences that are named.
+
+The job (tests/ranks_job.py) runs once; what a rank saw there is what these tests look at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import lz_compiler
+from lz_compiler.errors import RankError
+from lz_compiler.ranks import Team, facts
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    package = str(Path(lz_compiler.__file__).parent.parent)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": package, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "ranks_job.py"), str(folder)]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("scenario", ["tensor_parallel", "data_parallel"])
+def test_both_ranks_run_the_plan_of_the_first(seen: list[dict[str, Any]], scenario: str) -> None:
+    first, second = (found[scenario] for found in seen)
+    assert first["line"] == second["line"]
+    assert re.fullmatch(r"ranks: plan [0-9a-f]{16} agreed by ranks 0-1 of 2, made by rank 0", first["line"][0])
+    assert first["kernels"] == second["kernels"]
+    assert first["plans"] > 0 == second["plans"]  # the second rank planned nothing
+    assert first["applied"] == second["applied"] > 0
+    assert max(first["error"], second["error"]) < 1e-5
+
+
+def test_a_tensor_parallel_graph_is_planned_around_its_collectives(seen: list[dict[str, Any]]) -> None:
+    found = seen[1]["tensor_parallel"]
+    assert found["kernels"][0].count("onednn.linear") == 4
+    assert found["collectives"] == ["all_reduce", "wait_tensor"] * 2
+    assert not [n for n in found["nodes"] if "all_reduce" in n or "wait_tensor" in n]
+
+
+def test_ranks_with_other_graphs_plan_by_themselves(seen: list[dict[str, Any]]) -> None:
+    for found in seen:
+        assert found["vocabulary_parallel"]["error"] < 1e-5
+        assert found["vocabulary_parallel"]["plans"] == 1
+        assert "has another: hardware, quarantine or graph differ" in found["vocabulary_parallel"]["line"][0]
+
+
+def test_a_difference_in_versions_names_the_ranks_on_each_of_them(seen: list[dict[str, Any]]) -> None:
+    for found in seen:
+        assert re.search(r"RankError: .*torch is \S+ on rank 0, 2\.13\.1 on rank 1\.", found["versions"])
+
+
+def test_what_the_planning_rank_raises_is_told_to_the_other(seen: list[dict[str, Any]]) -> None:
+    assert seen[0]["leader"].startswith("PolicyError: the policy leaves no plan")
+    assert re.search(r"rank 0 raised .*the policy leaves no plan", seen[1]["leader"])
+
+
+def test_a_rank_that_does_not_come_is_named_after_the_timeout(seen: list[dict[str, Any]]) -> None:
+    assert re.search(r"RankError: graph \d+: rank 1 did not come within 1 s", seen[0]["missing"])
+    assert "missing" not in seen[1]
+
+
+def _meeting(told: list[dict[str, Any]], timeout_s: float = 20.0) -> list[Team | str]:
+    """Each rank's team after it met, or its error: ranks as threads over one store."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=timeout_s))
+    found: list[Team | str] = [""] * len(told)
+
+    def run(rank: int) -> None:
+        team = Team(store, rank, len(told), 0, timeout_s, timeout_s)
+        try:
+            team.meet(told[rank])
+            found[rank] = team
+        except RankError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(told))]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    return found
+
+
+def _told(name: str = "A", graph: str = "g", refused: tuple[str, ...] = (), **versions: str) -> dict[str, Any]:
+    return facts({"device": "cuda", "name": name, "torch": "2.13.0"} | versions, {"option freeze": "True"}, refused, graph)
+
+
+def test_capability_groups_are_hardware_quarantine_and_graph() -> None:
+    told = [_told(), _told("B", torch="2.13.1"), _told(), _told("B", torch="2.13.1"), _told(refused=("x",)), _told(graph="h")]
+    teams = _meeting(told)
+    assert [t.members for t in teams if isinstance(t, Team)] == [[0, 2], [1, 3], [0, 2], [1, 3], [4], [5]]
+    assert [t.rank for t in teams if isinstance(t, Team) and t.leads] == [0, 1, 4, 5]
+
+
+def test_each_version_that_differs_is_named_with_its_ranks() -> None:
+    errors = _meeting([_told(cudnn="9"), _told(cudnn="9"), _told(torch="2.13.1", cudnn="8"), _told(cudnn="9"), _told("B")])
+    assert len(set(map(str, errors))) == 1
+    assert "cudnn is 9 on ranks 0-1, 3, 8 on rank 2; torch is 2.13.0 on ranks 0-1, 3, 2.13.1 on rank 2." in str(errors[0])
+
+
+def test_the_same_graph_with_another_plan_is_an_error_and_a_lossy_plan_is_dropped_by_all() -> None:
+    teams = [t for t in _meeting([_told(), _told()]) if isinstance(t, Team)]
+    found: dict[int, Any] = {}
+
+    def run(team: Team) -> None:
+        names = team.union(["layerzero"] if team.rank else [])
+        try:
+            team.confirm("layerzero", [{"fingerprint": "f", "choices": [team.rank]}])
+        except RankError as error:
+            found[team.rank] = names, str(error)
+
+    threads = [threading.Thread(target=run, args=(team,)) for team in teams]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert [found[rank][0] for rank in (0, 1)] == [["layerzero"], ["layerzero"]]
+    assert all("the same graph has several plans" in error for _, error in found.values())
