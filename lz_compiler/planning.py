@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from . import planner, torch_private
 from .capture import GraphView
@@ -28,13 +29,10 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     """Plan one functional ATen graph (`kind`: inference, forward or backward) for a target."""
     start = time.perf_counter()
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
-    roofline = Roofline(target)
     found = enumerate_regions(view, options, model)
     priced = time.perf_counter()
-    add_defaults(view, found, roofline, lossy=options.error_budget > 0)
-    problem = build(view, found, options, roofline)
-    budget = options.error_budget / DILUTION
-    solution = solve_within(problem, options, budget)
+    problem = pose(view, found, options, target)
+    solution = solve_within(problem, options, problem.error_budget)
     seconds = time.perf_counter() - priced
     plan = _decode(problem, solution, found, options, fingerprint, kind, target, seconds)
     torch_private.counters()["plans"] += 1
@@ -46,10 +44,15 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     return plan
 
 
+def pose(view: GraphView, found: Enumeration, options: Options, target: Target) -> Problem:
+    """The integer program of priced candidates, with one for every node that no backend was asked about."""
+    roofline = Roofline(target)
+    add_defaults(view, found, roofline, lossy=options.error_budget > 0)
+    return replace(build(view, found, options, roofline), error_budget=options.error_budget / DILUTION)
+
+
 def solve_within(problem: Problem, options: Options, budget: float) -> Solution:
     """Solve, and check the result independently of the solver."""
-    from dataclasses import replace
-
     problem = replace(problem, error_budget=budget)
     solution = planner.solve(problem, options.solver, options.solve_budget_s)
     if not solution.chosen and problem.sinks:
