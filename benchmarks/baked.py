@@ -1,6 +1,8 @@
-"""What a baked plan costs on a CPU: choosing a cell, a cold start, and its steady state, for the zoo's Llama.
+"""What a baked plan costs: choosing a cell, a cold start, and its steady state, for the zoo's Llama.
 
-    python benchmarks/baked.py [--processes 5] [--rounds 40] [--json FILE]
+    python benchmarks/baked.py [--device cuda] [--processes 5] [--rounds 40] [--json FILE]
+
+In float32 on a CPU, in bfloat16 on a GPU (calls without CUDA graphs).
 
 1. Selection: `forward` of a baked file with 16 buckets over two dimensions, its cells replaced by one that returns its argument,
    beside a call of that cell; and Dynamo's guards for the same function compiled with dynamic shapes.
@@ -24,9 +26,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-BUCKETS = [16, 64, 256]
 START = {
-    "baked": "import sys; sys.path.insert(0, sys.argv[1]); import torch, _layerzero_plan as p; p.forward(torch.arange(64)[None])",
+    "baked": "import sys; sys.path.insert(0, sys.argv[1]); import torch, _layerzero_plan as p; "
+    "print(p.forward(torch.arange(64, device=sys.argv[2])[None]).sum().item())",
     "torch.compile, caches empty": "BACKEND = 'inductor'",
     "torch.compile, caches warm": "BACKEND = 'inductor'",
     "LayerZero's plan, caches warm": "PLAN = True",
@@ -36,13 +38,13 @@ import sys, torch
 from lz_compiler import zoo
 import lz_compiler as lz
 model, args, kwargs = zoo.llama(length=64)
-model.eval()
+model = model.eval().to(sys.argv[2], torch.bfloat16 if sys.argv[2] == "cuda" else torch.float32)
 if {plan}:
     run = lz.compile(model, plan=sys.argv[1] + '/../plan.json')
 else:
     run = torch.compile(model)
 with torch.no_grad():
-    run(torch.arange(64)[None])
+    print(run(torch.arange(64, device=sys.argv[2])[None]).sum().item())
 """
 
 
@@ -84,14 +86,13 @@ def selection(folder: Path) -> dict[str, float]:
         setattr(module, name, cell)
     guarded = torch.compile(Added(), backend=lambda gm, inputs: lambda *args: out, dynamic=True)
     guarded(x)
-    plain = module.forward.__wrapped__
     return {
-        "cells": float(len(plan.cells)), "empty call": best(lambda: cell(x)), "chosen, without no_grad": best(lambda: plain(x)),
+        "cells": float(len(plan.cells)), "empty call": best(lambda: cell(x)),
         "chosen": best(lambda: module.forward(x)), "Dynamo's guards": best(lambda: guarded(x)),
     }  # fmt: skip
 
 
-def cold_starts(folder: Path, processes: int) -> dict[str, list[float]]:
+def cold_starts(folder: Path, processes: int, device: str) -> dict[str, list[float]]:
     """Seconds from a process's start to its first output."""
     import time
 
@@ -103,14 +104,14 @@ def cold_starts(folder: Path, processes: int) -> dict[str, list[float]]:
                 with tempfile.TemporaryDirectory() as cold:
                     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold if "empty" in name else warm}
                     start = time.perf_counter()
-                    subprocess.run([sys.executable, "-c", code, str(folder)], env=env, check=True, capture_output=True)
+                    subprocess.run([sys.executable, "-c", code, str(folder), device], env=env, check=True, capture_output=True)
                     if i:  # the first process warms caches and files
                         found.setdefault(name, []).append(time.perf_counter() - start)
         print(f"{name}: {median(found[name]):.2f} s", file=sys.stderr)
     return found
 
 
-def steady(model: Any, plan: Any, module: Any, rounds: int) -> list[tuple[str, float, float, float]]:
+def steady(model: Any, plan: Any, module: Any, rounds: int, device: str) -> list[tuple[str, float, float, float]]:
     """(cell, ms baked, ms compiled, largest difference)."""
     import time
 
@@ -120,7 +121,7 @@ def steady(model: Any, plan: Any, module: Any, rounds: int) -> list[tuple[str, f
 
     run, rows = lz.compile(model, plan=plan), []
     for cell in plan.cells:
-        x = torch.randint(8000, (1, cell.ranges["seq"][1]))
+        x = torch.randint(8000, (1, cell.ranges["seq"][1]), device=device)
         times: dict[str, list[float]] = {"baked": [], "compiled": []}
         with torch.no_grad():
             outputs = {name: call(x) for name, call in (("baked", module.forward), ("compiled", run))}
@@ -129,7 +130,7 @@ def steady(model: Any, plan: Any, module: Any, rounds: int) -> list[tuple[str, f
                     (("baked", module.forward), ("compiled", run)) if i % 2 else (("compiled", run), ("baked", module.forward))
                 ):
                     start = time.perf_counter()
-                    call(x)
+                    float(call(x).flatten()[0])  # waits for a GPU
                     if i >= 5:
                         times[name].append(time.perf_counter() - start)
         low, high = cell.ranges["seq"]
@@ -142,30 +143,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--buckets", default="16,64,256", help="upper ends of the sequence's buckets")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     import torch
+    from torch.utils._pytree import tree_map_only
 
     import lz_compiler as lz
     from lz_compiler import zoo
 
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"python benchmarks/baked.py --processes {args.processes} --rounds {args.rounds}\n")
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"python benchmarks/baked.py --device {args.device} --buckets {args.buckets} --processes {args.processes} --rounds {args.rounds}\n"
+    )
     with tempfile.TemporaryDirectory() as folder:
         chosen = selection(Path(folder) / "small")
         print(f"| {' | '.join(chosen)} |\n|{'---|' * len(chosen)}")
         print(f"| {' | '.join(f'{v:.2f}' for v in chosen.values())} |  (microseconds a call)\n")
         model, given, kwargs = zoo.llama(length=64)
-        model.eval()
-        plan = lz.solve(model, given, kwargs, buckets={"seq": BUCKETS}, dynamic={"input_ids": {1: "seq"}}, freeze=True)
+        model.eval().to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+        given, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(args.device), (given, kwargs))
+        plan = lz.solve(
+            model,
+            given,
+            kwargs,
+            buckets={"seq": [int(end) for end in args.buckets.split(",")]},
+            dynamic={"input_ids": {1: "seq"}},
+            freeze=True,
+        )
         plan.save(Path(folder) / "plan.json")
         out = Path(folder) / "llama"
         lz.bake(plan, out, model, given, kwargs)
-        rows = steady(model, plan, load(out), args.rounds)
+        rows = steady(model, plan, load(out), args.rounds, args.device)
         print("| cell | won the race | baked, ms | lz.compile(plan=...), ms | ratio | largest difference |\n|---|---|---|---|---|---|")
         for row, cell in zip(rows, plan.cells, strict=True):
             print(f"| {row[0]} | {cell.winner} | {row[1]:.3f} | {row[2]:.3f} | {row[2] / row[1]:.2f}x | {row[3]:.1e} |")
-        starts = cold_starts(out, args.processes)
+        starts = cold_starts(out, args.processes, args.device)
         print("\n| first output of a fresh process | s, median | of baked |\n|---|---|---|")
         for name, seconds in starts.items():
             print(f"| {name} | {median(seconds):.2f} | {median(seconds) / median(starts['baked']):.2f}x |")

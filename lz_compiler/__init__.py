@@ -12,17 +12,24 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
     from .baking import bake
+    from .canary_run import CanaryReport, canary
+    from .fuzzing import fuzz
+    from .generation import StaticCacheDecoder
     from .kv_cache import KVCacheSpec
     from .model_fingerprint import fingerprint
     from .offline import load_plan, solve
     from .options import Options
+    from .warming import load_baked, warmup
 
 _LAZY = {
-    "compile": ".api", "explain": ".api", "doctor": ".api", "bake": ".baking", "KVCacheSpec": ".kv_cache",
-    "fingerprint": ".model_fingerprint", "solve": ".offline", "load_plan": ".offline", "Options": ".options",
+    "compile": ".api", "explain": ".api", "doctor": ".api", "bake": ".baking", "canary": ".canary_run",
+    "CanaryReport": ".canary_run", "KVCacheSpec": ".kv_cache", "fingerprint": ".model_fingerprint", "solve": ".offline",
+    "load_plan": ".offline", "Options": ".options", "StaticCacheDecoder": ".generation", "load_baked": ".warming", "warmup": ".warming",
+    "fuzz": ".fuzzing",
 }  # fmt: skip
 __all__ = [
-    "KVCacheSpec", "Options", "__version__", "bake", "compile", "doctor", "explain", "fingerprint", "load_plan", "solve",
+    "CanaryReport", "KVCacheSpec", "Options", "StaticCacheDecoder", "__version__", "bake", "canary", "compile", "doctor", "explain",
+    "fingerprint", "fuzz", "load_baked", "load_plan", "solve", "warmup",
 ]  # fmt: skip
 
 

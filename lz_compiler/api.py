@@ -26,11 +26,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def compile(
     model: F, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False,
-    plan: ModelPlan | str | os.PathLike[str] | None = None, **options: Any,
+    plan: ModelPlan | str | os.PathLike[str] | None = None, bundle: str | os.PathLike[str] | None = None, **options: Any,
 ) -> F:  # fmt: skip
     """`torch.compile(model, backend="layerzero", ...)` with LayerZero's options as keyword arguments, beside a mode.
 
     `plan`: of `lz.solve`, or its file. The module then runs by it, for inference, and nothing is planned (offline.PlannedModel).
+    `bundle`: the model's folder, to be compared with the one that the plan was solved for.
     """
     if plan is not None:
         from . import offline
@@ -38,9 +39,11 @@ def compile(
         if not isinstance(model, torch.nn.Module) or mode is not None or dynamic is not None:
             raise OptionError("with plan=..., compile takes an nn.Module, and neither mode nor dynamic: the plan holds them.")
         stored = plan if isinstance(plan, offline.ModelPlan) else offline.load_plan(plan)
-        return offline.PlannedModel(model, stored, options)  # type: ignore[return-value]
+        return offline.PlannedModel(model, stored, options, bundle)  # type: ignore[return-value]
+    if bundle is not None:
+        raise OptionError("bundle=... is compared with a plan's: give plan=... too.")
     given = Options.resolve(options, mode)  # a wrong option is reported here, not at the first call
-    backends.allowed_backends(given.backends)
+    backends.check_names(given)
 
     def backend(gm: Any, inputs: Any) -> Any:
         return layerzero(gm, inputs, mode=mode, options=options)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from . import __version__, ops, race, torch_private
-from .backends import set_up
+from .backends import check_names, set_up
 from .capture import GraphView, fingerprint, tensors_in
+from .circuit import Breaker, Quarantine, called_as, guarded
 from .errors import PlanError
 from .options import Options
 from .passes.apply import apply_plan
@@ -31,13 +32,17 @@ from .passes.output_strides import output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
 from .plan_io import plan_from_dict, plan_to_dict
 from .planning import make_plan
+from .problem import narrower
 from .target import detect, environment
 from .timings import TimingStore, open_store
+from .trust import Trust
+from .types import EAGER as EAGER
+from .types import INDUCTOR as INDUCTOR
+from .types import LOSSLESS as LOSSLESS
+from .types import PLANNED as PLANNED
 from .types import Plan, Target
 
 log = logging.getLogger(__name__)
-
-PLANNED, LOSSLESS, INDUCTOR, EAGER = "layerzero", "layerzero-lossless", "inductor", "eager"
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +78,7 @@ def layerzero(
     """Plan and compile one graph. `mode` and `options` as in torch.compile; see Options for the options."""
     setup()
     chosen = Options.resolve(options, mode)
+    check_names(chosen)
     device = _device(example_inputs, gm)
     store = open_store(chosen.cache_dir)
     if chosen.freeze:
@@ -92,19 +98,24 @@ class Session:
         self, gm: fx.GraphModule, inputs: list[Any], options: Options, store: TimingStore, device: str,
         real: Sequence[tuple[Tensor | None, bool]],
     ) -> None:  # fmt: skip
+        if torch.are_deterministic_algorithms_enabled():
+            options = replace(options, deterministic=True)
         self.gm, self.inputs, self.options, self.store, self.device, self.real = gm, inputs, options, store, device, real
         env = [f"{k}={v}" for k, v in sorted(environment(device).items())]
+        env += Trust(store, environment(device)).marks()
         grad = f"grad={torch.is_grad_enabled()}"
         self.key = fingerprint(gm, (options.key(), __version__, grad, *env))
         owned = [t for t, is_owned in self.real if is_owned and t is not None] or list(gm.parameters())
         self.record = GraphRecord(
             self.key, torch_private.compile_id(), options, torch_private.node_source_lines(gm), tuple(map(weakref.ref, owned))
         )
+        self.finalists: tuple[str, ...] = (PLANNED,)
         self.lossless: list[Plan] = []  # instead of the record's, should its error be over the budget
         self.written: list[int] | None = None
         self.known: list[Plan] = []  # of an earlier verdict: applied where they fit, so that nothing is planned again
         self.follows = False  # a stored plan: nothing may be planned
         self.dropped = 0  # masks
+        self.breaker = Breaker(store, device, gm.forward, self.record.compile_id)
         torch_private.counters()["graphs"] += 1
 
     def compile(self, verdict: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -113,32 +124,90 @@ class Session:
         `verdict`: of a stored plan. It is followed as it is, and PlanError where its plans are not for this graph.
         """
         self.follows = verdict is not None
-        compiled = functools.partial(self._compile(verdict or self.store.get_record("verdict", self.key)))
+        compiled = self._watched(self._compile(verdict or self._stored_verdict()))
         RECORDS.append(self.record)
         weakref.finalize(compiled, RECORDS.remove, self.record)
         return compiled
+
+    def _stored_verdict(self) -> Mapping[str, Any] | None:
+        """The verdict of an earlier process, unless what it would run has failed since."""
+        verdict = self.store.get_record("verdict", self.key)
+        if verdict is None or verdict["winner"] not in (PLANNED, LOSSLESS):
+            return verdict
+        failed = Quarantine(self.store, self.device).of_plans(map(plan_from_dict, verdict["plans"]))
+        if failed is not None:
+            self.record.notes.append(f"planned anew: {failed}")
+        return verdict if failed is None else None
+
+    def _watched(self, run: Callable[..., Any]) -> functools.partial[Any]:
+        """What Dynamo calls; a race watches by itself, and eager needs no watching."""
+        if isinstance(run, race.Race) or run == self.gm.forward or self.record.winner == INDUCTOR:
+            return functools.partial(run)
+        return guarded(run, lambda error, args: self._rescue(PLANNED, error, args), self._reference())
+
+    def _barred(self) -> set[str]:
+        """The finalists that the policy forbids for this graph."""
+        return {name for plan in (*self.record.plans, *self.lossless) for name in plan.barred}
+
+    def _reference(self) -> Callable[..., Any] | None:
+        return None if EAGER in self._barred() else self.gm.forward
+
+    def _rescue(self, name: str, error: Exception, args: tuple[Any, ...]) -> Any:
+        """The call by eager, after a finalist raised (circuit.Breaker); raises where that cannot be."""
+        if name in (INDUCTOR, EAGER):
+            raise error
+        record, plans = self.record, [*self.record.plans, *self.lossless]
+        try:
+            out = self.breaker.rescue(error, args, plans, self.written, self._reference() is None)
+        finally:
+            if self.breaker.tripped is not None and self.breaker.tripped not in record.notes:
+                torch_private.counters()["broken"] += 1
+                record.notes.append(self.breaker.tripped)
+                if not self.breaker.kernels:  # nothing else that the next process could do without
+                    self._store(EAGER if INDUCTOR in self._barred() else INDUCTOR, {})
+        if record.decided or len(self.finalists) < 2:
+            record.winner = EAGER
+        return out
 
     def _compile(self, verdict: Mapping[str, Any] | None) -> Callable[..., Any]:
         if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
             return self._from_verdict(verdict)
         planned = self._planned(self.options, self.record.plans)
-        if not self.dropped and not any(_changes(plan) for plan in self.record.plans):
+        barred = self._barred()
+        if INDUCTOR not in barred and not self.dropped and not any(_changes(plan) for plan in self.record.plans):
             self.record.notes.append("no kernel beats what TorchInductor does with this graph: compiled by it alone")
             self._finish({}, INDUCTOR)
             return planned
         lossy = any(plan.epsilon > 0 for plan in self.record.plans)
         racing = self.options.race and not self.options.deterministic
         if not racing and not lossy:
+            if self.options.deterministic:  # what one process could not measure in time, the next one must not measure instead
+                self._finish({}, PLANNED)
             return planned
         finalists: dict[str, race.Finalist] = {PLANNED: planned}
         check = None
         if lossy:
-            self.written = torch_private.written_inputs(len(self.inputs))
             finalists[LOSSLESS], check = self._within_budget(planned)
         if not racing:
-            return race.Race(finalists, self._finish, PLANNED, check, rounds=0)
-        finalists |= {INDUCTOR: self._inductor(), EAGER: self.gm.forward}
-        return race.Race(finalists, self._finish, PLANNED, check)
+            return self._race(finalists, check, rounds=0)
+        barred |= self._barred()
+        if barred:
+            self.record.notes.append(f"the policy forbids what {' and '.join(sorted(barred))} would use: not raced against")
+        if INDUCTOR not in barred:
+            finalists[INDUCTOR] = self._inductor()
+        if EAGER not in barred:
+            finalists[EAGER] = self.gm.forward
+        if len(finalists) == 1:
+            self._finish({}, PLANNED)
+            return planned
+        return self._race(finalists, check)
+
+    def _race(
+        self, finalists: Mapping[str, race.Finalist], check: Callable[[tuple[Any, ...]], list[str]] | None, rounds: int = race.ROUNDS,
+        finish: Callable[[dict[str, float], str], None] | None = None,
+    ) -> race.Race:  # fmt: skip
+        self.finalists = tuple(finalists)
+        return race.Race(finalists, finish or self._finish, PLANNED, check, rounds, rescue=self._rescue, reference=self._reference())
 
     def _from_verdict(self, verdict: Mapping[str, Any]) -> Callable[..., Any]:
         """The race was run before: compile its winner only."""
@@ -146,7 +215,13 @@ class Session:
         self.record.times, self.record.winner, self.record.decided = dict(verdict["times"]), winner, True
         self.record.error = verdict.get("error")
         stored = self.known = [plan_from_dict(p) for p in verdict["plans"]]
+        self.written = verdict.get("written")
+        self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []
+        self.breaker.calls = {kernel: set(names) for kernel, names in verdict.get("calls", {}).items()}
         self.record.plans = stored
+        failed = Quarantine(self.store, self.device).of_plans(stored) if self.follows and winner in (PLANNED, LOSSLESS) else None
+        if failed is not None:
+            raise PlanError(f"the stored plan uses what failed here: {failed}. Solve again.")
         set_up({c.candidate.kernel for plan in stored for c in plan.choices})
         if winner == EAGER:
             return self.gm.forward
@@ -162,10 +237,9 @@ class Session:
         if self.follows or winner == LOSSLESS or not any(plan.epsilon > 0 for plan in self.record.plans):
             return compiled  # a plan that is followed was checked when it was solved
         # The verdict's error was that of the weights and inputs of its time: the budget is kept for these too.
-        self.written = verdict.get("written")
         lossless, check = self._within_budget(compiled)
         finalists = {PLANNED: compiled, LOSSLESS: lossless}
-        return race.Race(finalists, lambda _, name: self._finish(dict(verdict["times"]), name), PLANNED, check, rounds=0)
+        return self._race(finalists, check, 0, lambda _, name: self._finish(dict(verdict["times"]), name))
 
     def _within_budget(self, planned: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[tuple[Any, ...]], list[str]]]:
         """The lossless plan, compiled, and the check that tells whether it is needed."""
@@ -187,10 +261,15 @@ class Session:
             record.plans = self.lossless
         log.info("verdict for graph %s: %s (%s)", record.compile_id, winner, {n: f"{t * 1e3:.2f} ms" for n, t in times.items()})
         torch_private.counters()[f"winner:{winner}"] += 1
-        plans = [plan_to_dict(p) for p in record.plans]
+        if self.breaker.tripped is None:  # else the next process plans anew, without what failed
+            self._store(winner, times)
+
+    def _store(self, winner: str, times: Mapping[str, float]) -> None:
+        plans = [plan_to_dict(p) for p in self.record.plans]
         value = {
-            "winner": winner, "times": times, "plans": plans, "error": record.error, "written": self.written,
-            "digest": _digest(record.plans),
+            "winner": winner, "times": times, "plans": plans, "error": self.record.error, "written": self.written,
+            "digest": _digest(self.record.plans), "calls": {kernel: sorted(names) for kernel, names in self.breaker.calls.items()},
+            "why": self.breaker.tripped,
         }  # fmt: skip
         self.store.put_record("verdict", self.key, value)
 
@@ -225,6 +304,8 @@ class Session:
         def run(graph: fx.Graph, is_inference: bool) -> None:
             frozen = self._frozen(graph, is_inference)
             plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, self.follows))
+            for kernel, names in called_as(graph).items():
+                self.breaker.calls.setdefault(kernel, set()).update(names)
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
         uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"
@@ -233,7 +314,10 @@ class Session:
         if not torch.is_grad_enabled():
             patches["layout_optimization"] = False  # layouts are the plan's decision
         with torch_private.cudagraph_skips(lambda why: self.record.notes.append(f"runs without CUDA graphs: {why}")):
-            return torch_private.compile_with_inductor(gm, self.inputs, patches)
+            compiled = torch_private.compile_with_inductor(gm, self.inputs, patches)
+        told = torch_private.written_inputs(len(self.inputs))
+        self.written = self.written if told is None else told
+        return compiled
 
     def _drop_masks(self, graph: fx.Graph) -> None:
         dropped = drop_masks_pass(graph)
@@ -289,6 +373,9 @@ def plan_and_apply(
         raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
     torch_private.counters()["known_plans"] += plan is not None
     plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind)
+    collected = torch_private.collected()
+    if collected is not None:
+        collected.limits |= narrower(graph, frozen, options, plan.choices)
     applied = apply_plan(view, plan.choices)
     torch_private.counters()["kernels"] += applied
     verify(graph, before)

@@ -1,7 +1,7 @@
 """A ModelPlan as a folder that runs without LayerZero: a generated Python file, its weights, its compiled loop nests.
 
 What Inductor generated for each cell's planned graph (torch_private.generated_code) is read with `ast`; its body becomes a function of
-straight-line calls, its C++ loop nests constants of the file with their libraries beside it.
+straight-line calls, its kernels (C++ loop nests, Triton) constants of the file, the C++ ones with their libraries beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +41,39 @@ PLAIN = {
     "extern_kernels.convolution(": "torch.ops.aten.convolution(", "extern_kernels.bias_addmm(": "torch.addmm(",
     **{f"extern_kernels.{name}(": f"torch.{name}(" for name in ("mm", "bmm", "addmm", "baddbmm")},
 }  # fmt: skip
-KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor"}  # names of the template
+# Names of the template, and of its part for GPUs.
+KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor", "empty_strided_cuda", "get_raw_stream"}
 DROPPED = re.compile(r"assert_\w+\(|args\.clear|del arg|#")
+STREAM = "stream0 = get_raw_stream(0)"
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A kernel that Inductor generated, or inlined: C++ with its argument types, or Triton with its function's name."""
+
+    language: str
+    detail: tuple[str, ...]
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """One cell's code: parameters and lines of a function, and the loop nests (name -> argument types, C++) that it calls."""
+    """One cell's code: parameters and lines of a function, and the kernels by the names under which it calls them."""
 
     arguments: tuple[str, ...]
     lines: tuple[str, ...]
-    loops: Mapping[str, tuple[tuple[str, ...], str]]
+    loops: Mapping[str, Loop]
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One cell, compiled: its graph and what was generated for it, and which of the graph's placeholders it writes into."""
+
+    program: Program
+    body: Body
+    code: torch_private.Generated
+    written: frozenset[int]
 
 
 def bake(
@@ -58,14 +81,13 @@ def bake(
 ) -> Path:
     """Write `plan` with `model`'s weights to a folder that must not exist yet, or be empty; returns the folder's Python file.
 
-    `args` and `kwargs` are examples, as for `lz.solve`. CPU inference; the arguments are tensors and constants.
+    `args` and `kwargs` are examples, as for `lz.solve`. Inference; the arguments are tensors and constants. Buffers that the model
+    writes into (a key-value cache) are the file's own state.
     """
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PlanError(f"{os.fspath(out)!r} exists and is not an empty folder. Give a new one.")
     check_environment(plan)
-    if plan.environment["device"] != "cpu":
-        raise PlanError(f"a plan for {plan.environment['device']!r} cannot be baked; only CPU plans can, so far. Use lz.compile(plan=...).")
     named = export.bind(model, args, kwargs)
     if tuple(named) != plan.arguments:
         raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(plan.arguments)}.")
@@ -90,48 +112,72 @@ class _Writer:
         self.weights: dict[str, Tensor] = {}  # as stored
         self.stored: dict[tuple[str, tuple[int, ...]], str] = {}  # contents and strides -> the name in `weights`
         self.globals: dict[str, str] = {}  # a weight's name in the file -> the expression that loads it
-        self.loops: dict[tuple[tuple[str, ...], str], str] = {}  # a loop nest -> its name in the file
+        self.loops: dict[Loop, str] = {}  # a kernel -> its name in the file
+        self.state: set[str] = set()  # buffers that some cell writes into
+        self.cuda = plan.environment["device"] == "cuda"
+        self.graphs = self.cuda and (plan.options["cudagraphs"] or plan.options["mode"] in WITHOUT_GRAPHS)
+        self.written: set[str] = set()  # arguments that some cell writes into
         self.brgemm = False
         self.returns = ""
 
     def write(self) -> None:
         (self.out / "kernels").mkdir(parents=True)
-        cells = [self._cell(i, cell) for i, cell in enumerate(self.plan.cells)]
-        for (types, source), name in self.loops.items():
-            shutil.copy(torch_private.compiled_cpp(types, source), self.out / "kernels" / f"{name}.so")
+        generated = [self._generated(cell) for cell in self.plan.cells]
+        self.state = {g.program.names[i] for g in generated for i in g.written if g.program.weights[i] is not None}
+        cells = [self._function(i, *pair) for i, pair in enumerate(zip(self.plan.cells, generated, strict=True))]
+        for loop, name in self.loops.items():
+            if loop.language == "cpp":
+                shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{name}.so")
         if self.brgemm:
             shutil.copy(ops.attention_library(), self.out / "kernels" / "attention_brgemm.so")
         save_file({name: w.contiguous() for name, w in self.weights.items()}, self.out / "weights.safetensors")
         (self.out / "weights.safetensors").chmod(0o644)
         (self.out / FILE).write_text(self._text(cells))
         files = {str(p.relative_to(self.out)): _hash(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
-        manifest = {"layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "files": files}
+        shapes = {
+            name: [self.plan.dynamic.get(name, {}).get(dim, size) for dim, size in enumerate(planned.shape)]
+            for name, planned in zip(self.inputs, self.plan.tensors, strict=True)
+        }
+        manifest = {
+            "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "bundle": dict(self.plan.bundle),
+            "inputs": shapes, "buckets": dict(self.plan.buckets), "error_budget": self.plan.options["error_budget"],
+            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "files": files,
+        }  # fmt: skip
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
-    def _cell(self, index: int, cell: CellPlan) -> str:
+    def _generated(self, cell: CellPlan) -> Generated:
         program = export.export_program(self.model, self.named, self.plan.dynamic, cell.ranges)
         if fingerprint(program.gm) != cell.fingerprint:
             raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
-        planned = dict(self.plan.options)
-        session = session_for(
-            program, Options.resolve({k: v for k, v in planned.items() if k != "mode"}, planned["mode"]), open_store(None)
-        )
+        planned = {**self.plan.options, "cudagraphs": False}  # the file captures its own
+        mode = planned.pop("mode")
+        session = session_for(program, Options.resolve(planned, WITHOUT_GRAPHS.get(mode, mode)), open_store(None))
         winner = PLANNED if cell.winner == EAGER else cell.winner
-        with torch_private.generated_code() as generated:
+        with torch_private.generated_code() as code:
             _, written, aliased = compile_cell(session, program, cell, winner)
-        if written or len(generated.sources) != 1 or aliased:
-            raise PlanError("a model that writes into its arguments or buffers, or returns views of them, cannot be baked.")
-        body = read_generated(generated.sources[0])
-        self._check_returns(program)
-        return self._function(index, cell, program, body, generated)
-
-    def _check_returns(self, program: Program) -> None:
+        if len(code.sources) != 1 or aliased:
+            raise PlanError("a model that returns views of its arguments, buffers or other outputs cannot be baked. Return copies.")
         returns = _render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
         assert self.returns in ("", returns)
         self.returns = returns
+        return Generated(program, read_generated(code.sources[0]), code, frozenset(written))
 
-    def _function(self, index: int, cell: CellPlan, program: Program, body: Body, generated: torch_private.Generated) -> str:
-        text = "\n".join(body.lines)
+    def _holds(self, cell: CellPlan, made: Generated) -> dict[str, Any]:
+        """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
+        places = [i for i, w in enumerate(made.program.weights) if w is None]
+        ranges, first, assumed = torch_private.compiled_sizes([made.program.inputs[i] for i in places])
+        names = {s: self.plan.dynamic[list(self.named)[i]][dim] for s, (i, dim) in first.items()}
+        holds: dict[str, tuple[int, int]] = {}
+        for name, found in zip(self.named, ranges, strict=True):
+            for dim, symbol in self.plan.dynamic.get(name, {}).items():
+                holds[symbol] = found[dim]
+        texts = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text) for text in assumed]
+        kernels = sorted({c.candidate.kernel for p in cell.plans for c in p.choices})
+        limits = [{"kernel": k, "symbol": names[s], "low": low, "high": high} for k, s, low, high in sorted(made.code.limits)]
+        return {"ranges": holds, "assumed": texts, "kernels": kernels, "limits": limits}
+
+    def _function(self, index: int, cell: CellPlan, made: Generated) -> str:
+        text, program = "\n".join(made.body.lines), made.program
         for call, plain in PLAIN.items():
             text = text.replace(call, plain)
         self.brgemm |= "torch.ops.lz.attention_brgemm" in text
@@ -139,25 +185,37 @@ class _Writer:
         if other:
             raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with backends=... that leave it out.")
         read = set(re.findall(r"\b[A-Za-z_]\w*\b", text))
-        names, leaves = {}, iter(self.named)
-        for argument, value, target in zip(body.arguments, program.weights, program.names, strict=True):
+        names, leaves, arguments = {}, iter(self.named), set()
+        for i, (argument, value, target) in enumerate(zip(made.body.arguments, program.weights, program.names, strict=True)):
             if value is None:
                 names[argument] = next(leaves)
+                arguments |= {names[argument]} if i in made.written else set()
             elif argument in read:
                 names[argument] = self._weight(target, value)
-        names |= {name: self._constant(name, tensor, generated) for name, tensor in generated.constants.items() if name in read}
-        names |= {name: self.loops.setdefault(loop, f"loop_{len(self.loops)}") for name, loop in body.loops.items() if name in read}
+        names |= {name: self._constant(name, tensor, made.code) for name, tensor in made.code.constants.items() if name in read}
+        names |= {name: self._loop(name, loop) for name, loop in made.body.loops.items() if name in read}
         text = re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text)
+        fixed = all(low == high for low, high in cell.ranges.values())
+        graphed = ["@_graphed"] if self.graphs and fixed and not arguments else []
+        self.written |= arguments
         function = "\n".join(
-            [f"def cell_{index}({', '.join(self.inputs)}):", *_comment(cell), *(f"    {line}" for line in text.splitlines())]
+            [*graphed, f"def cell_{index}({', '.join(self.inputs)}):", *_comment(cell), *(f"    {line}" for line in text.splitlines())]
         )
-        missing = _unbound(function) - KNOWN - set(names.values())
+        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed"}
         assert not missing, f"the generated code reads {missing}"
         return function
 
+    def _loop(self, name: str, loop: Loop) -> str:
+        """The kernel's name in the file: C++ ones are numbered, Triton's keep theirs where it is free."""
+        if loop not in self.loops:
+            name = f"loop_{len(self.loops)}" if loop.language == "cpp" else name
+            self.loops[loop] = f"{name}_{len(self.loops)}" if name in self.loops.values() else name
+        return self.loops[loop]
+
     def _store(self, name: str, value: Tensor) -> str:
         """The name under which a tensor is stored: equal ones (tied, or of several cells) are stored once."""
-        name = self.stored.setdefault((_digest(value), tuple(value.stride())), name)
+        if name not in self.state:
+            name = self.stored.setdefault((_digest(value), tuple(value.stride())), name)
         self.weights.setdefault(name, value.detach())
         return name
 
@@ -182,13 +240,23 @@ class _Writer:
 
     def _text(self, cells: list[str]) -> str:
         constants = {n: v for n, v in self.named.items() if n not in self.inputs}
-        loops = [f"{name} = _loop({name!r}, {list(types)!r}, r'''{source}''')" for (types, source), name in self.loops.items()]
-        library = 'torch.ops.load_library(HERE / "kernels" / "attention_brgemm.so")'
+        loops = [
+            f"{name} = _triton({loop.detail[0]!r}, r'''{loop.source}''')" if loop.language == "triton"
+            else f"{name} = _loop({name!r}, {list(loop.detail)!r}, r'''{loop.source}''')"
+            for loop, name in self.loops.items()
+        ]  # fmt: skip
+        library = (
+            'if not hasattr(torch.ops.lz, "attention_brgemm"):  # another file may have brought it\n'
+            '    torch.ops.load_library(HERE / "kernels" / "attention_brgemm.so")'
+        )
         replaced = {
             "MODEL": _text(self.plan.model), "VERSION": __version__,
             "ENVIRONMENT_TEXT": _text(", ".join(f"{k} {v}" for k, v in self.plan.environment.items())),
             "ENVIRONMENT": repr(dict(self.plan.environment)), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
             "STRIDES": repr({n: w.stride() for n, w in self.weights.items() if not w.is_contiguous()}),
+            "MEMORY": self._memory(), "DEVICE": repr(self.plan.environment["device"]), "WRITTEN": repr(tuple(sorted(self.written))),
+            "STATE": repr(tuple(sorted(n for n, e in self.globals.items() if e in {f"_weight({s!r})" for s in self.state}))),
+            "CUDA": Path(__file__).with_name("baked_cuda.txt").read_text().strip() if self.cuda else "",
             "LIBRARIES": library if self.brgemm else "", "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
             "SIGNATURE": ", ".join(_parameter(name, value) for name, value in self.named.items()),
@@ -197,51 +265,67 @@ class _Writer:
         template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
 
+    def _memory(self) -> str:
+        """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
+        layouts = Counter(re.findall(r"'([^']*)'", expression)[0] for expression in self.globals.values())
+        stored = sum(self.weights[name].nbytes for name in layouts)
+        loaded = sum(count * self.weights[name].nbytes for name, count in layouts.items())
+        several = sum(count > 1 for count in layouts.values())
+        more = f", {several} of them in more than one layout" if several else ""
+        return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}."
+
     def _checks(self, constants: Mapping[str, Any]) -> str:
+        """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""
         lines = [
             f'    if {name} != {value!r}:\n        raise ValueError(f"{name} is {{{name}!r}}; this file was made for {value!r}")'
             for name, value in constants.items()
         ]
+        sizes: dict[str, None] = {}
         for name, planned in zip(self.inputs, self.plan.tensors, strict=True):
-            dims = len(planned.order)
+            dims, symbols = len(planned.order), self.plan.dynamic.get(name, {})
             ordered = f"{name}.is_contiguous()" if planned.order == tuple(range(dims)) else f"_ordered({name}, {planned.order})"
-            fits = f"{name}.dtype is torch.{planned.dtype} and {name}.device.type == {planned.device!r} and {name}.dim() == {dims}"
-            lines.append(f"    if not ({fits} and {ordered}):")
+            fits = [f"{name}.dtype is torch.{planned.dtype}", f"{name}.is_{planned.device}", f"{name}.dim() == {dims}", ordered]
+            fits += [f"not {name}.requires_grad"] if getattr(torch, planned.dtype).is_floating_point else []
+            fits += [f"{name}.data_ptr() % 16 == 0"] if planned.device == "cuda" else []
+            lines.append(f"    if not ({' and '.join(fits)}):")
             lines.append(f"        {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
-            fixed = " or ".join(f"{name}.shape[{i}] != {n}" for i, n in enumerate(planned.shape) if n >= 0)
+            found = [symbols[i] if symbols.get(i, "") not in ("", *sizes) else f"{name}_size_{i}" for i in range(dims)]
+            if found:
+                lines.append(f"    {', '.join(found)}{',' if dims == 1 else ''} = {name}.shape")
+            fixed = " or ".join(f"{size} != {n}" for size, n in zip(found, planned.shape, strict=True) if n >= 0)
             if fixed:
                 lines.append(f"    if {fixed}:\n        raise ValueError(_sizes({name!r}, {name}, {planned.shape}))")
+            for i, symbol in symbols.items():
+                if found[i] == symbol:
+                    sizes[symbol] = None
+                    low, high = 1, self.plan.buckets[symbol][-1]
+                    lines.append(f"    if not {low} <= {symbol} <= {high}:")
+                    lines.append(f"        raise ValueError(_outside({symbol!r}, {symbol}, {low}, {high}))")
+                else:
+                    lines.append(f"    if {found[i]} != {symbol}:")
+                    lines.append(f"        raise ValueError(_outside({symbol!r}, {found[i]}, {symbol}, {symbol}))")
         return "\n".join(lines)
 
     def _dispatch(self) -> str:
-        """Nested comparisons of the sizes with the buckets' upper ends."""
+        """A binary search for the cell, symbol by symbol, by the buckets' upper ends; sizes outside of them were refused before."""
         lines: list[str] = []
-        seen: set[str] = set()
-        for name, dims in self.plan.dynamic.items():
-            for dim, symbol in dims.items():
-                size = f"{name}.shape[{dim}]"
-                if symbol in seen:
-                    lines.append(f"    if {size} != {symbol}:")
-                    lines.append(f"        raise ValueError(_outside({symbol!r}, {size}, {symbol}, {symbol}))")
-                else:
-                    lines.append(f"    {symbol} = {size}")
-                seen.add(symbol)
-        inputs = ", ".join(self.inputs)
 
-        def level(symbols: Sequence[str], fixed: Ranges, indent: str) -> None:
+        def level(cells: Sequence[tuple[int, Ranges]], symbols: Sequence[str], indent: str) -> None:
             if not symbols:
-                index = [c.ranges for c in self.plan.cells].index(fixed)
-                lines.append(f"{indent}out = cell_{index}({inputs})")
+                ((index, _),) = cells
+                lines.append(f"{indent}out = cell_{index}({', '.join(self.inputs)})")
                 return
-            ranges = dict.fromkeys(c.ranges[symbols[0]] for c in self.plan.cells)
-            for i, (low, high) in enumerate(ranges):
-                test = f"{symbols[0]} == {low}" if low == high else f"{low} <= {symbols[0]} <= {high}"
-                lines.append(f"{indent}{'elif' if i else 'if'} {test}:")
-                level(symbols[1:], {**fixed, symbols[0]: (low, high)}, indent + "    ")
-            last = max(high for _, high in ranges)
-            lines.append(f"{indent}else:\n{indent}    raise ValueError(_outside({symbols[0]!r}, {symbols[0]}, 1, {last}))")
+            ends = sorted({ranges[symbols[0]][1] for _, ranges in cells})
+            if len(ends) == 1:
+                level(cells, symbols[1:], indent)
+                return
+            middle = ends[(len(ends) - 1) // 2]
+            lines.append(f"{indent}if {symbols[0]} <= {middle}:")
+            level([c for c in cells if c[1][symbols[0]][1] <= middle], symbols, indent + "    ")
+            lines.append(f"{indent}else:")
+            level([c for c in cells if c[1][symbols[0]][1] > middle], symbols, indent + "    ")
 
-        level(list(self.plan.buckets), {}, "    ")
+        level([(i, cell.ranges) for i, cell in enumerate(self.plan.cells)], list(self.plan.buckets), "    ")
         lines.append(f"    return {self.returns}")
         return "\n".join(lines)
 
@@ -259,16 +343,13 @@ def _highest(value: Tensor) -> int:
 
 
 def read_generated(source: str) -> Body:
-    """What Inductor's module for a CPU graph does, without its module-level machinery. PlanError for one that is of another kind."""
+    """What Inductor's module for one graph does, without its module-level machinery. PlanError for one that is of another kind."""
     tree = ast.parse(source)
-    loops: dict[str, tuple[tuple[str, ...], str]] = {}
+    loops: dict[str, Loop] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and "async_compile" in ast.unparse(node.value.func):
-            if ast.unparse(node.value.func) != "async_compile.cpp_pybinding":
-                raise PlanError(f"{ast.unparse(node.value.func)} in the generated code: only C++ loop nests can be baked so far.")
-            types, text = (ast.literal_eval(a) for a in node.value.args)
             assert isinstance(node.targets[0], ast.Name)
-            loops[node.targets[0].id] = tuple(types), text
+            loops[node.targets[0].id] = _read_loop(node.value)
     (call,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "call")
     lines = source.splitlines()[call.body[0].lineno - 1 : call.end_lineno]
     first = call.body[0]
@@ -276,7 +357,20 @@ def read_generated(source: str) -> Body:
     (names,) = (t for t in first.targets if isinstance(t, ast.Tuple))
     body = [line[call.col_offset + 4 :] for line in lines[1:]]
     kept = [line for line in body if line.strip() and not DROPPED.match(line.strip())]
+    first_stream = next((i for i, line in enumerate(kept) if line.strip() == STREAM), 0)
+    kept = [line for i, line in enumerate(kept) if i <= first_stream or line.strip() != STREAM]
     return Body(tuple(ast.unparse(n) for n in names.elts), tuple(kept), loops)
+
+
+def _read_loop(call: ast.Call) -> Loop:
+    kind = ast.unparse(call.func)
+    if kind == "async_compile.cpp_pybinding":
+        types, text = (ast.literal_eval(a) for a in call.args)
+        return Loop("cpp", tuple(types), text)
+    if kind == "async_compile.triton":
+        name, text = (ast.literal_eval(a) for a in call.args)
+        return Loop("triton", (name,), text)
+    raise PlanError(f"{kind} in the generated code: only C++ loop nests and Triton kernels can be baked.")
 
 
 def _unbound(function: str) -> set[str]:
@@ -293,7 +387,7 @@ def _comment(cell: CellPlan) -> list[str]:
     lines = [f"    {ranges}: {cell.winner}" + (f" won the race ({raced})." if raced else ", not raced.")]
     for plan in cell.plans:
         lines.append("")
-        lines.append(f"    predicted {milliseconds(plan.objective)} ({plan.status}, bound {milliseconds(plan.bound)}):")
+        lines.append(f"    predicted {milliseconds(plan.predicted)} ({plan.status}, bound {milliseconds(plan.bound)}):")
         for choice in (c for c in plan.choices if c.candidate.kernel != "inductor.loop"):
             other = min(choice.alternatives, key=lambda a: a[1].ns, default=None)
             next_best = f"; next {other[0].kernel} {milliseconds(other[1].ns)}" if other else ""
@@ -332,7 +426,7 @@ def _render(spec: pytree.TreeSpec, leaves: list[str]) -> str:
 
 
 def _digest(value: Tensor) -> str:
-    data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(repr((tuple(value.shape), value.dtype)).encode() + data.tobytes()).hexdigest()[:16]
 
 

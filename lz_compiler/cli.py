@@ -119,6 +119,7 @@ def solve(
     factory: str, file: Annotated[str, typer.Argument(help="where the plan goes, as JSON")],
     dynamic: Annotated[list[str] | None, typer.Option(help="A dimension that varies: ARGUMENT:DIMENSION=SYMBOL; repeatable.")] = None,
     bucket: Annotated[list[str] | None, typer.Option(help="A symbol's upper ends: SYMBOL=16,64,256; repeatable.")] = None,
+    bundle: Annotated[str | None, typer.Option(metavar="DIR", help="The model's folder: the plan is for its tokenizer and config.")] = None,
     option: Option = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Plan what MODULE:FACTORY returns for ranges of shapes; `lz_compiler.compile(model, plan=FILE)` runs by it."""
@@ -129,7 +130,7 @@ def solve(
     if not Path(file).absolute().parent.is_dir():  # told now, not after minutes of measuring
         raise OptionError(f"there is no folder for {file!r}. Make it first.")
     model, args, kwargs = load_factory(factory)
-    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, **parse_options(option))
+    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, bundle=bundle, **parse_options(option))
     plan.save(file)
     if as_json:
         cells = [{"ranges": c.ranges, "winner": c.winner, "times": dict(c.times)} for c in plan.cells]
@@ -147,6 +148,29 @@ def bake(plan: Annotated[str, typer.Argument(metavar="FILE.json", help="a plan o
 
     model, args, kwargs = load_factory(factory)
     out.print(str(baking.bake(offline.load_plan(plan), folder, model, args, kwargs)), markup=False)
+
+
+@app.command()
+def warmup(folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder of `lz bake`")]) -> None:
+    """Load a baked folder and run each of its cells: compiled kernels are then in the caches of this machine."""
+    from .warming import warmup as warm
+
+    module = warm(folder, progress=True)
+    out.print(f"{folder}: {len(module.EXAMPLES)} cells ready", markup=False)
+
+
+@app.command()
+def fuzz(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder of `lz bake`")],
+    model: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="the baked model; without it, nothing is run")] = None,
+    examples: Annotated[int, typer.Option(help="calls that are tried")] = 500, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Prove that a baked file has a right cell for every declared size, and try random ones against the model. 1 if it is wrong."""
+    from .fuzzing import fuzz as run
+
+    report = run(folder, examples=examples, model=load_factory(model)[0] if model else None)
+    out.print(report.to_json() if as_json else str(report), markup=False)
+    raise typer.Exit(0 if report.ok else 1)
 
 
 def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:
@@ -168,6 +192,31 @@ def _parsed_dynamic(texts: list[str]) -> dict[str, dict[int, str]]:
             raise OptionError(f"--dynamic {text!r} is not ARGUMENT:DIMENSION=SYMBOL, for example input_ids:1=seq")
         found.setdefault(name, {})[int(dim)] = symbol
     return found
+
+
+@app.command()
+def canary(
+    backend: Annotated[list[str] | None, typer.Option(help="Only this kernel library; repeatable.")] = None, as_json: Json = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show what changed since the last stored run.")] = False,
+    row_s: Annotated[float, typer.Option(help="Seconds for one kernel on one shape.")] = 60.0, cache_dir: CacheDir = None,
+) -> None:  # fmt: skip
+    """Try every declared capability of the kernel libraries on this machine. Exit code 1 if something failed."""
+    from rich.progress import Progress
+
+    from .canary_run import canary as run
+
+    with Progress(console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bar.add_task(label)
+            bar.update(tasks[label], completed=done, total=total)
+
+        report = run(backend, cache_dir=cache_dir, row_s=row_s, progress=advance)
+    out.print(report.to_json() if as_json else report.diff() if diff else str(report), markup=False)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -221,6 +270,8 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
     out.print(f"{held.path or 'in memory only'}, {held.bytes} bytes", markup=False)
     for kind, count in sorted(held.counts.items()):
         out.print(f"  {kind}: {count}")
+    for value in _store(cache_dir).get_records("quarantine").values():
+        out.print(f"    {value.get('kernel')} for {value.get('op')} in {value.get('dtype')}: {value.get('error')}", markup=False)
 
 
 @cache_app.command("clear")

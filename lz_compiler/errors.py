@@ -18,8 +18,20 @@ class TorchVersionError(LayerZeroError, ImportError):
     """The installed torch is outside the supported range."""
 
 
+class PolicyError(OptionError):
+    """A policy that cannot be read, names what does not exist, or leaves a graph without a plan."""
+
+
+class KernelError(LayerZeroError, RuntimeError):
+    """A kernel raised while a compiled graph ran, and the call could not be repeated without it."""
+
+
 class PlanError(LayerZeroError, ValueError):
     """A plan that cannot be read, or does not belong to this graph or machine."""
+
+
+class CapabilityError(LayerZeroError, ValueError):
+    """A backend's descriptor that cannot be read: not JSON, of an unknown schema version, or with a field that does not exist."""
 
 
 class FingerprintError(LayerZeroError, ValueError):

@@ -143,7 +143,7 @@ def _poisoned(ctx: SelectionContext, values: dict[str, Tensor]) -> dict[str, Ten
     first = values[ctx.roles[0]]
     if not first.is_floating_point() or first.dim() < 2:
         return None
-    spoiled = first.clone()
+    spoiled = first.clone() if 0 in first.stride() else _clone({"": first})[""]  # a clone of padded rows would lose the padding
     spoiled.select(0, 0).select(0, 0).fill_(math.nan)
     return {**values, ctx.roles[0]: spoiled}
 
@@ -174,12 +174,13 @@ def _wrong(bound: Bound, ctx: SelectionContext, truth: _Truth) -> tuple[str | No
     results = [truth.select(y) for y in _leaves(bound.on(truth.inputs)())]
     own = max(_max_error(y, x) for y, x in zip(results, truth.exact, strict=True))
     lossless = own <= 2 * truth.eager_error + rounding(ctx) * truth.scale
+    candidate = bound.candidate
+    quantized = "lossy" in dict(candidate.params)
+    lossy = quantized or any(f.dtype != s.dtype for f, s in zip(candidate.out_formats, ctx.outputs, strict=True))
     epsilon = 0.0
-    if not lossless:
+    if quantized or not lossless:  # int8 weights may hide within a few ulps of bfloat16, layer by layer
         pairs = [(y.double().reshape(x.shape), x) for y, x in zip(results, truth.exact, strict=True)]
         epsilon = max(float((y - x).norm() / x.norm().clamp_min(1e-30)) for y, x in pairs)
-    candidate = bound.candidate
-    lossy = "lossy" in dict(candidate.params) or any(f.dtype != s.dtype for f, s in zip(candidate.out_formats, ctx.outputs, strict=True))
     if not math.isfinite(own) or (not lossless and not lossy):
         return f"wrong: error {own:.3g}, eager's is {truth.eager_error:.3g} at scale {truth.scale:.3g}", epsilon
     if truth.poisoned is not None:

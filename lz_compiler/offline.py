@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -18,9 +19,11 @@ from torch.utils import _pytree as pytree
 
 from . import __version__, backends, export, torch_private
 from .backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, setup
+from .capabilities import descriptor
 from .capture import fingerprint
 from .errors import PlanError, unknown
 from .export import Argument, Dynamic, Program, Ranges
+from .model_fingerprint import fingerprint as fingerprint_folder
 from .options import Options
 from .plan_io import plan_from_dict, plan_to_dict
 from .problem import CALL, LOOP, VIEW
@@ -61,6 +64,7 @@ class ModelPlan:
     tensors: tuple[Argument, ...]
     constants: tuple[str, ...]  # what is no tensor among the arguments' leaves, as text: compiled in
     cells: tuple[CellPlan, ...]
+    bundle: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the model's folder: group -> hash (model_fingerprint)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON: whole or not at all."""
@@ -108,7 +112,7 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         {str(s): tuple(int(e) for e in ends) for s, ends in data["buckets"].items()},
         tuple(map(str, data["arguments"])),
         tuple(map(_argument, data["tensors"])),
-        tuple(map(str, data["constants"])), cells,
+        tuple(map(str, data["constants"])), cells, {str(k): str(v) for k, v in data.get("bundle", {}).items()},
     )  # fmt: skip
     known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
     for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
@@ -133,30 +137,41 @@ def _winner(name: str) -> str:
 
 def solve(
     model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
-    buckets: Mapping[str, Sequence[int]] | None = None, dynamic: Dynamic | None = None, **options: Any,
+    buckets: Mapping[str, Sequence[int]] | None = None, dynamic: Dynamic | None = None,
+    bundle: str | os.PathLike[str] | None = None, **options: Any,
 ) -> ModelPlan:  # fmt: skip
     """Plan a model's inference for ranges of shapes, and race the plans on the given arguments.
 
     `dynamic` names the dimensions that vary, as in torch.export: {argument: {dimension: symbol}}; `buckets` gives each symbol's
     upper ends, the first bucket starting at 1. A cell (one bucket of each symbol) is planned and raced at its upper ends.
+    `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`).
     """
+    folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
     chosen = Options.resolve(options)
-    backends.allowed_backends(chosen.backends)
+    backends.check_names(chosen)
     setup()
     solved = []
+    state: list[tuple[set[str], set[str]]] = []  # of each cell: the buffers that it reads, and those of them that it writes into
     for ranges in export.cells(buckets):
         program = export.export_program(model, named, dynamic, ranges)
         traced = fingerprint(program.gm)
         session = session_for(program, chosen, open_store(chosen.cache_dir))
         run, written, _ = compile_cell(session, program)
+        kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
+        state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
         _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
         log.info("solved %s: %s", ranges, record.winner)
+    changing = {name for _, some in state for name in some}
+    for read, some in state:
+        if chosen.freeze and changing & read - some:
+            names = ", ".join(sorted(changing & read - some))
+            raise PlanError(f"freeze=True, but {names} is written for some sizes and taken as constant for others. Solve without freeze.")
     return ModelPlan(
-        type(model).__qualname__, environment(session.device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
+        type(model).__qualname__, _environment(session.device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
         {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
         tuple(
             Argument.of(leaf, dynamic.get(name, ()))
@@ -164,13 +179,14 @@ def solve(
             for leaf in pytree.tree_leaves(v)
             if isinstance(leaf, Tensor)
         ),
-        _constants(pytree.tree_leaves(named)), tuple(solved),
+        _constants(pytree.tree_leaves(named)), tuple(solved), folder,
     )  # fmt: skip
 
 
 def _as_data(options: Options) -> dict[str, Any]:
     """What decides a plan; where facts are kept, and for how long they are sought, does not."""
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if f.metadata["plans"]}
+    values["policy"] = options.policy and options.policy.to_data()
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as JSON has them
 
 
@@ -225,7 +241,7 @@ class PlannedModel(nn.Module):
     converted, and calls outside of the plan, by case.
     """
 
-    def __init__(self, model: nn.Module, plan: ModelPlan, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, plan: ModelPlan, options: Mapping[str, Any], bundle: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         check_environment(plan)
         self.model, self.plan = model, plan
@@ -233,8 +249,9 @@ class PlannedModel(nn.Module):
         mode = planned.pop("mode")
         self.options = Options.resolve({**planned, **options}, mode)
         for name, value in _as_data(self.options).items():
-            if value != plan.options[name] and name != "layout_mode":
-                raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options[name]!r}. Solve again.")
+            if value != plan.options.get(name) and name != "layout_mode":
+                raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options.get(name)!r}. Solve again.")
+        check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")
         self.adapted: dict[str, int] = {}
         self._cells: dict[int, tuple[Program, Callable[..., Any]]] = {}
         setup()
@@ -248,6 +265,7 @@ class PlannedModel(nn.Module):
             return self.model(*args, **kwargs)
         named = self._fitted(named)
         if index not in self._cells:
+            log.warning("compiling the plan's cell %s in this call; lz.warmup does so ahead of time", self.plan.cells[index].ranges)
             self._cells[index] = self._prepare(index, named)
         program, run = self._cells[index]
         with torch.no_grad():
@@ -300,11 +318,31 @@ class PlannedModel(nn.Module):
         self.adapted[what] = self.adapted.get(what, 0) + 1
 
 
+def _environment(device: str) -> dict[str, str]:
+    """The device's, and a hash of what its libraries' descriptors claim."""
+    libraries = [library for library in backends.all_backends().values() if device in library.devices]
+    claims = [(library.name, library.version(), known.digest if (known := descriptor(library)) else "") for library in libraries]
+    return {**environment(device), "capabilities": hashlib.sha256(repr(sorted(claims)).encode()).hexdigest()[:16]}
+
+
+def check_bundle(planned: Mapping[str, str], folder: str | os.PathLike[str] | None, strict: bool) -> None:
+    """Whether a model's folder has the tokenizer and config that a plan was solved with: else PlanError, or a warning if not strict."""
+    if folder is None:
+        return
+    if not planned:
+        raise PlanError("the plan was solved without bundle=...: there is nothing to compare the folder with. Solve again with it.")
+    found = fingerprint_folder(folder).digests()
+    other = [group for group in ("tokenizer", "config") if found[group] != planned.get(group)]
+    if other and strict:
+        raise PlanError(f"{os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with. Solve again.")
+    if other:
+        warnings.warn(f"LayerZero: {os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with", stacklevel=4)
+
+
 def check_environment(plan: ModelPlan) -> None:
     """PlanError on another device or torch, a warning where another library could change a price."""
-    here = (
-        environment(plan.environment.get("device", "cpu")) if plan.environment.get("device") != "cuda" or torch.cuda.is_available() else {}
-    )
+    device = plan.environment.get("device", "cpu")
+    here = _environment(device) if device != "cuda" or torch.cuda.is_available() else {}
     for name in ("device", "name", "torch"):
         if here.get(name) != plan.environment.get(name):
             raise PlanError(f"the plan is for {name} {plan.environment.get(name)!r}, here it is {here.get(name)!r}. Solve again here.")

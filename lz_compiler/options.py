@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from .errors import OptionError, unknown
+from .policy import Policy, load_policy
 
 PREFIX = "LAYERZERO_"
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -41,11 +42,17 @@ class Options:
     error_budget: float = _option(0.0, "relative error that a plan may add; 0 allows lossless kernels only", below=1.0)
     freeze: bool = _option(False, "weights never change, so they may be packed, merged and folded")
     backends: tuple[str, ...] | None = _option(None, "kernel libraries that may be used (list, or names with commas); None is all")
+    policy: Policy | None = _option(  # noqa: RUF009  it is frozen
+        None, "rules that lock, prefer, avoid or deny kernels: path of a YAML or JSON file, or a dict; None is no rule"
+    )
     cudagraphs: bool = _option(False, "run inside TorchInductor's CUDA graphs")
     measure_budget_s: float = _option(30.0, "seconds that measuring one graph's kernels may take", plans=False)
     solve_budget_s: float = _option(10.0, "seconds that solving one graph may take", plans=False)
     memory_limit: int | None = _option(None, "bytes of scratch memory that a plan may use; None is no limit")
-    deterministic: bool = _option(False, "no race: the plan follows from stored facts alone, so that every run gives the same bits")
+    deterministic: bool = _option(
+        False,
+        "no race, no kernel that may give other bits: the plan follows from stored facts alone; on where torch's own flag is",
+    )
     race: bool = _option(True, "compare plans end to end on the first real calls; False trusts the prices")
     cache_dir: str | None = _option(None, "directory of the timings store; None is the user's cache", plans=False)
     mode: str = _option("default", "torch.compile's `mode`", choices=MODES, own=False)
@@ -89,6 +96,9 @@ class Options:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["plans"]}
         if self.backends is not None:  # an allow-list has no order
             values["backends"] = sorted(self.backends)
+        values["policy"] = self.policy and self.policy.to_data()  # its content, wherever the file lies
+        if self.policy is None:  # so that what was stored before there were policies is found
+            del values["policy"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,6 +156,7 @@ def _expected(field: dataclasses.Field[Any]) -> str:
         "int | None": "Give a whole number of bytes above 0, or None.",
         "tuple[str, ...] | None": "Give a list of backend names, a string of names with commas between, or None.",
         "str | None": "Give a path, or None.",
+        "Policy | None": "Give a path, a dict of rules, or None.",
         "str": f"Give one of: {', '.join(field.metadata['choices'])}.",
     }[kind]
 
@@ -164,6 +175,8 @@ def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object
         raise wrong
     if kind == "int | None" and isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
+    if kind == "Policy | None":
+        return load_policy(value, where)
     if kind == "str | None" and isinstance(value, str | os.PathLike) and str(value):
         return str(os.fspath(value))
     if kind == "tuple[str, ...] | None" and isinstance(value, str | list | tuple):

@@ -45,10 +45,10 @@ def _choice(d: Mapping[str, Any]) -> Choice:
 def plan_from_dict(d: Mapping[str, Any]) -> Plan:
     if d.get("schema_version") != VERSION:
         raise PlanError(f"a plan of schema version {d.get('schema_version')!r}; this LayerZero reads {VERSION}. Plan again.")
-    fields = {f.name: d[f.name] for f in dataclasses.fields(Plan)}
+    fields = {f.name: d[f.name] for f in dataclasses.fields(Plan) if f.name in d or f.name != "barred"}  # older plans have none
     conversions = tuple((Conversion(c["tensor"], _format(c["src"]), _format(c["dst"])), Cost(**k)) for c, k in d["conversions"])
     fields |= {
         "choices": tuple(map(_choice, d["choices"])), "conversions": conversions, "status": Status(d["status"]),
-        "notes": tuple(d["notes"]),
+        "notes": tuple(d["notes"]), "barred": tuple(d.get("barred", ())),
     }  # fmt: skip
     return Plan(**fields)

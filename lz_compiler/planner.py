@@ -456,8 +456,8 @@ def _check_claims(problem: Problem, solution: Solution) -> list[str]:
             wrong.append(f"{what} is not an ascending list of indices below {size}: {list(indices)}")
     if wrong:
         return wrong
-    total = sum(problem.costs[k].ns for k in solution.chosen)
-    total += sum(problem.conversion_costs[c].ns for c in solution.converted)
+    total = sum(problem.costs[k].weighed for k in solution.chosen)
+    total += sum(problem.conversion_costs[c].weighed for c in solution.converted)
     if total != solution.objective:
         wrong.append(f"the objective is {total} ns, not {solution.objective} ns")
     if solution.bound > solution.objective:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
-from . import planner, torch_private
+from . import backends, planner, torch_private
 from .capture import GraphView
+from .circuit import Quarantine
 from .cost_models import cost_model
 from .cost_models.roofline import Roofline
-from .errors import SolverError
+from .errors import PolicyError, SolverError
 from .options import Options
+from .policy import Rule
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions
 from .timings import TimingStore
-from .types import Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Target
+from .trust import Trust
+from .types import EAGER, INDUCTOR, Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Status, Target
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +32,20 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     """Plan one functional ATen graph (`kind`: inference, forward or backward) for a target."""
     start = time.perf_counter()
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
-    found = enumerate_regions(view, options, model)
+    roofline = Roofline(target)
+    trust, broken = Trust(store, target.environment), Quarantine(store, target.device)
+    found = enumerate_regions(view, options, model, lambda ctx, candidate: trust.refusal(ctx, candidate) or broken.refusal(candidate))
     priced = time.perf_counter()
-    problem = pose(view, found, options, target)
-    solution = solve_within(problem, options, problem.error_budget)
+    add_defaults(view, found, roofline, lossy=options.error_budget > 0)
+    problem = build(view, found, options, roofline)
+    budget = options.error_budget / DILUTION
+    try:
+        solution = solve_within(problem, options, budget)
+    except SolverError:
+        conflict = _conflict(view, found, options, roofline)
+        if conflict is None:
+            raise
+        raise PolicyError(conflict) from None
     seconds = time.perf_counter() - priced
     plan = _decode(problem, solution, found, options, fingerprint, kind, target, seconds)
     torch_private.counters()["plans"] += 1
@@ -42,13 +55,6 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
         solution.objective / 1e6, priced - start, seconds,
     )  # fmt: skip
     return plan
-
-
-def pose(view: GraphView, found: Enumeration, options: Options, target: Target) -> Problem:
-    """The integer program of priced candidates, with one for every node that no backend was asked about."""
-    roofline = Roofline(target)
-    add_defaults(view, found, roofline, lossy=options.error_budget > 0)
-    return replace(build(view, found, options, roofline), error_budget=options.error_budget / DILUTION)
 
 
 def solve_within(problem: Problem, options: Options, budget: float) -> Solution:
@@ -90,15 +96,58 @@ def _decode(
     return Plan(
         fingerprint=fingerprint, kind=kind, environment=dict(target.environment), choices=tuple(choices),
         conversions=conversions, objective=solution.objective, bound=solution.bound, status=solution.status,
-        solver=solution.solver, epsilon=epsilon, plan_s=seconds,
+        solver=solution.solver, epsilon=epsilon, plan_s=seconds, notes=_effects(options, found), barred=_barred(found),
     )  # fmt: skip
+
+
+def _effects(options: Options, found: Enumeration) -> tuple[str, ...]:
+    """What each rule of the policy did to this graph: one without effect may be a mistake."""
+    rules = options.policy.rules if options.policy else ()
+    did = {"lock": "candidates refused", "deny": "candidates refused"}
+    return tuple(f"policy: {r}: {found.ruled[r] or 'no'} {did.get(r.action, 'prices weighed')}" for r in rules)
+
+
+def _barred(found: Enumeration) -> tuple[str, ...]:
+    """Finalists that would use what the policy forbids. Eager, and Inductor alone, run the graph as it stands; and Inductor its own kernels
+    wherever it sees fit."""
+    denied = [c for c, _ in found.denied]
+    as_is = any(dict(c.params).get("as_is") for c in denied)
+    own = any(backends.owners()[c.kernel] == "inductor" for c in denied)
+    return (INDUCTOR, EAGER) if as_is else (INDUCTOR,) if own else ()
+
+
+def _conflict(view: GraphView, found: Enumeration, options: Options, roofline: Roofline) -> str | None:
+    """Which rules leave no plan: a minimal infeasible core, by deletion (Chinneck, Feasibility and infeasibility in optimization,
+    2008): a rule without which there is still no plan is not needed for the conflict. None if the policy is not the reason."""
+
+    def infeasible(rules: Set[Rule]) -> bool:
+        free = [c for c, refusing in found.denied if rules.isdisjoint(refusing)]
+        trial = Enumeration([*found.candidates, *free], [Cost(0, "assumed")] * (len(found.candidates) + len(free)))
+        problem = replace(
+            build(view, trial, options, roofline), candidate_class=(), tensor_class={}, error_budget=options.error_budget / DILUTION
+        )
+        return planner.solve(problem, "cp_sat", options.solve_budget_s).status is Status.INFEASIBLE
+
+    core = {rule: None for _, refusing in found.denied for rule in refusing}
+    if not infeasible(core.keys()) or infeasible(set()):
+        return None
+    for rule in list(core):
+        if infeasible(core.keys() - {rule}):
+            del core[rule]
+    left = {node for c in found.candidates for node in c.region.nodes}
+    bare = dict.fromkeys(
+        f"{c.region.op} {c.region.nodes[0]}" for c, _ in found.denied if len(c.region.nodes) == 1 and c.region.nodes[0] not in left
+    )
+    where = f" Nothing is left for {', '.join(list(bare)[:3])}{' and others' if len(bare) > 3 else ''}." if bare else ""
+    one = "any one of these rules" if len(core) > 1 else "it"
+    return f"the policy leaves no plan for this graph: {'; '.join(map(str, core))}. Without {one} there is one.{where}"
 
 
 def _alternatives(candidate: Candidate, overlapping: Mapping[str, list[tuple[Candidate, Cost]]]) -> list[tuple[Candidate, Cost]]:
     """Other candidates for the same region, cheapest first; then those for other regions around its first node."""
     seen = {id(other): (other, cost) for node in candidate.region.nodes for other, cost in overlapping[node]}
     rivals = [(o, c) for o, c in seen.values() if o is not candidate and o.kernel not in (LOOP, VIEW, CALL)]
-    return sorted(rivals, key=lambda oc: (set(oc[0].region.nodes) != set(candidate.region.nodes), oc[1].ns))[:8]
+    return sorted(rivals, key=lambda oc: (set(oc[0].region.nodes) != set(candidate.region.nodes), oc[1].weighed))[:8]
 
 
 def _rejections(candidate: Candidate, rejections: Mapping[tuple[str, ...], list[Rejection]]) -> list[Rejection]:

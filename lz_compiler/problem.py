@@ -8,21 +8,25 @@ them saves these: memory traffic is priced, not nodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
-from . import torch_private
+from . import backends, torch_private
 from .backends import answers
-from .backends.base import natural_layout
+from .backends.base import SelectionContext, natural_layout
 from .capture import RESHAPES, VIEWS, GraphView, tensor_value
 from .cost_models import CostModel
 from .cost_models.roofline import Roofline
 from .options import Options
 from .patterns import Recogniser
-from .types import Candidate, Conversion, Cost, Format, Problem, Region, Rejection
+from .policy import Facts, Rule, facts
+from .types import Candidate, Choice, Conversion, Cost, Format, Problem, Region, Rejection
 
 aten = torch.ops.aten
 
@@ -39,38 +43,103 @@ TIE_RADIUS = 5
 
 @dataclass(slots=True)
 class Enumeration:
-    """Everything that could be done: priced candidates, and for each region's nodes what could not and why."""
+    """Everything that could be done: priced candidates, and for each region's nodes what could not and why.
+
+    `denied` are the candidates that a policy's rules refused, unpriced; `ruled` counts what each rule had an effect on.
+    """
 
     candidates: list[Candidate] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     rejections: dict[tuple[str, ...], list[Rejection]] = field(default_factory=dict)
+    denied: list[tuple[Candidate, tuple[Rule, ...]]] = field(default_factory=list)
+    ruled: Counter[Rule] = field(default_factory=Counter)
 
     def add(self, candidate: Candidate, cost: Cost) -> None:
         self.candidates.append(candidate)
         self.costs.append(cost)
 
+    def ruled_on(self, options: Options, candidate: Candidate, operations: Sequence[Facts]) -> Candidate | Rejection:
+        """The candidate, or the rejection by the policy's rules."""
+        if options.policy is None:
+            return candidate
+        rules = options.policy.refusals(operations, candidate.kernel, backends.owners()[candidate.kernel])
+        if not rules:
+            return candidate
+        self.denied.append((candidate, rules))
+        self.ruled.update(rules)
+        return Rejection(candidate.kernel, "policy", " and ".join(map(str, rules)))
 
-def enumerate_regions(view: GraphView, options: Options, model: CostModel) -> Enumeration:
-    """Ask every backend about every region, and price what it offers."""
+    def weighed(self, options: Options, candidate: Candidate, cost: Cost, operations: Sequence[Facts]) -> tuple[Candidate, Cost]:
+        """The candidate with its price, and the factor of the policy's preferences."""
+        if options.policy is None:
+            return candidate, cost
+        rules = options.policy.weights(operations, candidate.kernel, backends.owners()[candidate.kernel])
+        self.ruled.update(rules)
+        return candidate, replace(cost, factor=math.prod(r.factor for r in rules))
+
+
+def enumerate_regions(
+    view: GraphView, options: Options, model: CostModel,
+    refusal: Callable[[SelectionContext, Candidate], Rejection | None] = lambda ctx, candidate: None,
+) -> Enumeration:  # fmt: skip
+    """Ask every backend about every region, and price what it offers and the policy allows.
+
+    `refusal` says why a candidate may not be used on this machine, or None.
+    """
     found = Enumeration()
     contexts = list(Recogniser(view, options).regions())
+    operations = {c.region.nodes[0]: facts(c) for c in contexts if c.default} if options.policy else {}
     # Shortest regions first: if the measuring budget runs out, the plain choices are known.
     for ctx in sorted(contexts, key=lambda c: (not c.default, len(c.region.nodes))):
         offered: list[Candidate] = []
         rejected = found.rejections.setdefault(ctx.region.nodes, [])
+        meant = [facts(ctx), *(operations[n] for n in ctx.region.nodes if n in operations)] if options.policy else []
         for answer in answers(ctx):
+            if isinstance(answer, Candidate):
+                answer = refusal(ctx, answer) or found.ruled_on(options, answer, meant)
             (rejected if isinstance(answer, Rejection) else offered).append(answer)  # type: ignore[arg-type]
         for priced in model.price(ctx, offered) if offered else ():
             if isinstance(priced, Rejection):
                 rejected.append(priced)
             else:
-                found.add(*priced)
+                found.add(*found.weighed(options, *priced, meant))
+    return found
+
+
+def narrower(
+    graph: fx.Graph, frozen: Mapping[fx.Node, Tensor], options: Options, choices: Sequence[Choice]
+) -> set[tuple[str, str, int, int]]:
+    """Chosen kernels that their backend would refuse for smaller sizes of a symbol's range: (kernel, symbol, from, up to).
+
+    Kernels are chosen for the largest sizes. Here each backend is asked again with one symbol at its lowest sizes, and where it
+    refuses, the first size from which on it does not is sought by bisection.
+    """
+    symbols = torch_private.symbols_of(n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
+    values = [size for size, _, _ in symbols.values()]
+
+    def offers(symbol: str, size: int) -> set[tuple[str, tuple[str, ...]]]:
+        with torch_private.hints_at(values, **{symbol: size}):
+            contexts = list(Recogniser(GraphView(graph, frozen), options).regions())
+            return {(a.kernel, ctx.region.nodes) for ctx in contexts for a in answers(ctx) if isinstance(a, Candidate)}
+
+    offered = functools.cache(offers)
+    found = set()
+    for symbol, (_, low, high) in symbols.items():
+        for kernel, nodes in {(c.candidate.kernel, c.candidate.region.nodes) for c in choices} & offered(symbol, high):
+            bad, good = max((n for n in (low, low + 1) if n < high and (kernel, nodes) not in offered(symbol, n)), default=None), high
+            if bad is None:
+                continue
+            while good - bad > 1:
+                middle = (bad + good) // 2
+                bad, good = (bad, middle) if (kernel, nodes) in offered(symbol, middle) else (middle, good)
+            found.add((kernel, symbol, good, high))
     return found
 
 
 def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy: bool) -> None:
     """One candidate, or one per layout, for every node that no backend was asked about."""
-    known = {c.region.nodes[0] for c in found.candidates if len(c.region.nodes) == 1}
+    asked = (*found.candidates, *(c for c, _ in found.denied))  # a node whose kernels were all denied must not get another
+    known = {c.region.nodes[0] for c in asked if len(c.region.nodes) == 1}
     convolutional = any(c.region.op == "conv" for c in found.candidates)
     for node in view.nodes:
         if node.op != "call_function" or node.name in known or node.target in RESHAPES or not _has_tensor(node):

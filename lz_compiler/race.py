@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import torch_private
 from .capture import tensors_in
+from .errors import KernelError
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,19 @@ Finalist = Callable[..., Any]
 
 
 class Race:
-    """A callable that becomes its winner. `finish(times, winner)` is told the medians in seconds."""
+    """A callable that becomes its winner. `finish(times, winner)` is told the medians in seconds.
+
+    `rescue(name, error, args)` answers the call in which a finalist raised, or raises; the finalist is out then, and a winner is
+    followed by `reference` (None: there is nothing to follow it).
+    """
 
     def __init__(
         self, finalists: Mapping[str, Finalist], finish: Callable[[dict[str, float], str], None], leader: str,
-        check: Callable[[tuple[Any, ...]], list[str]] | None = None, rounds: int = ROUNDS,
+        check: Callable[[tuple[Any, ...]], list[str]] | None = None, rounds: int = ROUNDS, *,
+        rescue: Callable[[str, Exception, tuple[Any, ...]], Any], reference: Finalist | None,
     ) -> None:  # fmt: skip
         self.finalists = dict(finalists)
+        self.rescue, self.reference, self.running = rescue, reference, leader
         self.finish, self.leader, self.check = finish, leader, check
         self.rounds = rounds
         self.forward: dict[str, list[tuple[float, float]]] = {name: [] for name in finalists}
@@ -44,9 +51,28 @@ class Race:
         self.winner: Finalist | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if self.winner is not None:
-            return self.winner(*args)
-        return self._race(args)
+        try:
+            if self.winner is not None:
+                return self.winner(*args)
+            return self._race(args)
+        except torch_private.kernel_errors() as error:
+            return self._rescued(error, args)
+
+    def _rescued(self, error: Exception, args: tuple[Any, ...]) -> Any:
+        try:
+            out = self.rescue(self.running, error, args)
+        except KernelError:
+            self._replace()
+            raise
+        self._replace()
+        return out
+
+    def _replace(self) -> None:
+        """Go on without the finalist that just ran."""
+        if self.winner is not None or len(self.finalists) == 1:
+            self.winner = self.reference or self.winner
+        self._drop(self.running, "it raised")
+        self.running = self.leader
 
     def _race(self, args: tuple[Any, ...]) -> Any:
         if self.check is not None:
@@ -57,6 +83,7 @@ class Race:
         if self.shape is None:
             self.shape = shape
         if shape != self.shape:
+            self.running = self.leader
             return self.finalists[self.leader](*args)  # other sizes are not comparable; the verdict comes from the first
         self._drop_slow()
         waiting = [n for n in self.finalists if self.rounds and self.calls[n] < WARMUP + self.rounds]
@@ -64,6 +91,7 @@ class Race:
             return self._decide()(*args)
         name = min(waiting, key=lambda n: self.calls[n])
         self.calls[name] += 1
+        self.running = name
         return self._timed(name, args, warm=self.calls[name] > WARMUP)
 
     def _timed(self, name: str, args: tuple[Any, ...], warm: bool) -> Any:
@@ -128,7 +156,7 @@ class Race:
     def _decide(self) -> Finalist:
         times = {n: self._median(n) for n in self.forward if self.forward[n]}
         name = min((n for n in self.finalists), key=lambda n: times.get(n, float("inf")))
-        self.winner = self.finalists[name]
+        self.winner, self.running = self.finalists[name], name
         self.finish(times, name)
         self.finalists = {name: self.winner}
         return self.winner

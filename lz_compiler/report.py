@@ -50,15 +50,21 @@ def describe_choice(choice: Choice, count: int = 1) -> dict[str, Any]:
     return {
         "op": c.region.op, "kernel": c.kernel, "count": count, "nodes": list(c.region.nodes),
         "formats": [[str(f) for f in c.in_formats], [str(f) for f in c.out_formats]],
-        "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "epsilon": c.epsilon,
+        "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "factor": choice.cost.factor,
+        "epsilon": c.epsilon,
         "tuning": dict(dict(c.params).get("variant", ())), "mask": dict(c.params).get("mask"),  # type: ignore[call-overload]
         "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
         "runner_up": runner_up and {
             "kernel": runner_up[0].kernel, "cost_ns": runner_up[1].ns, "source": runner_up[1].source,
+            "factor": runner_up[1].factor,
             "nodes": list(runner_up[0].region.nodes),
         },
         "rejections": [{"kernel": r.kernel, "code": r.code, "detail": r.detail} for r in choice.rejections],
     }  # fmt: skip
+
+
+def _weighed(factor: float) -> str:
+    return "" if factor == 1.0 else f" x{factor:g} by the policy"
 
 
 def _grouped(choices: Sequence[Choice]) -> Iterator[tuple[Choice, int]]:
@@ -76,7 +82,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     loops = [c for c in plan.choices if c.candidate.kernel == LOOP]
     return {
         "kind": plan.kind, "fingerprint": plan.fingerprint, "environment": dict(plan.environment),
-        "status": str(plan.status), "solver": plan.solver, "objective_ns": plan.objective, "bound_ns": plan.bound,
+        "status": str(plan.status), "solver": plan.solver, "predicted_ns": plan.predicted,
+        "objective_ns": plan.objective, "bound_ns": plan.bound,
         "gap": plan.gap, "plan_s": plan.plan_s, "epsilon": plan.epsilon, "notes": list(plan.notes),
         "regions": [describe_choice(choice, n) for choice, n in _grouped(plan.choices)],
         "fused_nodes": len(loops),
@@ -90,33 +97,35 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 def _plan_lines(plan: Plan) -> Iterator[str]:
     d = describe_plan(plan)
     yield (
-        f"  {plan.kind} graph: {milliseconds(plan.objective)} predicted, {plan.status} by {plan.solver} "
+        f"  {plan.kind} graph: {milliseconds(plan.predicted)} predicted, {plan.status} by {plan.solver} "
         f"(bound {milliseconds(plan.bound)}, gap {plan.gap:.1%}), planned in {plan.plan_s:.2f} s"
     )
     for r in d["regions"]:
         epilogue = f" + {' + '.join(r['epilogue'])}" if r["epilogue"] else ""
         times = f"{r['count']}x " if r["count"] > 1 else ""
-        cost = f"{milliseconds(r['cost_ns'])} ({r['source']}, +-{milliseconds(r['spread_ns'])})"
+        cost = f"{milliseconds(r['cost_ns'])} ({r['source']}, +-{milliseconds(r['spread_ns'])}){_weighed(r['factor'])}"
         yield f"    {times}{r['op']}{epilogue}: {r['kernel']}  {cost}"
         if r["mask"]:
             yield f"        mask {r['mask']}"
         up = r["runner_up"]
         if up:
             wider = "" if up["nodes"] == r["nodes"] else f" for {len(up['nodes'])} nodes instead of {len(r['nodes'])}"
-            yield f"        runner-up {up['kernel']}{wider}  {milliseconds(up['cost_ns'])} ({up['source']})"
+            yield f"        runner-up {up['kernel']}{wider}  {milliseconds(up['cost_ns'])} ({up['source']}){_weighed(up['factor'])}"
         names = dict.fromkeys(f"{x['kernel']} ({x['code']})" for x in r["rejections"])
         if names:
             yield f"        not {', '.join(names)}"
     yield f"    {d['fused_nodes']} nodes in loops fused by TorchInductor"
-    reasons = {x["code"]: x["detail"] for r in d["regions"] for x in r["rejections"]}
-    yield from (f"    {code}: {detail}" for code, detail in sorted(reasons.items()))
+    seen = [x for r in d["regions"] for x in r["rejections"]]
+    reasons = {(x["code"], x["kernel"] if x["code"] in ("policy", "quarantined") else ""): x["detail"] for x in seen}
+    yield from (f"    {f'{code}: {kernel}'.rstrip(': ')}: {detail}" for (code, kernel), detail in sorted(reasons.items()))
+    yield from (f"    {note}" for note in plan.notes)
     for kind, count in d["conversions"]["kinds"].items():
         if "fused" not in kind:
             yield f"    {count}x conversion {kind}"
 
 
 def describe_record(record: GraphRecord) -> dict[str, Any]:
-    predicted = sum(p.objective for p in record.plans) / 1e9
+    predicted = sum(p.predicted for p in record.plans) / 1e9
     measured = record.times.get("layerzero")
     return {
         "graph": record.compile_id, "key": record.key, "winner": record.winner, "decided": record.decided,

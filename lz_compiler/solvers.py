@@ -136,7 +136,7 @@ def read(problem: Problem) -> Instance:
     return Instance(
         problem, sources, sinks, tensor, _inverse(((p, (t,)) for p, t in enumerate(tensor)), len(tensors)),
         tuple(ins), tuple(outs), tuple(nodes), src, dst, tuple(decision), tuple(conversion), nx, tuple(members),
-        cost=tuple(sum(price[m].ns for m in ms) for price, ms in zip(prices, members, strict=True)),
+        cost=tuple(sum(price[m].weighed for m in ms) for price, ms in zip(prices, members, strict=True)),
         weight=tuple(sum(_weight(problem, candidates[m].epsilon) for m in ms) if d < nx else 0
                      for d, ms in enumerate(members)),
         makers=_inverse(((k, outs[k]) for k in usable), len(pair)),

@@ -159,6 +159,19 @@ class TimingStore:
             return None
         return value if isinstance(value, dict) else None
 
+    def get_records(self, kind: str) -> dict[str, dict[str, Any]]:
+        """All records of a kind by key, without what is damaged."""
+        with self._lock:
+            rows = self._run(lambda connection: connection.execute(f"{_ALL_RECORDS} WHERE kind = ?", (kind,)).fetchall())
+            known = self._records if rows is None else _texts(rows)
+            texts = {key: text for (name, key), text in known.items() if name == kind}
+        found: dict[str, dict[str, Any]] = {}
+        for key, text in texts.items():
+            with suppress(ValueError, RecursionError):
+                value = json.loads(text)
+                found |= {key: value} if isinstance(value, dict) else {}
+        return found
+
     def put_record(self, kind: str, key: str, value: Mapping[str, object]) -> None:
         fresh: _Records = {(kind, key): json.dumps(dict(value), sort_keys=True).encode()}
         with self._lock:

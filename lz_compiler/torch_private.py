@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,6 +68,7 @@ class Generated:
     sources: list[str] = field(default_factory=list)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     packed: dict[str, tuple[str, torch.Tensor, tuple[Any, ...]]] = field(default_factory=dict)
+    limits: set[tuple[str, str, int, int]] = field(default_factory=set)  # kernels that are for fewer sizes: (kernel, symbol, low, high)
 
 
 _generated: ContextVar[Generated | None] = ContextVar("generated", default=None)
@@ -86,6 +87,33 @@ def generated_code() -> Iterator[Generated]:
             yield found
     finally:
         _generated.reset(token)
+
+
+def compiled_sizes(values: Sequence[Any]) -> tuple[list[list[tuple[int, int]]], dict[str, tuple[int, int]], list[str]]:
+    """For which sizes of fake inputs the code made from them holds: (for each tensor, the range of each dimension; the dimensions
+    (position, dimension) that a symbol stands for; what was assumed or has to be asserted of the symbols, as Python).
+
+    What torch.export narrowed or asserts is in it, and what Inductor assumed when it chose loops and layouts by the example's sizes.
+    """
+    from torch.utils._sympy.printers import PythonPrinter
+
+    ranges: list[list[tuple[int, int]]] = []
+    first: dict[str, tuple[int, int]] = {}
+    assumed: list[str] = []
+    for position, value in enumerate(values):
+        found = []
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, int):
+                found.append((size, size))
+                continue
+            env, symbol = size.node.shape_env, size.node._expr
+            bound = env.var_to_range[symbol]
+            found.append((int(bound.lower), int(bound.upper)))
+            first.setdefault(str(symbol), (position, dim))
+            every = [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]
+            assumed = [PythonPrinter().doprint(expr) for expr in every]
+        ranges.append(found)
+    return ranges, first, assumed
 
 
 @contextmanager
@@ -261,11 +289,45 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     return None
 
 
+_sizes: ContextVar[dict[Any, Any] | None] = ContextVar("sizes", default=None)
+
+
+@contextmanager
+def hints_at(values: Iterable[Any], **changed: int) -> Iterator[None]:
+    """Inside, `hint` answers for other sizes of the symbols named; for the examples' of the others in `values` (SymInts)."""
+    import sympy
+
+    sizes = {v.node.expr: sympy.Integer(changed.get(str(v.node.expr), v.node.hint)) for v in values}
+    token = _sizes.set(sizes)
+    try:
+        yield
+    finally:
+        _sizes.reset(token)
+
+
+def symbols_of(values: Iterable[Any]) -> dict[str, tuple[Any, int, int]]:
+    """The plain symbols among the sizes of fake tensors: name -> (SymInt, lowest and highest size)."""
+    found: dict[str, tuple[Any, int, int]] = {}
+    for value in values:
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if not isinstance(size, int) and size.node.expr.is_Symbol and size.node.has_hint():
+                bound = size.node.shape_env.var_to_range[size.node.expr]
+                found[str(size.node.expr)] = (size, int(bound.lower), int(bound.upper))
+    return found
+
+
+def collected() -> Generated | None:
+    """What is being collected by `generated_code`, or None."""
+    return _generated.get()
+
+
 def hint(value: Any) -> int:
     """A concrete size for a SymInt (its hint), for planning only; an unbacked one counts as 1."""
     if isinstance(value, int):
         return value
-    node = value.node
+    node, sizes = value.node, _sizes.get()
+    if sizes:
+        return int(node.expr.xreplace(sizes))
     if node.has_hint():
         return int(node.hint)
     return 1
@@ -368,6 +430,15 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Calla
     return lambda values: compiled([values[name] for name in names])[0]
 
 
+def fake_results(run: Callable[[Mapping[str, Any]], Any], tensors: Mapping[str, Any]) -> Any:
+    """What `run(tensors)` gives by the operators' shape rules alone: what a compiler believes of it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        return run({name: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for name, t in tensors.items()})
+
+
 @functools.cache
 def kernel_errors() -> tuple[type[Exception], ...]:
     """What a kernel that cannot run here may raise."""
@@ -447,6 +518,23 @@ def is_fusable(target: Any) -> bool:
     return target.overloadpacket.__name__ not in _EXTERN and target.namespace in ("aten", "prims")
 
 
+_vendors: dict[Any, Any] = {}  # what Inductor emits for an operator that was given to lower_to
+
+
+def called_names(node: fx.Node) -> set[str]:
+    """By what names Inductor's Python code calls what a node stands for: a library's operator, or a Triton function."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    if "kernel_idx" in node.kwargs:
+        kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
+        while not hasattr(kernel, "__name__"):  # an autotuner or a heuristic around the function
+            kernel = kernel.fn
+        return {kernel.__name__}
+    targets = [t for t in (node.target, _vendors.get(node.target)) if isinstance(t, torch._ops.OpOverload)]
+    names = {(t.namespace, t.overloadpacket.__name__) for t in targets}
+    return {f"torch.ops.{space}.{name}" for space, name in names} | {f"extern_kernels.{name}" for space, name in names if space == "aten"}
+
+
 def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> None:
     """Make Inductor emit a direct call of `vendor` wherever the graph holds `op`.
 
@@ -494,6 +582,7 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
             return lowering.lowerings[torch.ops.aten.permute.default](Layout.contiguous(value), [1, 0])
 
     call = lowering.fallback_handler(vendor, add_to_fallback_set=False)
+    _vendors[op] = vendor
 
     def lowered(*args: Any) -> Any:
         arranged = arrange(Layout, *args)

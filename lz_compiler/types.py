@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+PLANNED, LOSSLESS, INDUCTOR, EAGER = "layerzero", "layerzero-lossless", "inductor", "eager"  # finalists of the race
+
 
 class Status(StrEnum):
     """What a solver proved. FEASIBLE is never presented as OPTIMAL."""
@@ -84,11 +86,20 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Nanoseconds, where they come from (`measured`, `roofline`, `assumed`), and the spread of the samples (p80 - p20)."""
+    """Nanoseconds, where they come from (`measured`, `roofline`, `assumed`), and the spread of the samples (p80 - p20).
+
+    `factor` is a policy's preference: it counts in the objective, and leaves the price itself as it is.
+    """
 
     ns: int
     source: str
     spread: int = 0
+    factor: float = 1.0
+
+    @property
+    def weighed(self) -> int:
+        """Nanoseconds as the objective counts them."""
+        return self.ns if self.factor == 1.0 else round(self.ns * self.factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +175,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The decision for one graph, complete: `lower` and `explain` read nothing else."""
+    """The decision for one graph, complete: `lower` and `explain` read nothing else.
+
+    `barred`: finalists that may not run the graph, since they would use what the policy forbids.
+    """
 
     fingerprint: str
     kind: str
@@ -178,6 +192,12 @@ class Plan:
     epsilon: float
     plan_s: float
     notes: tuple[str, ...] = ()
+    barred: tuple[str, ...] = ()
+
+    @property
+    def predicted(self) -> int:
+        """Nanoseconds that the plan should take: the objective without a policy's factors."""
+        return self.objective + sum(c.cost.ns - c.cost.weighed for c in self.choices)
 
     @property
     def gap(self) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -80,6 +82,7 @@ def test_the_file_is_flat(baked: tuple[nn.Module, Path]) -> None:
     imported = {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
     assert not {m for m in imported if m.split(".")[0] in ("lz_compiler", "networkx", "ortools")}
     assert "onednn.linear_packed" in (ast.get_docstring(functions["cell_2"]) or "")
+    assert re.search(r"Weights: \d+\.\d MB in the file, \d+\.\d MB in memory, \d+ of them in more than one layout", text)
     assert "torch.ops.mkldnn._linear_pointwise" in text
 
 
@@ -226,5 +229,85 @@ def test_nothing_that_stands_in_a_plan_is_executed(tmp_path: Path) -> None:
 
 
 def test_generated_code_of_another_kind() -> None:
-    with pytest.raises(PlanError, match=r"async_compile\.triton in the generated code"):
-        read_generated("k = async_compile.triton('k', '''source''')\ndef call(args):\n    a, = args\n    return (a,)\n")
+    with pytest.raises(PlanError, match=r"async_compile\.cutlass in the generated code"):
+        read_generated("k = async_compile.cutlass('k', '''source''')\ndef call(args):\n    a, = args\n    return (a,)\n")
+
+
+class Cached(nn.Module):
+    """A key-value cache as buffers: each call appends its rows, and reads all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 32)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(1, 64, 32))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device) + self.position
+        y = self.project(x)
+        self.keys.index_copy_(1, places, y)
+        self.values.index_copy_(1, places, y.sin())
+        self.position.add_(x.shape[1])
+        seen = torch.arange(64, device=x.device) < self.position
+        return (x @ self.keys.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ self.values
+
+
+def test_a_cache_in_buffers_is_the_files_own_state(tmp_path: Path) -> None:
+    """Cells share it, equal buffers stay apart, warming up leaves it alone, and a written argument is never converted."""
+    model = Cached().eval()
+    plan = lz.solve(model, (torch.randn(1, 4, 32),), dynamic={"x": {1: "n"}}, buckets={"n": [1, 8]}, freeze=True, **FAST)
+    model.position.zero_(), model.keys.zero_(), model.values.zero_()
+    lz.bake(plan, tmp_path / "out", model, (torch.randn(1, 4, 32),))
+    calls = [{"x": torch.randn(1, n, 32)} for n in (5, 1, 1, 8, 1)]
+    ran = baked_process(tmp_path / "out", "print(p.STATE, list(p.warmup()), int(p.w_position), float(p.w_keys.norm()))")
+    assert ran.stdout.strip() == "('w_keys', 'w_position', 'w_values') [1, 2] 0 0.0", ran.stderr
+    outputs, _ = run_baked(tmp_path / "out", calls)
+    with torch.no_grad():
+        for given, out in zip(calls, outputs, strict=True):
+            torch.testing.assert_close(out["out"], model(**given))
+
+
+def test_warmup(baked: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Afterwards nothing is compiled, for a folder and for a planned model, and the first call is like any other."""
+    model, folder = baked
+    module = lz.warmup(folder)
+    assert isinstance(module, ModuleType)
+    x = ids(5)
+    assert torch.allclose(module.forward(x), model(x), atol=1e-5)
+    with pytest.raises(PlanError, match="there is no"):
+        lz.warmup(tmp_path)
+    counting = Cached().eval()
+    plan = lz.solve(counting, (torch.randn(1, 4, 32),), dynamic={"x": {1: "n"}}, buckets={"n": [1, 8]}, **FAST)
+    planned = lz.compile(counting, plan=plan)
+    counting.position.fill_(3)
+    assert lz.warmup(planned, (torch.randn(1, 4, 32),)) is planned
+    assert counting.position == 3
+    assert len(planned._cells) == 2
+
+
+def test_triton_kernels_are_read_from_generated_code() -> None:
+    source = """
+k = async_compile.triton('kernel', '''text''', device_str='cuda')
+class Runner:
+    def call(self, args):
+        a, b = args
+        args.clear()
+        assert_size_stride(a, (4,), (1,))
+        with torch.cuda._DeviceGuard(0):
+            torch.cuda.set_device(0)
+            # comment
+            stream0 = get_raw_stream(0)
+            k.run(a, b, 4, stream=stream0)
+            del a
+            stream0 = get_raw_stream(0)
+            k.run(b, b, 4, stream=stream0)
+            del b
+        return (b, )
+"""
+    body = read_generated(source)
+    assert body.arguments == ("a", "b")
+    assert [line.strip() for line in body.lines].count("stream0 = get_raw_stream(0)") == 1
+    assert body.loops["k"].language == "triton"
+    assert body.loops["k"].detail == ("kernel",)
+    compile("\n".join(("def f(a, b):", *(f"    {line}" for line in body.lines))), "f", "exec")

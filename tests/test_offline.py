@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,29 @@ def test_a_model_that_does_not_allow_the_range() -> None:
 
     with pytest.raises(PlanError, match=r"torch\.export cannot trace Fixed for rows 2\.\.8"):
         lz.solve(Fixed(), (torch.randn(8, 2),), dynamic={"x": {0: "rows"}}, buckets={"rows": [8]}, **FAST)
+
+
+def test_the_bundle_that_a_plan_is_for(tmp_path: Path) -> None:
+    """Another tokenizer is refused in strict, warned of in adapt; by the plan, its file and a baked folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    vocabulary = {"a": 0, "b": 1, "c": 2}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
+    (folder / "config.json").write_text("{}")
+    model, x = nn.Linear(16, 16).eval(), torch.randn(2, 16)
+    lz.solve(model, (x,), bundle=folder, **FAST).save(tmp_path / "p.json")
+    plan = lz.load_plan(tmp_path / "p.json")
+    lz.bake(plan, tmp_path / "out", model, (x,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lz.compile(model, plan=plan, bundle=folder)(x)
+        lz.load_baked(tmp_path / "out", bundle=folder)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 1, "b": 0, "c": 2}, "merges": []}}))
+    with pytest.warns(UserWarning, match="another tokenizer than the plan"):
+        lz.compile(model, plan=plan, bundle=folder)
+    with pytest.warns(UserWarning, match="another tokenizer than the plan"):
+        lz.load_baked(tmp_path / "out", bundle=folder)
+    with pytest.raises(PlanError, match="another tokenizer than the plan"):
+        lz.compile(model, plan=plan, bundle=folder, layout_mode="strict")
+    with pytest.raises(PlanError, match=r"without bundle=\.\.\."):
+        lz.compile(model, plan=lz.solve(model, (x,), **FAST), bundle=folder)

@@ -121,7 +121,7 @@ def test_key_holds_what_changes_plans() -> None:
     other = {
         "cost_model": "roofline", "solver": "highs", "layout_mode": "strict", "error_budget": 0.1, "freeze": True,
         "backends": ("aten",), "cudagraphs": True, "measure_budget_s": 1.0, "solve_budget_s": 1.0, "memory_limit": 1,
-        "deterministic": True, "race": False, "cache_dir": "x", "mode": "max-autotune",
+        "deterministic": True, "race": False, "cache_dir": "x", "mode": "max-autotune", "policy": {"deny": [{"kernel": "aten.mm"}]},
     }  # fmt: skip
     assert set(other) == {f.name for f in dataclasses.fields(Options)}
     keys = {name: Options(**{name: value}).key() for name, value in other.items()}  # type: ignore[arg-type]

@@ -91,7 +91,8 @@ def test_columns_are_not_added_to_an_image() -> None:
 
 
 def offered(library: str, ctx: SelectionContext) -> set[str]:
-    found = backends.all_backends()[library].candidates(ctx)
+    backend = backends.all_backends()[library]
+    found = backend.candidates(ctx if ctx.specs[0].device in backend.devices else on_cuda(ctx))
     return {answer.kernel for answer in found if isinstance(answer, Candidate)}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, natural_layout
 
@@ -74,33 +75,15 @@ class Aten:
         return None
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        op = ctx.region.op
-        if op == "linear" and ctx.default:
-            yield ctx.candidate(self.kernels["aten.mm"], as_is=True)
-            if ctx.spec("x").device == "cpu":
-                yield from self._mkl(ctx)
-        elif op == "bmm":
-            yield ctx.candidate(self.kernels["aten.bmm"], as_is=True)
-        elif op == "attention" and ctx.default:
-            mask_dtype = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
-            yield ctx.candidate(self.kernels["aten.sdpa"], as_is=True, mask_dtype=mask_dtype)
-        elif op == "paged_attention":
-            yield ctx.candidate(self.kernels["aten.paged_attention"], as_is=True)
-        elif op == "conv" and ctx.default:
-            kernel = self.kernels["aten.conv"]
-            yield ctx.candidate(kernel, as_is=True)
-            if ctx.options.layout_mode == "adapt" and natural_layout(ctx.spec("x")) == "strided":
+        fit, refused = fitting(self, ctx)
+        yield from refused
+        for name in fit:
+            kernel = self.kernels[name]
+            if name == "mkl.linear_packed":
+                missing = ctx.reject(name, "library_missing", "this torch was built without MKL")
+                yield ctx.candidate(kernel, layouts={"w": "packed"}) if torch.backends.mkl.is_available() else missing
+                continue
+            mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""} if name == "aten.sdpa" else {}
+            yield ctx.candidate(kernel, as_is=True, **mask)
+            if name == "aten.conv" and ctx.options.layout_mode == "adapt" and natural_layout(ctx.spec("x")) == "strided":
                 yield ctx.candidate(kernel, layouts={"x": "channels_last", "w": "channels_last"}, out_layout="channels_last")
-
-    def _mkl(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        name = "mkl.linear_packed"
-        if ctx.spec("x").dtype != "float32":
-            yield ctx.reject(name, "dtype", f"MKL packs float32, not {ctx.spec('x').dtype}")
-        elif not torch.backends.mkl.is_available():
-            yield ctx.reject(name, "library_missing", "this torch was built without MKL")
-        elif "w" not in ctx.frozen:
-            yield ctx.reject(name, "weight_not_frozen", "a packed weight needs freeze=True and a parameter")
-        elif ctx.params["dynamic_rows"]:
-            yield ctx.reject(name, "dynamic_shape", "MKL packs for one number of rows")
-        else:
-            yield ctx.candidate(self.kernels[name], layouts={"w": "packed"})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
+from ..capabilities import fitting
 from ..types import Candidate, Rejection
 from .aten import attention_arguments
 from .base import Emitter, Kernel, SelectionContext, Values
@@ -89,32 +90,6 @@ def _broadcasts(ctx: SelectionContext) -> bool:
     return len({len(q), len(k), len(v)}) > 1 or not q[:end] == k[:end] == v[:end]
 
 
-def _own_arguments(ctx: SelectionContext) -> bool:
-    """Whether `is_causal`, which is for as many queries as keys, says the whole predicate."""
-    p = ctx.params
-    return (p["square"] or not p["causal"]) and len(ctx.roles) == 3 and not p["window"] and not p["shift"]
-
-
-def _unfit(ctx: SelectionContext) -> tuple[str, str] | None:
-    """Why none of torch's GPU kernels can compute this attention (code, detail), or None."""
-    q, k, v, p = ctx.spec("q"), ctx.spec("k"), ctx.spec("v"), ctx.params
-    if q.dtype not in ("bfloat16", "float16", "float32"):
-        return "dtype", f"no fused kernel for {q.dtype}"
-    if len(q.shape) != 4 or q.shape[-1] != v.shape[-1] or q.shape[-1] % 8:
-        return "shape", "needs (batch, heads, length, size) with one head size, a multiple of 8"
-    if any(0 in spec.shape for spec in ctx.specs):
-        return "empty", "an input has no elements"
-    if any(spec.stride[-1] != 1 for spec in (q, k, v)):
-        return "stride", "the head dimension must be contiguous"
-    if "mask" in ctx.roles:
-        return None if len(ctx.spec("mask").shape) == 4 else ("shape", "the mask needs four dimensions")
-    row = p["queries"] == 1 and "position" in ctx.roles
-    bounded = p["causal"] or p["window"] or p["shift"]
-    if p["uniform"] or not (_own_arguments(ctx) or row or not bounded):
-        return "mask", "is_causal cannot say this predicate, and written out it would be the mask again"
-    return None
-
-
 def _aligned(ctx: SelectionContext) -> bool:
     """Whether the rows of the term that is added begin at multiples of eight elements, as torch's own wrapper sees to."""
     if "mask" not in ctx.roles:
@@ -148,76 +123,25 @@ class Attention:
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         if ctx.region.op != "attention":
             return
-        mask = ctx.spec("mask") if "mask" in ctx.roles else None
-        extra: dict[str, Any] = {"mask_dtype": mask.dtype if mask else ""}
         if _broadcasts(ctx):
             for name in ("aten.sdpa_math", "aten.flash_attention_cpu", "cudnn.attention", "aten.flash_attention"):
                 yield ctx.reject(name, "shape", "q, k and v have different batch dimensions")
             return
-        if ctx.default:
-            yield ctx.candidate(self.kernels["aten.sdpa_math"], **extra)
-        if ctx.spec("q").device == "cuda":
-            yield from self._gpu(ctx, extra)
-        elif "mask" in ctx.roles and ctx.params["causal"]:
-            for name in ("aten.flash_attention_cpu", "attention.brgemm"):
-                yield ctx.reject(name, "mask", "either a mask or is_causal, not both")
-        elif "mask" not in ctx.roles and not ctx.default and not _own_arguments(ctx):
-            for name in ("aten.flash_attention_cpu", "attention.brgemm"):
-                yield ctx.reject(name, "mask", "is_causal cannot say this predicate")
-        else:
-            yield from self._flash(ctx)
-            yield self._brgemm(ctx, extra)
-
-    def _gpu(self, ctx: SelectionContext, extra: dict[str, Any]) -> Iterable[Candidate | Rejection]:
-        q, p, grouped = ctx.spec("q"), ctx.params, ctx.spec("q").shape[1] != ctx.spec("k").shape[1]
-        cudnn, flash, efficient = "cudnn.attention", "aten.flash_attention", "aten.efficient_attention"
-        why = _unfit(ctx)
-        if why is not None:
-            for name in (cudnn, flash, efficient):
-                yield ctx.reject(name, *why)
-            return
-        masked = len(ctx.roles) > 3
-        half = q.dtype != "float32"
-        yield ctx.candidate(self.kernels[cudnn], **extra) if half else ctx.reject(cudnn, "dtype", "16-bit types only")
-        if masked or not half:
-            yield ctx.reject(flash, "mask", "takes is_causal but no mask, in 16-bit types")
-        else:
-            yield ctx.candidate(self.kernels[flash], **extra)
-        if masked and p["dynamic_rows"]:
-            yield ctx.reject(efficient, "dynamic_shape", "a mask is expanded to fixed shapes")
-        elif masked and not _aligned(ctx):
-            yield ctx.reject(efficient, "stride", "it reads a mask eight elements at once: rows must begin at multiples of eight")
-        elif grouped:
-            yield ctx.reject(efficient, "shape", "needs as many heads in k and v as in q")
-        else:
-            yield ctx.candidate(self.kernels[efficient], scores=[*q.shape[:3], p["keys"]], **extra)
-
-    def _brgemm(self, ctx: SelectionContext, extra: dict[str, Any]) -> Candidate | Rejection:
-        name, q = "attention.brgemm", ctx.spec("q")
-        if q.dtype != "float32" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return ctx.reject(name, "device", "float32 on a CPU with AVX-512, which torch's brgemm needs")
-        if len(q.shape) != 4 or ctx.params["dynamic_rows"] or any(0 in spec.shape for spec in ctx.specs):
-            return ctx.reject(name, "shape", "four dimensions, fixed and not empty: oneDNN generates code for each shape")
-        if ctx.spec("k").shape[-2] < 16:
-            return ctx.reject(name, "nan", "with fewer keys than a vector holds, eager turns a row of NaN into 0")
-        if any(spec.stride[-1] != 1 for spec in ctx.specs):
-            return ctx.reject(name, "stride", "the last dimension of each input must be contiguous")
-        if "mask" in ctx.roles and ctx.spec("mask").shape[-1] != ctx.spec("k").shape[-2]:
-            return ctx.reject(name, "mask", "a mask must have a column for each key")
-        return ctx.candidate(self.kernels[name], size=q.shape[-1], **extra)
-
-    def _flash(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        name, q, v = "aten.flash_attention_cpu", ctx.spec("q"), ctx.spec("v")
-        if q.dtype not in ("float32", "bfloat16", "float16", "float64"):
-            yield ctx.reject(name, "dtype", f"no flash kernel for {q.dtype}")
-        elif len(q.shape) != 4 or q.shape[-1] != v.shape[-1]:
-            yield ctx.reject(name, "shape", "needs (batch, heads, length, size) with equal head sizes of q and v")
-        elif any(0 in spec.shape for spec in ctx.specs):
-            yield ctx.reject(name, "empty", "an input has no elements")
-        elif any(spec.stride[-1] != 1 for role, spec in zip(ctx.roles, ctx.specs, strict=True) if role in "qkv"):
-            yield ctx.reject(name, "stride", "the head dimension must be contiguous")
-        else:
-            mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
-            yield ctx.candidate(self.kernels[name], q.dtype, **mask)
-            if q.dtype == "float32" and ctx.options.error_budget > 0:
-                yield ctx.candidate(self.kernels[name], "bfloat16", **mask)
+        fit, refused = fitting(self, ctx)
+        yield from refused
+        extra: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
+        for name in fit:
+            q = ctx.spec("q")
+            match name:
+                case "aten.flash_attention_cpu":
+                    yield ctx.candidate(self.kernels[name], q.dtype, **extra)
+                    if q.dtype == "float32" and ctx.options.error_budget > 0:
+                        yield ctx.candidate(self.kernels[name], "bfloat16", **extra)
+                case "attention.brgemm":
+                    yield ctx.candidate(self.kernels[name], size=q.shape[-1], **extra)
+                case "aten.efficient_attention" if len(ctx.roles) > 3 and not _aligned(ctx):
+                    yield ctx.reject(name, "stride", "it reads a mask eight elements at once: rows must begin at multiples of eight")
+                case "aten.efficient_attention":
+                    yield ctx.candidate(self.kernels[name], scores=[*q.shape[:3], ctx.params["keys"]], **extra)
+                case _:
+                    yield ctx.candidate(self.kernels[name], **extra)

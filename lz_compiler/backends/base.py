@@ -44,6 +44,7 @@ class Kernel:
     prepare: Callable[[Emitter, Values, Values], Values] | None = None
     version: int = 1
     setup: Callable[[], object] | None = None  # makes the kernel's operator exist, where a compiled graph is loaded from a cache
+    deterministic: bool = True  # the same inputs always give the same bits on one machine; a descriptor's word goes before
     compiled: bool = False  # exists only inside a graph that TorchInductor compiles, and is measured so
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
+from ..capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold_constants, folded, folding_candidate, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-ACTS = ("relu", "gelu", "gelu_tanh")
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 
@@ -101,12 +101,6 @@ def _fp8(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(aten._scaled_mm.default, narrow, t["w"], scale, t["scale"], t.get("bias"), None, out, True)
 
 
-def _ends(ctx: SelectionContext) -> bool:
-    """Whether cuBLASLt's epilogue computes the region's activation. Its gelu is the tanh approximation, which 16-bit outputs
-    do not tell from the exact one."""
-    return ctx.params["act"] in ACTS and (ctx.params["act"] != "gelu" or ctx.spec("x").dtype != "float32")
-
-
 class Cublas:
     name = "cublas"
     devices: tuple[str, ...] = ("cuda",)
@@ -128,45 +122,19 @@ class Cublas:
         return None
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        if ctx.region.op not in ("linear", "merged_linear", "conv"):
-            return
-        if any(0 in spec.shape for spec in (*ctx.specs, *ctx.outputs)):
-            yield ctx.reject("cublas", "empty", "an input has no elements")
-        elif ctx.region.op == "linear":
-            yield self._activated(ctx)
-            if ctx.default and ctx.options.error_budget > 0:
-                yield self._fp8(ctx)
-        elif ctx.region.op == "merged_linear":
-            yield ctx.candidate(self.kernels["cublas.merged"], layouts={r: "packed" for r in ctx.roles if r != "x"})
-        else:
-            yield from self._conv(ctx)
-
-    def _activated(self, ctx: SelectionContext) -> Candidate | Rejection:
-        name = "cublas.addmm_activation"
-        if not _ends(ctx) or ctx.params["binary"] or "bias" not in ctx.roles:
-            return ctx.reject(name, "epilogue", "needs a bias and then relu or gelu, nothing else")
-        if ctx.spec("x").dtype not in ("bfloat16", "float16", "float32"):
-            return ctx.reject(name, "dtype", f"no fused epilogue for {ctx.spec('x').dtype}")
-        return ctx.candidate(self.kernels[name])
-
-    def _fp8(self, ctx: SelectionContext) -> Candidate | Rejection:
-        name, (rows, inner), width = "cublas.fp8_rowwise", ctx.spec("x").shape, ctx.params["width"]
-        if ctx.spec("x").dtype != "bfloat16" or "w" not in ctx.frozen:
-            return ctx.reject(name, "dtype", "float8 products replace bfloat16 ones, with frozen weights")
-        if rows < 16 or inner % 16 or width % 16:
-            return ctx.reject(name, "shape", "needs 16 rows, and inner and output sizes that are multiples of 16")
-        return ctx.candidate(self.kernels[name], layouts={"w": "packed"}, lossy=True)
-
-    def _conv(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        p, (channels, *filters) = ctx.params, ctx.spec("w").shape[1:]
-        pointwise = filters == [1, 1] and not any(p["padding"])
-        name = "cublas.conv1x1" if pointwise else "cublas.im2col"
-        if p["groups"] != 1 or set(p["dilation"]) != {1} or not (pointwise or tuple(filters) == p["stride"] or channels <= 4):
-            yield ctx.reject(name, "shape", "not of one group with 1x1 or disjoint windows, or at most 4 channels")
-        elif p["dynamic_rows"]:
-            yield ctx.reject(name, "dynamic_shape", "the reshape is written out for fixed shapes")
-        elif p["binary"] or (p["act"] and not (_ends(ctx) and ("bias" in ctx.roles or {"add", "sub"} & {*p["affine"]}))):
-            yield ctx.reject(name, "epilogue", "ends with a bias, and then relu or gelu, nothing else")
-        else:
-            eager = {} if pointwise else {"layouts": {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}}
-            yield folding_candidate(ctx, self.kernels[name], out_shape=ctx.outputs[0].shape, **eager)
+        fit, refused = fitting(self, ctx)
+        yield from refused
+        for name in fit:
+            kernel = self.kernels[name]
+            match name:
+                case "cublas.addmm_activation":
+                    yield ctx.candidate(kernel)
+                case "cublas.fp8_rowwise":
+                    yield ctx.candidate(kernel, layouts={"w": "packed"}, lossy=True)
+                case "cublas.merged":
+                    yield ctx.candidate(kernel, layouts={r: "packed" for r in ctx.roles if r != "x"})
+                case "cublas.conv1x1":
+                    yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape)
+                case "cublas.im2col":
+                    eager = {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}
+                    yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape, layouts=eager)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values
 from .folding import fold_constants, folded, folding_candidate
@@ -36,6 +37,7 @@ def _conv(emit: Emitter, t: Values, p: Values) -> Any:
 class Cudnn:
     name = "cudnn"
     devices: tuple[str, ...] = ("cuda",)
+    # cudnn_convolution_relu and _add_relu ask cuDNN for any algorithm, whatever torch's flags say (ATen/native/cudnn/ConvShared.cpp).
     kernels: Mapping[str, Kernel] = {k.name: k for k in (Kernel("cudnn.conv", _conv, _fold),)}
 
     def version(self) -> str:
@@ -45,14 +47,7 @@ class Cudnn:
         return None
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        if ctx.region.op != "conv":
-            return
-        name, p, x = "cudnn.conv", ctx.params, ctx.spec("x")
-        if x.dtype not in ("bfloat16", "float16", "float32") or any(0 in spec.shape for spec in ctx.specs):
-            yield ctx.reject(name, "dtype", "needs bfloat16, float16 or float32, and elements")
-        elif p["act"] not in (None, "relu") or (p["binary"] and p["act"] is None):
-            yield ctx.reject(name, "epilogue", "cuDNN ends a convolution with relu, or with a residual and relu")
-        elif p.get("absorbed") and p["act"] is None and not p["affine"]:
-            yield ctx.reject(name, "dominated", "the per-channel steps that follow fold into the weight")
-        else:
+        fit, refused = fitting(self, ctx)
+        yield from refused
+        for name in fit:
             yield folding_candidate(ctx, self.kernels[name])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import semantics
-from ..types import Candidate, Rejection
+from ..types import Candidate
 from .base import Emitter, Kernel, SelectionContext, Values
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -63,10 +63,8 @@ def rows_of(emit: Emitter, x: Any, stride: tuple[int, int] = (1, 1)) -> Any:
     return emit.call(aten.permute.default, x, [0, 2, 3, 1])
 
 
-def folding_candidate(ctx: SelectionContext, kernel: Kernel, **extra: Any) -> Candidate | Rejection:
+def folding_candidate(ctx: SelectionContext, kernel: Kernel, **extra: Any) -> Candidate:
     """A candidate of a convolution, channels last in and out, weights and per-channel steps folded."""
-    if ctx.options.layout_mode == "strict":
-        return ctx.reject(kernel.name, "layout", "channels-last output, and layout_mode='strict' keeps eager's")
     constants = [r for r in ctx.roles if r not in ("x", "other")]
     frozen = all(r in ctx.frozen for r in constants)
     layouts = {"x": "channels_last", "other": "channels_last", "w": "packed" if frozen else "channels_last"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values
 
@@ -81,39 +82,12 @@ class Inductor:
         return None
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        if ctx.region.op == "linear" and ctx.default:
-            yield self._gemv(ctx)
-            if ctx.spec("x").device == "cpu":
-                yield self._cpp_gemm(ctx)
-        elif ctx.region.op == "attention" and ctx.default:
-            yield self._attention(ctx)
-
-    def _gemv(self, ctx: SelectionContext) -> Candidate | Rejection:
-        if ctx.spec("x").shape[0] != 1 or ctx.params["dynamic_rows"]:
-            return ctx.reject("inductor.gemv", "shape", "a matrix-vector product has one row")
-        if ctx.spec("x").dtype != "float32":
-            return ctx.reject("inductor.gemv", "dtype", "accumulates in float32, for float32 only")
-        return ctx.candidate(self.kernels["inductor.gemv"])
-
-    def _cpp_gemm(self, ctx: SelectionContext) -> Candidate | Rejection:
-        name = "inductor.cpp_gemm"
-        if not ctx.options.mode.startswith("max-autotune"):
-            return ctx.reject(name, "mode", "Inductor compiles GEMM templates in mode='max-autotune' only")
-        if ctx.spec("x").dtype not in ("float32", "bfloat16"):
-            return ctx.reject(name, "dtype", "the C++ template takes float32 or bfloat16 on a CPU")
-        if any(role not in ctx.frozen for role in ctx.roles if role != "x"):
-            return ctx.reject(name, "weight_not_frozen", "the C++ template packs its weight, which needs freeze=True")
-        return ctx.candidate(self.kernels[name])
-
-    def _attention(self, ctx: SelectionContext) -> Candidate | Rejection:
-        q, k, v = ctx.spec("q"), ctx.spec("k"), ctx.spec("v")
-        name = "inductor.attention"
-        if q.dtype != "float32" or len(q.shape) != 4 or not q.shape[:2] == k.shape[:2] == v.shape[:2] or ctx.params["causal"]:
-            return ctx.reject(name, "shape", "float32, four dimensions, equal heads, no is_causal")
-        if ctx.params["dynamic_rows"] or any(0 in spec.shape for spec in ctx.specs):
-            return ctx.reject(name, "dynamic_shape", "the formula is written out for fixed, non-empty shapes")
-        if "mask" in ctx.roles and ctx.spec("mask").dtype == "bool":
-            return ctx.reject(name, "mask", "a row masked out entirely is 0 in eager; the plain formula gives NaN")
-        shapes: dict[str, Any] = {"q_shape": q.shape, "k_shape": k.shape, "v_size": v.shape[-1]}
-        mask = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
-        return ctx.candidate(self.kernels[name], mask_dtype=mask, **shapes)
+        fit, refused = fitting(self, ctx)
+        yield from refused
+        for name in fit:
+            extra: dict[str, Any] = {}
+            if name == "inductor.attention":
+                q, k, v = (ctx.spec(role).shape for role in "qkv")
+                mask = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
+                extra = {"mask_dtype": mask, "q_shape": q, "k_shape": k, "v_size": v[-1]}
+            yield ctx.candidate(self.kernels[name], **extra)

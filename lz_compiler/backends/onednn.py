@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
+from ..capabilities import fitting
 from ..target import onednn_computes
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, split_columns
@@ -22,8 +23,6 @@ _ATTR = {
     None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""), "sigmoid": ("sigmoid", ""), "tanh": ("tanh", ""),
 }  # fmt: skip
-_CONV_ACTS = (None, "silu", "sigmoid", "tanh")
-RELU = "oneDNN's fused relu turns NaN into 0, eager's keeps it (so does its clip)"
 
 
 def _vector(emit: Emitter, value: Any, p: Values) -> Any:
@@ -136,72 +135,27 @@ class OneDNN:
         return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        if ctx.region.op not in ("linear", "merged_linear", "conv"):
+        x, (fit, refused) = ctx.specs[0], fitting(self, ctx)
+        if (fit or refused) and not onednn_computes(x.dtype):
+            yield ctx.reject(f"onednn.{ctx.region.op}", "dtype", f"no oneDNN kernel for {x.dtype} on this CPU")
             return
-        name = f"onednn.{ctx.region.op}"
-        x = ctx.spec("x")
-        if not onednn_computes(x.dtype):
-            yield ctx.reject(name, "dtype", f"no oneDNN kernel for {x.dtype} on this CPU")
-        elif any(0 in spec.shape for spec in (*ctx.specs, *ctx.outputs)):
-            yield ctx.reject(name, "empty", "an input has no elements")
-        else:
-            dtypes = [x.dtype]
-            if x.dtype == "float32" and ctx.options.error_budget > 0 and onednn_computes("bfloat16"):
-                dtypes.append("bfloat16")
-            for dtype in dtypes:
-                yield from self._linear(ctx, dtype) if ctx.region.op != "conv" else self._conv(ctx, dtype)
+        yield from refused
+        dtypes = [x.dtype]
+        if x.dtype == "float32" and ctx.options.error_budget > 0 and onednn_computes("bfloat16"):
+            dtypes.append("bfloat16")
+        for dtype in dtypes:
+            for name in fit:
+                yield self._candidate(ctx, name, dtype)
 
-    def _linear(self, ctx: SelectionContext, dtype: str) -> Iterable[Candidate | Rejection]:
-        merged = ctx.region.op == "merged_linear"
-        name = "onednn.merged_linear_packed" if merged else "onednn.linear_packed"
-        weights = [r for r in ctx.roles if r not in ("x", "other")]
-        if ctx.params.get("act") == "relu":
-            yield ctx.reject("onednn.linear", "nan", RELU)
-            return
-        if ctx.params.get("binary") and ctx.params.get("act"):
-            yield ctx.reject("onednn.linear", "epilogue", "a product ends with a residual or an activation, not both")
-            return
-        extra: dict[str, Any] = {"vector_dtype": ctx.spec("x").dtype}
-        frozen = all(r in ctx.frozen for r in weights)
-        if not merged and frozen:
-            yield ctx.reject("onednn.linear", "dominated", "frozen weights are packed at no run-time cost")
-        elif not merged:
-            yield ctx.candidate(self.kernels["onednn.linear"], dtype, **extra)
-        if not frozen:
-            yield ctx.reject(name, "weight_not_frozen", "a packed weight needs freeze=True and parameters")
-        else:
-            layouts = {r: "packed" for r in weights if r[0] == "w"}
-            yield ctx.candidate(self.kernels[name], dtype, layouts, **extra)
-
-    def _conv(self, ctx: SelectionContext, dtype: str) -> Iterable[Candidate | Rejection]:
-        if ctx.options.layout_mode == "strict":
-            yield ctx.reject("onednn.conv", "layout", "channels-last output, and layout_mode='strict' keeps eager's")
-            return
-        if ctx.params["act"] == "relu":
-            yield ctx.reject("onednn.conv", "nan", RELU)
-            return
-        if ctx.params["act"] not in _CONV_ACTS or (ctx.params["binary"] and ctx.params["act"]):
-            yield ctx.reject("onednn.conv", "epilogue", f"no fused {ctx.params['act']} after a convolution")
-            return
-        pointwise = ctx.spec("w").shape[2:] == (1, 1) and set(ctx.params["padding"]) == {0} and ctx.params["groups"] == 1
-        pointwise &= not (ctx.params["binary"] and ctx.params["act"])
+    def _candidate(self, ctx: SelectionContext, name: str, dtype: str) -> Candidate:
+        kernel, extra = self.kernels[name], {"vector_dtype": ctx.specs[0].dtype}
+        if ctx.region.op != "conv":
+            frozen = {r: "packed" for r in ctx.roles if r[0] == "w"} if name != "onednn.linear" else None
+            return ctx.candidate(kernel, dtype, frozen, **extra)
         layouts = {"x": "channels_last", "other": "channels_last"}
-        extra: dict[str, Any] = {"vector_dtype": ctx.spec("x").dtype}
-        constants = [r for r in ctx.roles if r not in ("x", "other")]
-        frozen = all(r in ctx.frozen for r in constants)
-        if frozen and ctx.params.get("absorbed"):
-            yield ctx.reject("onednn.conv_packed", "dominated", "the per-channel steps that follow fold into a frozen weight")
-            return
-        if frozen:
-            packed = self.kernels["onednn.conv_packed"]
-            yield ctx.candidate(packed, dtype, {**layouts, "w": "packed"}, "channels_last", **extra)
-            yield ctx.reject("onednn.conv", "dominated", "frozen weights are packed at no run-time cost")
-            return
-        yield ctx.reject("onednn.conv_packed", "weight_not_frozen", "a packed weight needs freeze=True and parameters")
+        if name == "onednn.conv_packed":
+            return ctx.candidate(kernel, dtype, {**layouts, "w": "packed"}, "channels_last", **extra)
         size = 4 if dtype == "float32" else 2
-        extra["traffic"] = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
-        yield ctx.candidate(self.kernels["onednn.conv"], dtype, {**layouts, "w": "channels_last"}, "channels_last", **extra)
-        if pointwise:
-            yield ctx.candidate(self.kernels["onednn.conv1x1"], dtype, layouts, "channels_last", **extra)
-        else:
-            yield ctx.reject("onednn.conv1x1", "shape", "not an unpadded, ungrouped 1x1 convolution with at most one epilogue")
+        traffic = 2 * size * math.prod(ctx.spec("w").shape) if "mul" in ctx.params["affine"] else 0
+        weight = {"w": "channels_last"} if name == "onednn.conv" else {}
+        return ctx.candidate(kernel, dtype, {**layouts, **weight}, "channels_last", traffic=traffic, **extra)

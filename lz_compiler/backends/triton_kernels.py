@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import semantics
+from ..capabilities import fitting
 from ..types import Candidate, Rejection
 from .aten import paged_arguments
 from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked
@@ -19,11 +20,7 @@ from .folding import fold_constants, folded, folding_candidate
 
 aten = torch.ops.aten
 
-MAX_ROWS = 8  # of x, beyond which tensor cores win
-MAX_QUERIES = 8
-MIN_KEYS = 16  # with a single key and a key mask the decode kernel has faulted on an H200 now and then, for a reason not found
 MULTIPROCESSORS = 132  # of Hopper's large chips, when planning for a card that is elsewhere
-FLOATS = ("bfloat16", "float16", "float32")
 
 
 @functools.cache
@@ -126,108 +123,61 @@ class Triton:
         return None if find_spec("triton") else "Triton is not installed: pip install 'lz-compiler[gpu]'"
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        if ctx.region.op in ("linear", "merged_linear", "gated_linear"):
-            yield from self._gemv(ctx)
-        elif ctx.region.op == "conv":
-            yield from self._depthwise(ctx)
-        elif ctx.region.op == "attention":
-            yield from self._attention(ctx)
-        elif ctx.region.op == "paged_attention":
-            yield from self._paged(ctx)
+        fit, refused = fitting(self, ctx)
+        yield from refused
+        for name in fit:
+            match name:
+                case "triton.depthwise_conv":
+                    for variant in _kernels("depthwise_conv").variants(ctx.outputs[0].shape[3]):
+                        weight = {"layouts": {"w": natural_layout(ctx.spec("w"))}}
+                        yield folding_candidate(ctx, self.kernels[name], variant=tuple(variant.items()), **weight)
+                case "triton.attention":
+                    yield from self._attention(ctx)
+                case "triton.decode_attention":
+                    yield from self._decode(ctx)
+                case "triton.paged_attention":
+                    yield from self._paged(ctx)
+                case _:
+                    yield from self._gemv(ctx, name)
 
-    def _attention(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        name, p, (q, k, v) = "triton.attention", ctx.params, (ctx.spec(r) for r in "qkv")
-        if "mask" in ctx.roles or (p["causal"] and ctx.default and p["queries"] != p["keys"]):
-            yield ctx.reject(name, "mask", "needs a mask that was understood, or none")
-        elif q.dtype not in FLOATS:
-            yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {q.dtype}")
-        elif len({len(s.shape) for s in (q, k, v)} | {4}) > 1 or k.shape != v.shape or q.shape[0] != k.shape[0]:
-            yield ctx.reject(name, "shape", "(batch, heads, length, size), k like v, one batch")
-        elif p["dynamic_rows"] or any(0 in s.shape for s in ctx.specs) or any(s.stride[-1] != 1 for s in (q, k, v)):
-            yield ctx.reject(name, "dynamic_shape", "fixed shapes with elements, head dimension contiguous")
-        elif q.shape[3] > 256 or q.shape[1] % k.shape[1]:
-            yield ctx.reject(name, "shape", "heads of at most 256, as many in q as in k or a multiple")
-        elif p["uniform"] and (p["causal"] or p["window"]):
-            yield ctx.reject(name, "mask", "a row that sees no key is 0 here, and the mean of v in eager")
-        elif p["scale"] is not None and p["scale"] <= 0:
-            yield ctx.reject(name, "scale", "a scale above 0")
-        else:
-            size, rows = 4 if q.dtype == "float32" else 2, q.shape[1] // k.shape[1] * q.shape[2]
-            first = _kernels("attention").parameters(q.shape[2], q.shape[3], size)
-            narrow = {"block_n": 64, "warps": 4 if q.shape[3] <= 64 else 8, "stages": 3}
-            for variant in (first, {**first, **narrow}) if size == 2 and q.shape[2] > 64 else (first,):
-                yield ctx.candidate(self.kernels[name], variant=tuple(variant.items()), head=q.shape[3])
-            bounded = p["causal"] or not p["window"]
-            fits = q.shape[2] <= MAX_QUERIES and rows <= _kernels("decode_attention").MAX_ROWS and bounded and not p["uniform"]
-            if fits and k.shape[2] >= MIN_KEYS:
-                yield from self._decode(ctx, rows, size)
+    def _attention(self, ctx: SelectionContext) -> Iterable[Candidate]:
+        q = ctx.spec("q")
+        size = 4 if q.dtype == "float32" else 2
+        first = _kernels("attention").parameters(q.shape[2], q.shape[3], size)
+        narrow = {"block_n": 64, "warps": 4 if q.shape[3] <= 64 else 8, "stages": 3}
+        for variant in (first, {**first, **narrow}) if size == 2 and q.shape[2] > 64 else (first,):
+            yield ctx.candidate(self.kernels["triton.attention"], variant=tuple(variant.items()), head=q.shape[3])
 
-    def _decode(self, ctx: SelectionContext, rows: int, size: int) -> Iterable[Candidate]:
-        batch, heads, length, head = ctx.spec("k").shape
-        for variant in _split_variants(batch, heads, rows, length, head, size):
-            yield ctx.candidate(self.kernels["triton.decode_attention"], variant=variant, head=head)
+    def _decode(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        name, q, (batch, heads, length, head) = "triton.decode_attention", ctx.spec("q"), ctx.spec("k").shape
+        rows, most = q.shape[1] // heads * q.shape[2], _kernels("decode_attention").MAX_ROWS
+        if rows > most:
+            yield ctx.reject(name, "shape", f"at most {most} queries for each key-value head")
+            return
+        for variant in _split_variants(batch, heads, rows, length, head, 4 if q.dtype == "float32" else 2):
+            yield ctx.candidate(self.kernels[name], variant=variant, head=head)
 
     def _paged(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        name, q, cache, p = "triton.paged_attention", ctx.spec("q"), ctx.kv_cache, ctx.params
+        name, q, cache = "triton.paged_attention", ctx.spec("q"), ctx.kv_cache
         assert cache is not None
         rows, most = q.shape[1] // cache.kv_heads * q.shape[2], _kernels("decode_attention").MAX_ROWS
-        if q.dtype not in FLOATS:
-            yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {q.dtype}")
-        elif p["dynamic_rows"] or any(0 in s.shape for s in ctx.specs):
-            yield ctx.reject(name, "dynamic_shape", "fixed shapes with elements")
-        elif any(ctx.spec(role).stride[-1] != 1 for role in ("q", "k_cache", "v_cache")):
-            yield ctx.reject(name, "stride", "the head dimension must be contiguous")
-        elif cache.head_size > 256 or rows > most:
-            yield ctx.reject(name, "shape", f"heads of at most 256, at most {most} queries for each key-value head")
-        elif p["scale"] is not None and p["scale"] <= 0:
-            yield ctx.reject(name, "scale", "a scale above 0")
-        else:
-            size = 4 if q.dtype == "float32" else 2
-            for variant in _split_variants(q.shape[0], cache.kv_heads, rows, p["keys"], cache.head_size, size):
-                yield ctx.candidate(self.kernels[name], variant=variant, head=cache.head_size)
+        if rows > most:
+            yield ctx.reject(name, "shape", f"at most {most} queries for each key-value head")
+            return
+        size = 4 if q.dtype == "float32" else 2
+        for variant in _split_variants(q.shape[0], cache.kv_heads, rows, ctx.params["keys"], cache.head_size, size):
+            yield ctx.candidate(self.kernels[name], variant=variant, head=cache.head_size)
 
-    def _depthwise(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        name, p, x, (channels, _, *size) = "triton.depthwise_conv", ctx.params, ctx.spec("x"), ctx.spec("w").shape
-        if x.dtype not in FLOATS:
-            yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {x.dtype}")
-        elif p["groups"] != channels or channels == 1 or channels != x.shape[1] or max(size) > 7 or set(p["dilation"]) != {1}:
-            yield ctx.reject(name, "shape", "one filter a channel of several, at most 7x7, not dilated")
-        elif len({*p["stride"]}) > 1 or len({*p["padding"]}) > 1 or p["dynamic_rows"] or 0 in x.shape:
-            yield ctx.reject(name, "shape", "equal strides and paddings, fixed and not empty")
-        elif p["act"] or p["binary"]:
-            yield ctx.reject(name, "epilogue", "ends with a bias only")
-        else:
-            for variant in _kernels("depthwise_conv").variants(ctx.outputs[0].shape[3]):
-                weight = {"layouts": {"w": natural_layout(ctx.spec("w"))}}
-                yield folding_candidate(ctx, self.kernels[name], variant=tuple(variant.items()), **weight)
-
-    def _gemv(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        name = {"linear": "triton.gemv", "merged_linear": "triton.gemv_merged", "gated_linear": "triton.gemv_gated"}[ctx.region.op]
-        p, x, frozen = ctx.params, ctx.spec("x"), all(r in ctx.frozen for r in ctx.roles if r[0] in "wb")
-        if x.dtype not in FLOATS:
-            yield ctx.reject(name, "dtype", f"{', '.join(FLOATS)}, not {x.dtype}")
-        elif p["dynamic_rows"] or not 1 <= x.shape[0] <= MAX_ROWS or 0 in ctx.outputs[0].shape or x.stride[-1] != 1:
-            yield ctx.reject(name, "shape", f"one to {MAX_ROWS} rows, fixed, contiguous")
-        elif p.get("binary") and (p["act"] or p["binary"] != "add"):
-            yield ctx.reject(name, "epilogue", "an activation or a residual, not both")
-        elif p.get("act") not in (None, "relu", "silu", "gelu", "gelu_tanh"):
-            yield ctx.reject(name, "epilogue", f"no fused {p['act']}")
-        elif not frozen and p.get("transposed"):
-            yield ctx.reject(name, "stride", "reads the weight row by row")
-        elif ctx.region.op == "linear" and any(spec.stride[-1] != 1 for spec in ctx.specs):
-            yield ctx.reject(name, "stride", "the last dimension of each input must be contiguous")
-        else:
-            yield from self._variants(ctx, name, frozen)
-
-    def _variants(self, ctx: SelectionContext, name: str, frozen: bool) -> Iterable[Candidate]:
+    def _gemv(self, ctx: SelectionContext, name: str) -> Iterable[Candidate]:
         (rows, inner), gated = ctx.spec("x").shape, ctx.region.op == "gated_linear"
+        frozen = all(r in ctx.frozen for r in ctx.roles if r[0] in "wb")
         width = sum(ctx.params["widths"]) if "widths" in ctx.params else ctx.params["width"]
         lossy = ("int8", "float8_e4m3fn") if frozen and ctx.options.error_budget > 0 else ()
         layouts = {r: "packed" for r in ctx.roles if r[0] in "wb"} if ctx.region.op != "linear" or ctx.params["transposed"] else {}
         for dtype in ("", *lossy):
             if ctx.params.get("transposed") and ctx.region.op == "linear" and not dtype:
                 continue
-            extra: dict[str, Any] = {"weight_dtype": dtype, "gated": gated, **({"lossy": True} if dtype else {})}
+            extra: dict[str, Any] = {"weight_dtype": dtype, "gated": gated, **({"lossy": dtype} if dtype else {})}
             size = 1 if dtype else 2
             for variant in _kernels("gemv").variants(rows, width, inner, size):
                 if ctx.spec("x").dtype == "float32" and variant.get("dot"):

@@ -105,7 +105,7 @@ def _gemv_kernel(
         cols = start + k + tl.arange(0, BLOCK_K)
         tile = _weights(w, cols, K, EVEN).to(tl.float32)
         if GATED:
-            tile_up = _weights(w + N * w_stride.to(tl.int64), cols, K, EVEN).to(tl.float32)
+            tile_up = _weights(w + N * tl.cast(w_stride, tl.int64), cols, K, EVEN).to(tl.float32)
         new = ()
         new_up = ()
         for m in tl.static_range(M):
@@ -145,7 +145,7 @@ def _gemv_dot_kernel(
         v = tl.load(x + m[None, :] * x_stride + cols[:, None], mask=mask, other=0.0)
         acc = tl.dot(_weights(w, cols, K, EVEN).to(v.dtype), v, acc)
         if GATED:
-            up = tl.dot(_weights(w + N * w_stride.to(tl.int64), cols, K, EVEN).to(v.dtype), v, up)
+            up = tl.dot(_weights(w + N * tl.cast(w_stride, tl.int64), cols, K, EVEN).to(v.dtype), v, up)
     mask = (rows[:, None] < N) & (m[None, :] < M)
     _store(y, acc, up, rows[:, None], m[None, :], mask, bias, other, scale, other_stride, M, N, ACT, GATED, SPLITS)
 

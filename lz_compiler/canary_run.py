@@ -1,0 +1,202 @@
+"""Running every declared capability of the kernel libraries on this machine, and what came of it.
+
+Each backend is tried in a process of its own (canary_worker.py), against float64, for NaN, in each layout, for determinism and,
+on a GPU, inside a CUDA graph. What fails is kept in the timings store, and no plan uses it (trust.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .backends import all_backends
+from .backends.base import Backend
+from .canary_worker import START_S, lines
+from .capabilities import descriptor
+from .errors import OptionError, unknown
+from .options import Options
+from .target import environment
+from .timings import open_store
+from .trust import BAD, last_run, remember
+
+ROW_S = 60.0  # a kernel that is compiled first has to fit
+TOTAL_S = 1800.0  # on a GPU most of it goes into compiling Triton kernels
+_ORDER = ("not_offered", "passed", "failed", "timed_out", "crashed")  # of one capability at several shapes, the worst counts
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of one capability (`kernel|operation|dtype|layout|feature`): passed, failed, crashed, timed_out, or not_offered by
+    the backend's code. `shape` and `detail` are of the first shape where it went worst; `tried` counts shapes and tunings."""
+
+    status: str
+    shape: str
+    detail: str
+    tried: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackendRun:
+    """One backend on one device. `skipped` says why nothing was tried, `incomplete` why not everything was."""
+
+    backend: str
+    device: str
+    version: str
+    digest: str
+    seconds: float
+    capabilities: Mapping[str, Verdict]
+    skipped: str = ""
+    incomplete: str = ""
+    changes: tuple[str, ...] = ()
+
+    def count(self) -> dict[str, int]:
+        """Capabilities declared, tried, and by status."""
+        found = Counter(v.status for v in self.capabilities.values())
+        return {"declared": len(self.capabilities), "tried": len(self.capabilities) - found["not_offered"],
+                **{status: found[status] for status in _ORDER[1:]}}  # fmt: skip
+
+    @property
+    def bad(self) -> dict[str, Verdict]:
+        return {name: v for name, v in self.capabilities.items() if v.status in BAD}
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryReport:
+    """`str(report)` for people, `to_json()` for programs; `ok` is False where something failed or was not finished."""
+
+    runs: tuple[BackendRun, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(run.bad or run.incomplete for run in self.runs)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps({"ok": self.ok, "runs": [_described(run) for run in self.runs]}, indent=indent, sort_keys=True)
+
+    def __str__(self) -> str:
+        head = ("backend", "device", "declared", "tried", "passed", "failed", "crashed", "hung", "seconds")
+        widths = (16, 8, 10, 8, 8, 8, 8, 6, 9)
+        out = ["".join(f"{text:<{w}}" if i < 2 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(head, widths, strict=True)))]
+        for run in self.runs:
+            if run.skipped:
+                out.append(f"{run.backend:<16}{run.device:<8}{run.skipped}"[:100])
+                continue
+            n = run.count()
+            cells = (n["declared"], n["tried"], n["passed"], n["failed"], n["crashed"], n["timed_out"])
+            out.append(f"{run.backend:<16}{run.device:<8}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths[2:], strict=False))
+                       + f"{run.seconds:>9.1f}")  # fmt: skip
+        for run in self.runs:
+            out += [f"{run.backend}: not complete: {run.incomplete}"[:100]] if run.incomplete else []
+            for name, verdict in run.bad.items():
+                out += [f"{verdict.status:<10}{name}"[:100], f"          at {verdict.shape}: {verdict.detail}"[:100]]
+        return "\n".join(out)
+
+    def diff(self) -> str:
+        """What changed since the last stored run of each backend on this device."""
+        return "\n".join(line for run in self.runs for line in run.changes) or "nothing changed"
+
+
+def canary(
+    backends: Iterable[str] | None = None, *, cache_dir: str | None = None, row_s: float = ROW_S, total_s: float = TOTAL_S,
+    progress: Progress | None = None,
+) -> CanaryReport:  # fmt: skip
+    """Try every declared capability of the named backends (default: all) on this machine, and keep the verdicts.
+
+    `row_s`, `total_s`: seconds for one kernel on one shape, and for one backend. `progress(label, done, regions)` is told as it goes.
+    OptionError for a backend that does not exist, CapabilityError for a descriptor that cannot be read.
+    """
+    known = all_backends()
+    wanted = list(known) if backends is None else list(backends)
+    for name in wanted:
+        if name not in known:
+            raise OptionError(unknown("backend", name, known))
+    store, runs = open_store(cache_dir or Options.resolve().cache_dir), []
+    for name in wanted:
+        for device in known[name].devices:
+            run = _run(known[name], device, row_s, total_s, progress)
+            if not run.skipped:
+                env = environment(device)
+                before = last_run(store, known[name], env)
+                value = _described(run)
+                run = BackendRun(**{**_fields(run), "changes": tuple(_changes(before, value))})
+                if run.capabilities:  # what was not reached is as good as never tried
+                    remember(store, known[name], env, value)
+            runs.append(run)
+    return CanaryReport(tuple(runs))
+
+
+def _fields(run: BackendRun) -> dict[str, Any]:
+    return {name: getattr(run, name) for name in BackendRun.__slots__}
+
+
+def _described(run: BackendRun) -> dict[str, Any]:
+    verdicts = {name: {f: getattr(v, f) for f in Verdict.__slots__} for name, v in run.capabilities.items()}
+    return {**_fields(run), "capabilities": verdicts, "changes": list(run.changes), "counts": run.count()}
+
+
+def _run(backend: Backend, device: str, row_s: float, total_s: float, progress: Progress | None) -> BackendRun:
+    known = descriptor(backend)
+    why = "no device" if device == "cuda" and not torch.cuda.is_available() else backend.missing() or ""
+    why = why or ("" if known else "no descriptor: nothing is declared")
+    if why or known is None:
+        return BackendRun(backend.name, device, "", known.digest if known else "", 0.0, {}, why)
+    verdicts: dict[str, Verdict] = {}
+    start, incomplete = time.monotonic(), "the worker ended early"
+    command = [sys.executable, "-m", "lz_compiler.canary_worker", backend.name, device, str(row_s), str(total_s)]
+    # The worker finds the same modules and entry points as this process, and no compiler pool outlives its children.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    regions = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, start_new_session=True) as worker:
+        assert worker.stdout is not None
+        try:
+            for message in lines(worker.stdout.fileno(), lambda: max(row_s, START_S) + 30):
+                if message is None:
+                    incomplete = "the worker does not answer"
+                elif "end" in message:
+                    incomplete = message["end"]
+                elif "regions" in message:
+                    regions = message["regions"]
+                else:
+                    _enter(verdicts, message)
+                    if progress:
+                        progress(f"{backend.name} on {device}", message["at"][0] + 1, regions)
+        finally:
+            with suppress(ProcessLookupError):  # a child that hangs, a compiler that it started
+                os.killpg(worker.pid, signal.SIGKILL)
+    return BackendRun(backend.name, device, backend.version(), known.digest, time.monotonic() - start, verdicts, "", incomplete)
+
+
+def _enter(verdicts: dict[str, Verdict], row: Mapping[str, Any]) -> None:
+    """One row into its capability's verdict."""
+    name, new = row["capability"], Verdict(row["status"], row["shape"], row["detail"], int(row["status"] != "not_offered"))
+    old = verdicts.get(name)
+    if old is not None:
+        worst = new if _ORDER.index(new.status) > _ORDER.index(old.status) else old
+        new = Verdict(worst.status, worst.shape, worst.detail, old.tried + new.tried)
+    verdicts[name] = new
+
+
+def _changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    label = f"{now['backend']} on {now['device']}"
+    if before is None:
+        return [f"{label}: first run"]
+    out = [f"{label}: {what} {before[what]} -> {now[what]}" for what in ("version", "digest") if before[what] != now[what]]
+    old, new = before["capabilities"], now["capabilities"]
+    for name in sorted({*old, *new}):
+        was, is_now = (side.get(name, {}).get("status", "not declared") for side in (old, new))
+        if was != is_now:
+            out.append(f"{was} -> {is_now}: {name}")
+    return out

@@ -1,0 +1,170 @@
+"""Circuit breaking: a kernel that raises while a compiled graph runs is not planned again, and the call is answered by eager.
+
+What failed is a capability: a kernel in one version, for one op and dtype, on one environment. It is kept in the timings store
+under the kind `quarantine`; a new version of the kernel, its library, torch or the driver is another capability.
+
+Errors that reach Python are caught where a frame of ours stands anyway (the race), and in the first calls. A guard around every
+call would cost 30 to 260 ns of it (CPython 3.11, 2 to 300 arguments), so it is taken away after FIRST_CALLS.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import backends, torch_private
+from .errors import KernelError
+from .target import environment
+from .timings import TimingStore
+from .types import Candidate, Plan, Rejection
+
+log = logging.getLogger(__name__)
+
+KIND = "quarantine"
+FIRST_CALLS = 3  # with CUDA graphs: one warm, one that is recorded, one that is replayed
+
+Rescue = Callable[[Exception, tuple[Any, ...]], Any]
+
+
+class Quarantine:
+    """The capabilities of a device that failed here before, and why."""
+
+    def __init__(self, store: TimingStore, device: str) -> None:
+        self.store = store
+        self.known = store.get_records(KIND)
+        self.suffix = "|".join(f"{k}={v}" for k, v in sorted(environment(device).items())) if self.known else ""
+
+    def reason(self, candidate: Candidate) -> str | None:
+        """Why this candidate may not be used, or None. The graph as it stands is always allowed: eager runs the same."""
+        if not self.known or dict(candidate.params).get("as_is"):
+            return None
+        value = self.known.get(capability(candidate, self.suffix))
+        return None if value is None else f"raised at run time: {value.get('error')}; `lz cache clear {KIND}` gives it another try"
+
+    def refusal(self, candidate: Candidate) -> Rejection | None:
+        why = self.reason(candidate)
+        return Rejection(candidate.kernel, "quarantined", why) if why else None
+
+    def of_plans(self, plans: Iterable[Plan]) -> str | None:
+        """The first choice of these plans that failed before, in words."""
+        found = (
+            (c.candidate.kernel, self.reason(c.candidate)) for p in plans for c in p.choices if c.candidate.kernel in backends.owners()
+        )
+        return next((f"{kernel} {reason}" for kernel, reason in found if reason), None)
+
+
+def capability(candidate: Candidate, suffix: str) -> str:
+    known, library = backends.kernel(candidate.kernel), backends.all_backends()[backends.owners()[candidate.kernel]]
+    dtype = dict(candidate.params).get("dtype")
+    return f"{candidate.kernel}#{known.version}|{library.version()}|{candidate.region.op}|{dtype}|{suffix}"
+
+
+def called_as(graph: fx.Graph) -> dict[str, set[str]]:
+    """For each kernel that a plan placed in the graph, what Inductor's code will call it."""
+    found: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if node.meta.get("layerzero") and node.op == "call_function":
+            found.setdefault(node.meta["layerzero"], set()).update(torch_private.called_names(node))
+    return found
+
+
+def blamed(error: BaseException, calls: Mapping[str, Iterable[str]]) -> list[str]:
+    """The kernels whose call stands in a line of the traceback."""
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [linecache.getline(frame.f_code.co_filename, number) for frame, number in frames]
+    text = "".join(line for line in lines if line)
+    return [kernel for kernel, names in calls.items() if any(re.search(rf"(?<![\w.]){re.escape(n)}(?!\w)", text) for n in names)]
+
+
+def guarded(run: Callable[..., Any], rescue: Rescue, reference: Callable[..., Any] | None) -> functools.partial[Any]:
+    """`run`, watched for its first calls: what it raises there goes to `rescue`, and then `reference`, if any, takes its place.
+
+    Afterwards the partial holds `run` itself, so that a call costs what it would cost without.
+    """
+    left = FIRST_CALLS
+
+    def watched(*args: Any) -> Any:
+        nonlocal left
+        try:
+            out = run(*args)
+        except torch_private.kernel_errors() as error:
+            try:
+                out = rescue(error, args)
+            except KernelError:
+                _become(compiled, reference or watched)
+                raise
+            _become(compiled, reference or watched)
+            return out
+        left -= 1
+        if left == 0:
+            _become(compiled, run)
+        return out
+
+    compiled = functools.partial(watched)
+    return compiled
+
+
+def _become(compiled: functools.partial[Any], run: Callable[..., Any]) -> None:
+    compiled.__setstate__((run, (), {}, None))  # type: ignore[attr-defined]
+
+
+class Breaker:
+    """What one graph does when its plan raises: `calls` and `written` as known once it is compiled."""
+
+    def __init__(self, store: TimingStore, device: str, reference: Callable[..., Any], label: str) -> None:
+        self.store, self.device, self.reference, self.label = store, device, reference, label
+        self.calls: dict[str, set[str]] = {}
+        self.tripped: str | None = None
+        self.kernels: list[str] = []  # that were found to be the reason
+
+    def rescue(
+        self, error: Exception, args: tuple[Any, ...], plans: Sequence[Plan], written: Sequence[int] | None, barred: bool,
+    ) -> Any:  # fmt: skip
+        """The call's result by the reference. The kernel is to blame only if that succeeds on the same inputs.
+
+        Raises the error itself where memory ran out or the reference fails too (then eager's own error), KernelError where the
+        call cannot be repeated: the graph writes into its inputs, or the policy forbids the reference.
+        """
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        kernels = blamed(error, self.calls)
+        named = ", ".join(kernels) or "its compiled code"
+        why = f"graph {self.label}: {named} raised {type(error).__name__}: {_line(error)}"
+        stop = "the policy forbids the reference plan" if barred else None
+        if written is None or written:
+            stop = "the graph may have written into its inputs" if written is None else f"the graph writes into its inputs {list(written)}"
+        if stop is not None and not kernels:
+            raise error  # perhaps the inputs' own fault, which only the reference could tell
+        out = self.reference(*args) if stop is None else None
+        self.tripped, self.kernels = why, kernels
+        for candidate in (c.candidate for p in plans for c in p.choices if c.candidate.kernel in kernels):
+            self._put(candidate, error)
+        disabled = (
+            f"{named} is not planned again on this machine (`lz cache clear {KIND}` undoes it)" if kernels else "it is not used again"
+        )
+        if stop is not None:
+            raise KernelError(f"{why}. The call cannot be repeated: {stop}; {disabled}.") from error
+        warnings.warn(f"LayerZero: {why}. This graph runs by eager until it is compiled anew; {disabled}.", stacklevel=4)
+        return out
+
+    def _put(self, candidate: Candidate, error: Exception) -> None:
+        suffix = "|".join(f"{k}={v}" for k, v in sorted(environment(self.device).items()))
+        dtype = dict(candidate.params).get("dtype")
+        value = {
+            "kernel": candidate.kernel, "op": candidate.region.op, "dtype": dtype, "graph": self.label,
+            "error": f"{type(error).__name__}: {_line(error)}",
+        }  # fmt: skip
+        self.store.put_record(KIND, capability(candidate, suffix), value)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,87 @@
+"""What canary runs have found, in the timings store, and what a planner may therefore not use.
+
+A row of kind `canary` holds the verdicts on one backend's capabilities, under everything they depend on: the device and its
+driver, torch, the library's version and the descriptor's hash; under a new version nothing is known, and so nothing forbidden.
+A row of kind `canary_failed` names, for one environment, the backends in which something failed: while there is none, a plan costs
+one look-up.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import backends
+from .backends.base import Backend, SelectionContext
+from .canary_regions import capability_of
+from .capabilities import descriptor
+from .timings import TimingStore
+from .types import Candidate, Rejection
+
+CANARY, FAILED = "canary", "canary_failed"
+BAD = ("failed", "crashed", "timed_out")
+
+
+@functools.cache
+def _driver() -> str:
+    """The NVIDIA driver's version here, or nothing."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    return next((word for word in text.split() if word[0].isdigit() and word.count(".") >= 1), "")
+
+
+def _hardware(environment: Mapping[str, str]) -> str:
+    """Threads change times, not results."""
+    known = {k: v for k, v in environment.items() if k != "threads"}
+    known |= {"driver": _driver()} if environment["device"] == "cuda" else {}
+    return "|".join(f"{k}={v}" for k, v in sorted(known.items()))
+
+
+def _key(backend: Backend, environment: Mapping[str, str]) -> str:
+    known = descriptor(backend)
+    return f"{backend.name}|{backend.version()}|{known.digest if known else ''}|{_hardware(environment)}"
+
+
+def remember(store: TimingStore, backend: Backend, environment: Mapping[str, str], value: Mapping[str, Any]) -> None:
+    """Keep what a canary run found: {"capabilities": {name: {"status", "detail", "shape"}}, ...}."""
+    store.put_record(CANARY, _key(backend, environment), value)
+    index = _hardware(environment)
+    named = set((store.get_record(FAILED, index) or {}).get("backends", ()))
+    failed = any(found["status"] in BAD for found in value["capabilities"].values())
+    if failed != (backend.name in named):
+        store.put_record(FAILED, index, {"backends": sorted(named ^ {backend.name})})
+
+
+def last_run(store: TimingStore, backend: Backend, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """The newest run of this backend on this device, whatever the versions."""
+    name = f"name={environment['name']}"
+    runs = [e for e in store.ls().entries if e.kind == CANARY and e.key.startswith(f"{backend.name}|") and name in e.key.split("|")]
+    return store.get_record(CANARY, max(runs, key=lambda e: e.created or 0.0).key) if runs else None
+
+
+class Trust:
+    """What the canary forbids in one environment, read when it is first asked for."""
+
+    def __init__(self, store: TimingStore, environment: Mapping[str, str]) -> None:
+        self.failed: dict[str, str] = {}  # capability -> why
+        for name in (store.get_record(FAILED, _hardware(environment)) or {}).get("backends", ()):
+            backend = backends.all_backends().get(name)
+            found = (store.get_record(CANARY, _key(backend, environment)) or {}) if backend else {}
+            for capability, v in found.get("capabilities", {}).items():
+                if v["status"] in BAD:
+                    self.failed[capability] = f"{v['status']} in the canary at {v['shape']}: {v['detail']}"
+
+    def marks(self) -> tuple[str, ...]:
+        """What a stored verdict must be distinguished by: nothing, as long as nothing failed."""
+        return tuple(f"quarantined {capability}" for capability in sorted(self.failed))
+
+    def refusal(self, ctx: SelectionContext, candidate: Candidate) -> Rejection | None:
+        """Why the canary forbids a candidate. The graph as it stands is never forbidden: it must run at all."""
+        if not self.failed or dict(candidate.params).get("as_is"):
+            return None
+        why = self.failed.get(capability_of(ctx, candidate))
+        return Rejection(candidate.kernel, "quarantined", why) if why else None

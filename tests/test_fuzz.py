@@ -1,0 +1,249 @@
+"""`lz.fuzz`: right files are proved and pass, planted faults are found from the text, and by trying where a call can show them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_offline import ENDS, FAST
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import lz_compiler as lz
+from lz_compiler import export
+from lz_compiler.baking import FILE, _Writer
+from lz_compiler.cli import app
+from lz_compiler.errors import PlanError
+from lz_compiler.offline import CellPlan, ModelPlan
+from lz_compiler.proof import prove
+
+
+class Rows(nn.Module):
+    """Two products, with a softmax down the rows: every row's result depends on how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).softmax(0).tanh())
+
+
+def make() -> tuple[nn.Module, tuple[Tensor], None]:
+    return Rows().eval(), (torch.randn(8, 16),), None
+
+
+def bake(model: nn.Module, folder: Path, *args: Tensor, **declared: Any) -> Path:
+    plan = lz.solve(model, args, **declared, **FAST)
+    lz.bake(plan, folder, model, args)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model, args, _ = make()
+    return bake(model, tmp_path_factory.mktemp("fuzz") / "out", *args, dynamic={"x": {0: "rows"}}, buckets={"rows": [4, 32]}, freeze=True)
+
+
+def edited(baked: Path, to: Path, *changes: tuple[str, str]) -> Path:
+    shutil.copytree(baked, to)
+    text = (to / FILE).read_text()
+    for before, after in changes:
+        assert before in text, before
+        text = text.replace(before, after)
+    (to / FILE).write_text(text)
+    return to
+
+
+def test_a_good_file_is_proved_and_passes(baked: Path) -> None:
+    ran = CliRunner().invoke(app, ["fuzz", str(baked), "--model", "test_fuzz:make", "--examples", "100", "--json"])
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout)
+    assert (report["ok"], report["findings"], report["failures"]) == (True, [], [])
+    assert (report["cells"], report["tried"], report["reference"]) == (3, 100, "the model in float64")
+    assert 5 < report["outside"] < 60
+    assert 0 < report["worst"] < 1e-5
+    ran = CliRunner().invoke(app, ["fuzz", str(baked)])
+    assert (ran.exit_code, ran.stdout.splitlines()) == (0, [f"{baked}: proved: {report['paths']} paths, 3 cells"])
+
+
+GAP = """
+    elif rows > 6:
+        out = cell_2(x)
+    else:
+        raise ValueError('rows')"""
+# A fault: a change of the text, the proof's code and words, and the smallest sizes that fail when tried (None: no call shows it).
+FAULTS: dict[str, tuple[tuple[str, str], str, str, dict[str, int] | None]] = {
+    "gap": (("\n    else:\n        out = cell_2(x)", GAP), "gap", "rows 5..6: no cell, an error", {"rows": 5}),
+    "constraint": (("out = cell_1(x)", "out = cell_0(x)"), "constraint", "called for rows 1..4, compiled for rows 1..1", {"rows": 2}),
+    "edge": (("if rows <= 1:", "if rows <= 2:"), "edge", "called for rows 1..2, compiled for rows 1..1", {"rows": 2}),
+    "beyond": (("if not 1 <= rows <= 32:", "if not 0 < rows < 34:"), "edge", "outside of the declared rows 1..32", {"rows": 33}),
+    "slow edge": (("if rows <= 4:", "if rows < 4:"), "edge", "called for rows 4..32, compiled for rows 5..32", None),
+    "overlap": (("out = cell_2(x)", "out = cell_2(x)\n        out = cell_1(x)"), "overlap", "cell_2 and cell_1", None),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults(name: str, baked: Path, tmp_path: Path) -> None:
+    change, code, words, smallest = FAULTS[name]
+    folder = edited(baked, tmp_path / "out", change)
+    report = lz.fuzz(folder)
+    assert any(c == code and words in detail for c, detail in report.findings), str(report)
+    assert not report.ok
+    if smallest is not None:
+        tried = lz.fuzz(folder, model=Rows().eval(), examples=50, proof=False)
+        assert ([dict(f.sizes) for f in tried.failures], tried.findings, tried.ok) == ([smallest], (), False), str(tried)
+
+
+def test_a_cells_own_code_is_evidence(baked: Path, tmp_path: Path) -> None:
+    """Faults that are found although the manifest allows them."""
+    folder = edited(baked, tmp_path / "a", ("out = cell_1(x)", "out = cell_0(x)"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["cells"][0]["ranges"]["rows"] = [1, 4]
+    findings, _ = prove((folder / FILE).read_text(), manifest)
+    assert any("cell_0: it never reads the size of rows" in detail for _, detail in findings), findings
+    text = (baked / FILE).read_text()
+    manifest = json.loads((baked / "manifest.json").read_text())
+    assert prove(text, manifest)[0] == []
+    weight = text.split("def cell_2")[1].split("_linear_pointwise.default(")[1].split(", ")[1]
+    operator = f"{weight} = _packed(torch.ops.mkldnn._reorder_linear_weight, 'a.weight'"
+    assert f"{operator})" in text, "packed for any number of rows"
+    findings, _ = prove(text.replace(f"{operator})", f"{operator}, 8)"), manifest)
+    assert ("constraint", f"cell_2: {weight} is packed for 8 rows, but is called with others for rows 5..32") in findings
+    start, end = text.index("def cell_2(x):"), text.index("def forward(")
+
+    def details(code: str) -> list[str]:
+        """What is found with other code in the last cell, which reads n."""
+        cell = f"def cell_2(x):\n    size = x.size()\n    n = size[0]\n{code}\n"
+        return [detail for _, detail in prove(text[:start] + cell + text[end:], manifest)[0]]
+
+    for rows, right in (("n", True), ("n + 1", False), ("n - n // 2 + max(n, 16) // 2", True), ("(n + 32) // 2", True), ("2 * n", False)):
+        found = details(
+            f"    b = empty_strided_cpu((32, 16), (16, 1), torch.float32)\n    v = reinterpret_tensor(b, ({rows}, 16), (16, 1), 0)"
+        )
+        assert (found == []) is right, (rows, found)
+    assert details("    if not (n % 2 == 0):\n        raise RuntimeError()") == [
+        "cell_2: its assertion n % 2 == 0 is not proved for rows 5..32"
+    ]
+
+
+class Pooled(nn.Module):
+    """torch.export takes its example's size for the only one, whatever was declared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool1d(x.t()[None], 4)
+
+
+def test_a_range_that_was_narrowed_is_found(tmp_path: Path) -> None:
+    model = Pooled().eval()
+    folder = bake(model, tmp_path / "out", torch.randn(9, 16), dynamic={"x": {0: "n"}}, buckets={"n": [64]})
+    report = lz.fuzz(folder)
+    assert any("is called for n 2..64, compiled for n 64..64" in detail for _, detail in report.findings), str(report)
+    (failure,) = lz.fuzz(folder, model=model, proof=False, examples=50).failures
+    assert 2 <= failure.sizes["n"] < 64
+
+
+class Attention(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q * 0.5, q)
+
+
+def test_a_kernel_for_a_part_of_its_cell_is_told(baked: Path, tmp_path: Path) -> None:
+    """Unfused attention is declared for 16 keys and more: the largest size allows it, the smaller ones of its cell do not."""
+    named, deny = {"q": torch.randn(1, 2, 9, 8)}, ("aten.flash_attention_cpu", "aten.sdpa")
+    rules = {"deny": [{"op": "attention", "kernel": kernel, "keys": ">= 16"} for kernel in deny]}
+    plan = lz.solve(Attention(), tuple(named.values()), dynamic={"q": {2: "keys"}}, buckets={"keys": [64]}, policy=rules, **FAST)
+    assert "aten.sdpa_math" in {c.candidate.kernel for c in plan.cells[1].plans[0].choices}
+    made = _Writer(plan, Attention(), named, tmp_path)._generated(plan.cells[1])
+    ((kernel, _, low, high),) = made.code.limits
+    assert (kernel, low, high) == ("aten.sdpa_math", 16, 64)
+    manifest = json.loads((baked / "manifest.json").read_text())
+    manifest["cells"][2]["limits"] = [{"kernel": kernel, "symbol": "rows", "low": low, "high": high}]
+    findings, _ = prove((baked / FILE).read_text(), manifest)
+    assert findings == [("constraint", "cell_2: aten.sdpa_math is called for rows 5..32, but holds for rows 16..64")]
+
+
+def test_a_crash_is_a_failure_and_other_weights_are_refused(baked: Path, tmp_path: Path) -> None:
+    crash = "    if rows == 7:\n        os.kill(os.getpid(), 11)\n    if not 1 <= rows <= 32:"
+    folder = edited(baked, tmp_path / "out", ("    if not 1 <= rows <= 32:", crash))
+    (failure,) = lz.fuzz(folder, model=Rows().eval(), examples=40, proof=False).failures
+    assert failure.sizes == {"rows": 7}
+    assert "its process ended: exit -11" in failure.why
+    other = Rows().eval()
+    nn.init.zeros_(other.b.bias)
+    with pytest.raises(PlanError, match=r"'b.bias' is not the folder's"):
+        lz.fuzz(baked, model=other)
+    with pytest.raises(PlanError, match=r"no folder of lz.bake"):
+        lz.fuzz(tmp_path)
+
+
+def test_the_command_fails_on_a_fault(baked: Path, tmp_path: Path) -> None:
+    ran = CliRunner().invoke(app, ["fuzz", str(edited(baked, tmp_path / "out", ("if rows <= 1:", "if rows <= 2:")))])
+    assert ran.exit_code == 1
+    assert "edge: cell_0 (" in ran.stdout
+
+
+# --- the tree that baking generates -------------------------------------------------------------------------------------------
+
+
+def generated(buckets: dict[str, list[int]]) -> tuple[str, dict[str, Any]]:
+    """`forward` for these buckets, with empty cells, and its manifest: two inputs, the first with every symbol, the last one twice."""
+    symbols = list(buckets)
+    example = {"x": torch.zeros([2] * len(symbols) + [5]), "y": torch.zeros(3, 2)}
+    dynamic = {"x": dict(enumerate(symbols)), "y": {1: symbols[-1]}}
+    cells = export.cells(buckets)
+    plan = ModelPlan(
+        "Model", {"device": "cpu"}, {"cudagraphs": False, "mode": "default", "layout_mode": "strict"}, dynamic,
+        {s: tuple(e) for s, e in buckets.items()}, tuple(example),
+        tuple(export.Argument.of(v, dynamic[n]) for n, v in example.items()), (),
+        tuple(CellPlan(ranges, "", "layerzero", {}, None, ()) for ranges in cells),
+    )  # fmt: skip
+    writer = _Writer(plan, nn.Identity(), example, Path())
+    manifest = {
+        "inputs": {"x": [*symbols, 5], "y": [3, symbols[-1]]}, "buckets": buckets,
+        "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "limits": [], "kernels": []} for ranges in cells],
+    }  # fmt: skip
+    return f"def forward(x, y):\n{writer._checks({})}\n{writer._dispatch()}\n", manifest
+
+
+BUCKETS = st.dictionaries(st.sampled_from("abc"), ENDS, min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(BUCKETS, st.data())
+def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, list[int]], data: st.DataObject) -> None:
+    """Every tree that baking writes is right; with any number in its comparisons one more or one less it is not."""
+    source, manifest = generated(buckets)
+    assert prove(source, manifest)[0] == []
+    tree = ast.parse(source)
+    compared = [n for n in ast.walk(tree) if isinstance(n, ast.Compare) and "dim()" not in ast.unparse(n)]
+    bounds = [c for n in compared for c in ast.walk(n) if isinstance(c, ast.Constant) and type(c.value) is int]
+    bound = data.draw(st.sampled_from(bounds))
+    bound.value += data.draw(st.sampled_from([-1, 1]))
+    assert prove(ast.unparse(tree), manifest)[0]
+
+
+@pytest.mark.parametrize("tree", [
+    "    if n == 1:\n        return cell_0(x)\n    elif n in (2, 3):\n        return cell_1(x)\n    raise ValueError(n)",
+    "    if n <= 0 or 3 < n:\n        raise ValueError(n)\n    return cell_0(x) if not n > 1 else cell_1(x)",
+    "    if n in range(2, 4):\n        return cell_1(x)\n    if 2 > x.size(0) > 0:\n        return cell_0(x)\n    raise ValueError(n)",
+])  # fmt: skip
+def test_other_ways_to_compare(tree: str) -> None:
+    cells = [{"ranges": {"n": r}, "assumed": [], "limits": [], "kernels": []} for r in ([1, 1], [2, 3])]
+    manifest = {"inputs": {"x": ["n"]}, "buckets": {"n": [3]}, "cells": cells}
+
+    def prove_tree(text: str) -> list[tuple[str, str]]:
+        return prove(f"def forward(x):\n    n = x.shape[0]\n{text}", manifest)[0]
+
+    assert prove_tree(tree) == []
+    assert prove_tree(tree.replace("3", "4").replace("range(2, 4)", "range(2, 5)"))
+    assert ("form", "While in line 3 of forward cannot be followed") in prove_tree("    while n:\n        n -= 1\n    return cell_0(x)")
