@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from lz_compiler import backend, corpus, measure, torch_private
 from lz_compiler.capture import GraphView
 from lz_compiler.corpus import Case, Sample
 from lz_compiler.cost_models.measured import Measured
+from lz_compiler.cost_models.roofline import Roofline
 from lz_compiler.options import Options
-from lz_compiler.planning import pose
-from lz_compiler.problem import enumerate_regions
+from lz_compiler.planning import DILUTION
+from lz_compiler.problem import add_defaults, build, enumerate_regions
 from lz_compiler.target import detect, stored_target
 from lz_compiler.timings import TimingStore
 from lz_compiler.types import Target
@@ -201,7 +203,9 @@ def collect(name: str, family: str, view: GraphView, options: Mapping[str, Any],
     recorder = corpus.Recorder(model)
     start = time.perf_counter()
     found = enumerate_regions(view, chosen, recorder)
-    problem = pose(view, found, chosen, target)
+    roofline = Roofline(target)
+    add_defaults(view, found, roofline, lossy=chosen.error_budget > 0)
+    problem = replace(build(view, found, chosen, roofline), error_budget=chosen.error_budget / DILUTION)
     seconds = time.perf_counter() - start
     known = store.get_many(key for _, keys in recorder.regions.values() for key in keys)
     timings = {key: (Sample(t.ns, t.spread, t.samples),) for key, t in known.items() if t.ns is not None}

@@ -19,7 +19,7 @@ from .cost_models import CostModel, Priced
 from .errors import PlanError
 from .measure import PLACE
 from .options import Options
-from ._tmp_problem import problem_from_dict, problem_to_dict
+from .plan_io import problem_from_dict, problem_to_dict
 from .types import Candidate, Problem, Region, Rejection, Target, TensorSpec
 
 VERSION = 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import PlanError
-from .types import Candidate, Choice, Conversion, Cost, Format, Plan, Region, Rejection, Status
+from .types import Candidate, Choice, Conversion, Cost, Format, Plan, Problem, Region, Rejection, Status
 
 VERSION = 1
 
@@ -52,3 +52,25 @@ def plan_from_dict(d: Mapping[str, Any]) -> Plan:
         "notes": tuple(d["notes"]), "barred": tuple(d.get("barred", ())),
     }  # fmt: skip
     return Plan(**fields)
+
+
+def problem_to_dict(problem: Problem) -> dict[str, Any]:
+    """A problem as plain data, so that it can be solved again without the model or its device."""
+    d: dict[str, Any] = {f.name: getattr(problem, f.name) for f in dataclasses.fields(Problem)}
+    for name in ("candidates", "costs", "conversions", "conversion_costs"):
+        d[name] = [dataclasses.asdict(item) for item in d[name]]
+    d["tensor_class"] = dict(problem.tensor_class)
+    d["sources"] = [[t, dataclasses.asdict(f)] for t, f in sorted(problem.sources)]
+    d["sinks"] = [[t, dataclasses.asdict(f)] for t, f in problem.sinks]
+    return d
+
+
+def problem_from_dict(d: Mapping[str, Any]) -> Problem:
+    """KeyError, TypeError or ValueError for data that is no problem."""
+    return Problem(
+        tuple(map(_candidate, d["candidates"])), tuple(Cost(**c) for c in d["costs"]),
+        tuple(Conversion(c["tensor"], _format(c["src"]), _format(c["dst"])) for c in d["conversions"]),
+        tuple(Cost(**c) for c in d["conversion_costs"]), frozenset((t, _format(f)) for t, f in d["sources"]),
+        tuple((t, _format(f)) for t, f in d["sinks"]), float(d["error_budget"]), d["memory_limit"],
+        tuple(d["candidate_class"]), dict(d["tensor_class"]),
+    )  # fmt: skip
