@@ -10,7 +10,7 @@ from dataclasses import replace
 from . import backends, planner, torch_private
 from .capture import GraphView
 from .circuit import Quarantine
-from .cost_models import cost_model
+from .cost_models import CostModel, RefiningCostModel, cost_model
 from .cost_models.roofline import Roofline
 from .errors import PolicyError, SolverError
 from .options import Options
@@ -40,7 +40,7 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     problem = build(view, found, options, roofline)
     budget = options.error_budget / DILUTION
     try:
-        solution = solve_within(problem, options, budget)
+        problem, solution = _refined(problem, options, budget, model)
     except SolverError:
         conflict = _conflict(view, found, options, roofline)
         if conflict is None:
@@ -55,6 +55,12 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
         solution.objective / 1e6, priced - start, seconds,
     )  # fmt: skip
     return plan
+
+
+def _refined(problem: Problem, options: Options, budget: float, model: CostModel) -> tuple[Problem, Solution]:
+    if isinstance(model, RefiningCostModel):
+        return model.refine(problem, lambda p: solve_within(p, options, budget))
+    return problem, solve_within(problem, options, budget)
 
 
 def solve_within(problem: Problem, options: Options, budget: float) -> Solution:

@@ -31,7 +31,7 @@ VERSION = 1
 SHIPPED = Path(__file__).with_name("learned.json")
 THRESHOLD = math.log(3.0)  # abstain where the 90 % interval reaches beyond a third or three times the estimate
 COVERAGE = 0.9
-MEMBERS, TREES, DEPTH, RATE = 10, 80, 4, 0.1
+MEMBERS, TREES, DEPTH, RATE = 8, 60, 4, 0.12
 MARGIN = 1.0  # how far outside its training range a size may be: a factor of two
 
 
@@ -222,6 +222,10 @@ class Learned:
         least = self.target.launch_ns if self.target.device == "cuda" else 1
         return Estimate(max(ns, least), max(ns * math.exp(-width), least), max(ns * math.exp(width), least))
 
+    def traffic(self, candidate: Candidate) -> int:
+        """ns of memory traffic that using the kernel costs elsewhere."""
+        return traffic_ns(self.target, int(dict(candidate.params).get("traffic", 0)))  # type: ignore[call-overload]
+
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
         if not measurable(ctx):
             return self.roofline.price(ctx, candidates)
@@ -232,7 +236,7 @@ class Learned:
         params = dict(candidate.params)
         if guess.why and not params.get("as_is"):
             return Rejection(candidate.kernel, "uncertain", guess.why)
-        extra = traffic_ns(self.target, int(params.get("traffic", 0)))  # type: ignore[call-overload]
+        extra = self.traffic(candidate)
         spread = 0 if guess.why else round(guess.high - guess.low)
         return assumed_error(candidate, ctx), Cost(max(1, round(guess.ns)) + extra, "roofline" if guess.why else "learned", spread)
 
