@@ -25,9 +25,8 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from lz_compiler import backend, corpus, measure, torch_private
+from lz_compiler import backend, corpus, measure
 from lz_compiler.capture import GraphView
 from lz_compiler.corpus import Case, Sample
 from lz_compiler.cost_models.measured import Measured
@@ -210,14 +209,19 @@ def collect(name: str, family: str, view: GraphView, options: Mapping[str, Any],
     known = store.get_many(key for _, keys in recorder.regions.values() for key in keys)
     timings = {key: (Sample(t.ns, t.spread, t.samples),) for key, t in known.items() if t.ns is not None}
     case = Case(name, family, target, options, problem, tuple(recorder.regions.values()), timings, seconds, time.strftime("%Y-%m-%d"))
-    if model.measures:
-        for ctx, keys in case.regions:
-            candidates = case.candidates()
-            again = measure.measure(ctx, [candidates[key] for key in keys], time.perf_counter() + 60.0)
-            for i, m in again.items():
-                if m.ns is not None and len(timings[keys[i]]) == 1:
-                    timings[keys[i]] += (Sample(m.ns, m.spread, m.samples),)
-    return case
+    return again(case) if model.measures else case
+
+
+def again(case: Case) -> Case:
+    """With one more measurement of every kernel."""
+    candidates, timings = case.candidates(), dict(case.timings)
+    for ctx, keys in case.regions:
+        fresh = [key for key in keys if key in candidates and len(timings[key]) == len(case.timings[key])]
+        taken = measure.measure(ctx, [candidates[key] for key in fresh], time.perf_counter() + 60.0)
+        for i, m in taken.items():
+            if m.ns is not None:
+                timings[fresh[i]] += (Sample(m.ns, m.spread, m.samples),)
+    return replace(case, timings=timings)
 
 
 def h200() -> dict[str, tuple[str, Mapping[str, Any], Callable[[], GraphView]]]:
@@ -245,7 +249,10 @@ def h200() -> dict[str, tuple[str, Mapping[str, Any], Callable[[], GraphView]]]:
 def say(case: Case, path: Path, seconds: float) -> None:
     kernels, regions = len(case.timings), len(case.regions)
     size = path.stat().st_size
-    print(f"{case.name}: {regions} regions, {kernels} kernels, {len(case.problem.candidates)} candidates, {size} bytes, {seconds:.0f} s", flush=True)
+    print(
+        f"{case.name}: {regions} regions, {kernels} kernels, {len(case.problem.candidates)} candidates, {size} bytes, {seconds:.0f} s",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -254,11 +261,19 @@ def main() -> None:
     parser.add_argument("--cases", default="*", help="a pattern of names")
     parser.add_argument("--seconds", type=float, default=1500.0, help="start no further case after this long")
     parser.add_argument("--cache-dir", help="folder of the timings store; a fresh one if left out")
+    parser.add_argument("--again", action="store_true", help="measure every kernel of the cases that are there once more")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU; one, since others may use the machine")
     parser.add_argument("--timings", help="a file of `lz cache export`, for a device that is not here")
     args = parser.parse_args()
     end = time.perf_counter() + args.seconds
     torch.set_num_threads(args.threads)
+    if args.again:
+        for case in corpus.load_all([args.out]):
+            if fnmatch.fnmatch(case.name, args.cases) and time.perf_counter() < end:
+                start = time.perf_counter()
+                case = again(case)
+                say(case, corpus.save(case, args.out), time.perf_counter() - start)
+        return
     with tempfile.TemporaryDirectory() as fresh:
         store = TimingStore.open(args.cache_dir or fresh)
         views: dict[str, Any] = {}
@@ -269,6 +284,7 @@ def main() -> None:
         else:
             target = detect("cpu", store)
             for name, (family, options, make) in CPU.items():
+
                 def view(make: Make = make, options: Mapping[str, Any] = options) -> GraphView:
                     torch.manual_seed(0)
                     return graph_of(*make(), freeze=bool(options.get("freeze")))

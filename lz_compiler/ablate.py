@@ -1,7 +1,7 @@
 """Cost models and solvers compared on stored problems: `lz ablate`.
 
 Every case (corpus.py) is planned with the prices of each cost model and by each solver, and every plan is judged by the same
-measured prices: of the second measurement where there are two, while models are given the first. So the regret of planning by
+measured prices: the median of the later measurements, where there are several, while models are given the first. So the regret of planning by
 measurements (`measured`) is the noise floor, not zero by definition. Learned models never see the family of the case that they
 price (`models`: held-out models), nor, in a second experiment, its device (`device`).
 
@@ -26,16 +26,17 @@ from .backends.base import SelectionContext
 from .corpus import Case, Sample, with_prices
 from .cost_models import CostModel, Priced, RefiningCostModel, learned
 from .cost_models.constant import Constant
-from .cost_models.hybrid import Hybrid
+from .cost_models.hybrid import CAUTION, Hybrid
 from .cost_models.learned import Forest, Learned
 from .cost_models.roofline import Roofline, traffic_ns
 from .errors import OptionError, SolverError, unknown
 from .types import Candidate, Cost, Problem, Rejection, Solution, Target
 
-MODELS = ("measured", "roofline", "constant", "learned", "hybrid")
+MODELS = ("measured", "hybrid", "hybrid:1", "learned", "learned:always", "roofline", "constant")
 SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "greedy", "one_layout", "priority")
-TRAINED = ("learned", "hybrid")
+TRAINED = ("learned", "learned:always", "hybrid", "hybrid:1")  # `always`: never abstains; `1`: the whole interval counts
 EXPERIMENTS = ("models", "device")
+KEY = ("case", "digest", "experiment", "cost_model", "seed")  # of a unit of work
 FOLDS = 6
 SOLVE_S = 20.0
 
@@ -90,16 +91,17 @@ class PriceRow:
 
 
 class Recorded:
-    """A case's own measurements as a cost model: `which` of the independent ones (the last where there are fewer)."""
+    """A case's own measurements as a cost model: the first, or (`judge`) the median of the others, where there are others."""
 
     name = "recorded"
 
-    def __init__(self, case: Case, which: int = 0) -> None:
-        self.case, self.which, self.asked = case, which, 0
+    def __init__(self, case: Case, judge: bool = False) -> None:
+        self.case, self.judge, self.asked = case, judge, 0
 
     def sample(self, key: str) -> Sample:
-        taken = self.case.timings[key]
-        return taken[min(self.which, len(taken) - 1)]
+        first, *others = self.case.timings[key]
+        others = sorted(others, key=lambda s: s.ns)
+        return others[(len(others) - 1) // 2] if self.judge and others else first
 
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
         self.asked += len(candidates)
@@ -172,9 +174,10 @@ def make_model(name: str, case: Case, forest: Callable[[], Forest]) -> CostModel
         return Roofline(case.target)
     if name == "constant":
         return Constant(case.target)
-    if name == "learned":
-        return Learned(case.target, forest())
-    return Hybrid(Learned(case.target, forest()), Nothing(), Recorded(case), lambda ctx, c: c.key, checks=False)
+    if name.startswith("learned"):
+        return Learned(case.target, forest(), abstains=name != "learned:always")
+    caution = float(name.partition(":")[2] or CAUTION)
+    return Hybrid(Learned(case.target, forest()), Nothing(), Recorded(case), lambda ctx, c: c.key, caution=caution, checks=False)
 
 
 def priced(case: Case, model: CostModel) -> tuple[dict[str, Cost | None], list[tuple[int, str, Cost | None]]]:
@@ -239,13 +242,13 @@ class Work:
     seed: int
 
     def key(self) -> tuple[str, ...]:
-        return self.case.name, digest(self.case), self.experiment, self.cost_model, str(self.seed)
+        return self.case.name, digest(self.case), self.experiment, self.cost_model, str(self.seed)  # as in KEY
 
 
 def plan_rows(work: Work, solvers: Sequence[str], forests: Forests, best: tuple[Problem, Solution]) -> tuple[list[PlanRow], list[PriceRow]]:
     """All plans of one case by one cost model, and its prices. Solvers other than the first are compared on measured prices only."""
     case, (judge_problem, best_solution) = work.case, best
-    judge = Recorded(case, 1)
+    judge = Recorded(case, judge=True)
     model = make_model(work.cost_model, case, lambda: forests.of(case, work.experiment, work.seed))
     start = time.perf_counter()
     prices, listed = priced(case, model)
@@ -301,7 +304,7 @@ def _solved(problem: Problem, solver: str, model: CostModel) -> tuple[Problem, S
 
 def best_plan(case: Case) -> tuple[Problem, Solution]:
     """The problem with the judge's prices, and the least plan by them."""
-    judge = Recorded(case, 1)
+    judge = Recorded(case, judge=True)
     prices = {key: judge.cost(c) for key, c in case.candidates().items()}
     problem = with_prices(case.problem, prices)
     return problem, planner.solve(problem, "cp_sat", 3 * SOLVE_S)
@@ -312,7 +315,7 @@ def schedule(cases: Sequence[Case], models: Sequence[str], seeds: Sequence[int])
     for case in cases:
         for model in models:
             for experiment in EXPERIMENTS if model in TRAINED and len(devices) > 1 else EXPERIMENTS[:1]:
-                for seed in seeds if model in TRAINED else seeds[:1]:
+                for seed in seeds if model in TRAINED and experiment == "models" else seeds[:1]:
                     yield Work(case, experiment, model, seed)
 
 
@@ -330,7 +333,10 @@ def run(
                 raise OptionError(unknown(what, name, known))
     out.mkdir(parents=True, exist_ok=True)
     plans, prices = Table(out / "plans.csv", PlanRow), Table(out / "prices.csv", PriceRow)
-    done = {(r["case"], r["digest"], r["experiment"], r["cost_model"], r["seed"]) for r in plans.rows()}
+    current = {c.name: digest(c) for c in cases}
+    plans.keep(lambda r: current.get(r["case"], r["digest"]) == r["digest"])
+    done = {tuple(r[name] for name in KEY) for r in plans.rows()}
+    prices.keep(lambda r: tuple(r[name] for name in KEY) in done)
     forests = Forests(cases, size or {})
     todo = [work for work in schedule(cases, models, seeds) if work.key() not in done]
     best: dict[str, tuple[Problem, Solution]] = {}
@@ -359,6 +365,18 @@ class Table:
     def rows(self) -> list[dict[str, str]]:
         with self.path.open(newline="") as file:
             return list(csv.DictReader(file))
+
+    def keep(self, wanted: Callable[[Mapping[str, str]], bool]) -> None:
+        """Drop the other rows: of cases that have changed, or of a unit of work that was killed before its end."""
+        rows = self.rows()
+        kept = [row for row in rows if wanted(row)]
+        if len(kept) < len(rows):
+            half = self.path.with_suffix(".tmp")
+            with half.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.names, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(kept)
+            half.replace(self.path)
 
     def append(self, rows: Sequence[PlanRow] | Sequence[PriceRow]) -> None:
         with self.path.open("a", newline="") as file:

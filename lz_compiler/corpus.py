@@ -117,7 +117,9 @@ def load(path: Path) -> Case:
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, PlanError):
             raise
-        raise PlanError(f"cannot read the case {path} ({type(error).__name__}: {error}). Collect it again: benchmarks/corpus.py.") from error
+        raise PlanError(
+            f"cannot read the case {path} ({type(error).__name__}: {error}). Collect it again: benchmarks/corpus.py."
+        ) from error
 
 
 def load_all(folders: Iterable[Path]) -> list[Case]:

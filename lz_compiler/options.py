@@ -32,7 +32,7 @@ def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), below: fl
 class Options:
     """What a user may ask for. Hashable; every instance is valid, whichever way it was made."""
 
-    cost_model: Any = _option(
+    cost_model: Any = _option(  # noqa: RUF009  as the others
         "measured",
         "where prices come from: a name (plugins may register further ones), or an object with `name` and `price`",
         choices=("measured", "hybrid", "learned", "roofline", "constant"),

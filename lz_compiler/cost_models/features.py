@@ -41,7 +41,13 @@ def _sizes(ctx: SelectionContext) -> dict[str, float]:
     found["rows"] = found["out"] / max(found["last"], 1)
     if ctx.region.op in ("attention", "paged_attention"):
         q, k = ctx.spec("q").shape, ctx.spec("k").shape
-        found |= {"heads": math.prod(q[:-2]), "queries": q[-2], "keys": k[-2], "head": q[-1], "group": math.prod(q[:-2]) / math.prod(k[:-2])}
+        found |= {
+            "heads": math.prod(q[:-2]),
+            "queries": q[-2],
+            "keys": k[-2],
+            "head": q[-1],
+            "group": math.prod(q[:-2]) / math.prod(k[:-2]),
+        }
     elif ctx.region.op == "conv":
         w, step = ctx.spec("w").shape, ctx.params.get("stride", (1,))
         found |= {"channels": w[1], "filters": w[0], "window": math.prod(w[2:]), "stride": math.prod(step),

@@ -22,6 +22,7 @@ from .roofline import assumed_error
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01  # of the plan's price
+CAUTION = 0.3  # of an interval's half-width counts: the errors of many kernels do not all lie at their ends together
 WIDEST = 0.5  # of the kernels that a plan and its rival differ in, this part (the most uncertain) is measured at once
 ABSTAINED = 20.0  # how far above the roofline an unknown kernel may be
 
@@ -33,9 +34,9 @@ class Hybrid:
     decide, `checked` those measured because the plan uses them."""
 
     def __init__(self, learned: Learned, known: CostModel, exact: CostModel, identify: Callable[[SelectionContext, Candidate], str],
-                 tolerance: float = TOLERANCE, checks: bool = True) -> None:  # fmt: skip
+                 tolerance: float = TOLERANCE, caution: float = CAUTION, checks: bool = True) -> None:  # fmt: skip
         self.learned, self.known, self.exact, self.identify = learned, known, exact, identify
-        self.tolerance, self.checks = tolerance, checks
+        self.tolerance, self.caution, self.checks = tolerance, caution, checks
         self.measured = self.checked = 0
         self._open: dict[str, tuple[SelectionContext, Candidate, int, int]] = {}  # by key: interval's ends in ns, traffic included
         self._failed: dict[str, Rejection] = {}
@@ -51,6 +52,10 @@ class Hybrid:
         guess = self.learned.estimate(ctx, candidate)
         if guess.why:
             guess = Estimate(guess.ns * math.sqrt(ABSTAINED), guess.ns, guess.ns * ABSTAINED)
+        else:
+            guess = Estimate(
+                guess.ns, guess.ns * (guess.low / guess.ns) ** self.caution, guess.ns * (guess.high / guess.ns) ** self.caution
+            )
         extra = self.learned.traffic(candidate)
         low, middle, high = (max(1, round(v)) + extra for v in (guess.low, guess.ns, guess.high))
         self._open[key] = ctx, candidate, low, high

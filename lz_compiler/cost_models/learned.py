@@ -113,7 +113,9 @@ def load(path: Path = SHIPPED) -> Forest:
     try:
         data = json.loads(path.read_text())
         if data["layerzero_learned"] != VERSION:
-            raise ModelError(f"{path} is a learned model of version {data['layerzero_learned']!r}; this LayerZero reads {VERSION}. Train again.")
+            raise ModelError(
+                f"{path} is a learned model of version {data['layerzero_learned']!r}; this LayerZero reads {VERSION}. Train again."
+            )
         members = tuple((float(start), tuple(Tree(*t) for t in trees)) for start, trees in data["members"])
         forest = Forest(tuple(data["names"]), tuple(map(tuple, data["ranges"])), members, tuple(data["widths"]), str(data["trained_on"]))
         for _, trees in members:
@@ -122,7 +124,9 @@ def load(path: Path = SHIPPED) -> Forest:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"cannot read the learned model {path} ({type(error).__name__}: {error}). Train it again: lz ablate --train.") from error
+        raise ModelError(
+            f"cannot read the learned model {path} ({type(error).__name__}: {error}). Train it again: lz ablate --train."
+        ) from error
     return forest
 
 
@@ -149,7 +153,9 @@ def fit(rows: Sequence[Row], seed: int = 0, members: int = MEMBERS, trees: int =
         raise ModelError("training a cost model needs scikit-learn: pip install 'lz-compiler[research]'.") from error
     groups = sorted({row.group for row in rows})
     if len(groups) < 2:
-        raise ModelError(f"training needs measurements of two models or more, these are of {len(groups)}. Collect more: benchmarks/corpus.py.")
+        raise ModelError(
+            f"training needs measurements of two models or more, these are of {len(groups)}. Collect more: benchmarks/corpus.py."
+        )
     names = tuple(sorted({name for row in rows for name in row.features}))
     x = np.array([[row.features.get(name, 0.0) for name in names] for row in rows], dtype=np.float32)
     y = np.array([row.log_ratio for row in rows])
@@ -205,16 +211,16 @@ class Estimate:
 class Learned:
     """Prices from a trained model. Where it abstains a kernel is no candidate; the graph as it stands has the roofline's price."""
 
-    def __init__(self, target: Target, forest: Forest | None = None, threshold: float = THRESHOLD) -> None:
-        self.target, self.forest, self.threshold = target, forest or load(), threshold
+    def __init__(self, target: Target, forest: Forest | None = None, threshold: float = THRESHOLD, abstains: bool = True) -> None:
+        self.target, self.forest, self.threshold, self.abstains = target, forest or load(), threshold, abstains
         self.roofline = Roofline(target)
 
     def estimate(self, ctx: SelectionContext, candidate: Candidate) -> Estimate:
         limit = roofline_ns(ctx, candidate, self.roofline)
         found = features(ctx, candidate, self.target)
-        why = self.forest.novelty(found)
+        why = self.forest.novelty(found) if self.abstains else None
         mean, width = (0.0, math.inf) if why else self.forest.predict(found)
-        if why is None and width > self.threshold:
+        if why is None and self.abstains and width > self.threshold:
             why = f"the model is sure within a factor of {math.exp(width):.1f} only"
         if why:
             return Estimate(limit, limit, math.inf, why)
