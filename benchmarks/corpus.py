@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,11 +187,8 @@ def graph_of(model: nn.Module, inputs: Inputs, freeze: bool) -> GraphView:
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="layerzero", options={"freeze": freeze, "race": False})
-    with stopping(take), torch.no_grad():
-        try:
-            compiled(**inputs) if "input" not in inputs else compiled(inputs["input"])
-        except Captured:
-            pass
+    with stopping(take), torch.no_grad(), suppress(Captured):
+        compiled(**inputs) if "input" not in inputs else compiled(inputs["input"])
     return found[0]
 
 

@@ -40,7 +40,7 @@ def measure(name: str, rounds: int, cache_dir: str) -> dict[str, Any]:
         compiled(*args, **kwargs)
         plans = [plan for graph in lz.explain(compiled).data["graphs"] for plan in graph["plans"]]
         kernels: Counter[str] = Counter()
-        for choice in (choice for plan in plans for choice in plan["choices"]):
+        for choice in (choice for plan in plans for choice in plan["regions"]):
             kernels[choice["kernel"]] += choice["count"]
         row[solver] = {"predicted_ms": sum(plan["objective_ns"] for plan in plans) / 1e6, "graphs": len(plans), "kernels": kernels}
         calls[solver] = lambda compiled=compiled: compiled(*args, **kwargs)

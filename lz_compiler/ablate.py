@@ -1,9 +1,9 @@
 """Cost models and solvers compared on stored problems: `lz ablate`.
 
 Every case (corpus.py) is planned with the prices of each cost model and by each solver, and every plan is judged by the same
-measured prices: the median of the later measurements, where there are several, while models are given the first. So the regret of planning by
-measurements (`measured`) is the noise floor, not zero by definition. Learned models never see the family of the case that they
-price (`models`: held-out models), nor, in a second experiment, its device (`device`).
+measured prices: the median of the later measurements, where there are several, while models are given the first. So the regret
+of planning by measurements (`measured`) is the noise floor, not zero by definition. Learned models never see the family of the
+case that they price (experiment `models`), nor, in a second one (`device`), its device.
 
 Two long tables are written row by row, so that a stopped run goes on where it was: `plans.csv` (a plan a row) and `prices.csv`
 (a kernel a row). The first is also written as Parquet where pyarrow is installed.
@@ -254,7 +254,7 @@ def plan_rows(work: Work, solvers: Sequence[str], forests: Forests, best: tuple[
     prices, listed = priced(case, model)
     price_s = time.perf_counter() - start
     problem = with_prices(case.problem, prices)
-    rows = []
+    rows, name = [], digest(case)
     for solver in solvers if work.cost_model == "measured" else solvers[:1]:
         start = time.perf_counter()
         problem, solution = _solved(problem, solver, model)
@@ -263,27 +263,23 @@ def plan_rows(work: Work, solvers: Sequence[str], forests: Forests, best: tuple[
             continue
         cost = judged(judge_problem, solution)
         tau, pairs = tau_of(case, listed, judge)
+        asked = model.measured if isinstance(model, Hybrid) else len(case.timings) if isinstance(model, Recorded) else 0
         rows.append(PlanRow(
-            case.name, case.family, case.target.name, digest(case), work.experiment, work.cost_model, solver, work.seed, str(solution.status),
-            solution.objective, cost, best_solution.objective, cost / best_solution.objective - 1, solution.gap, tau, pairs,
-            _measured(model, case), len(case.timings), sum(p is None for p in prices.values()), moved(judge_problem, solution, best_solution),
-            price_s, solve_s, case.measuring_s * _measured(model, case) / max(len(case.timings), 1),
+            case.name, case.family, case.target.name, name, work.experiment, work.cost_model, solver, work.seed,
+            str(solution.status), solution.objective, cost, best_solution.objective, cost / best_solution.objective - 1,
+            solution.gap, tau, pairs, asked, len(case.timings), sum(p is None for p in prices.values()),
+            moved(judge_problem, solution, best_solution), price_s, solve_s, case.measuring_s * asked / max(len(case.timings), 1),
         ))  # fmt: skip
     candidates = case.candidates()
     kernels = [
         PriceRow(
-            case.name, case.target.name, digest(case), work.experiment, work.cost_model, work.seed, region, case.regions[region][0].region.op,
-            candidates[key].kernel, cost.ns if cost else 0, judge.cost(candidates[key]).ns, judge.sample(key).spread,
+            case.name, case.target.name, name, work.experiment, work.cost_model, work.seed, region,
+            case.regions[region][0].region.op, candidates[key].kernel, cost.ns if cost else 0,
+            judge.cost(candidates[key]).ns, judge.sample(key).spread,
         )
         for region, key, cost in listed
     ]  # fmt: skip
     return rows, kernels
-
-
-def _measured(model: CostModel, case: Case) -> int:
-    if isinstance(model, Hybrid):
-        return model.measured
-    return len(case.timings) if isinstance(model, Recorded) else 0
 
 
 def _solved(problem: Problem, solver: str, model: CostModel) -> tuple[Problem, Solution | None]:

@@ -103,12 +103,13 @@ def solver_table(plans: Sequence[Row]) -> str:
         low, high = interval(lost)
         seconds = sorted(float(r["solve_s"]) for r in own)
         lines.append([
-            name, f"{len(own)}/{len(best)}", percent(statistics.median(lost)), f"{percent(statistics.fmean(lost))} ({percent(low)} to {percent(high)})",
+            name, f"{len(own)}/{len(best)}", percent(statistics.median(lost)),
+            f"{percent(statistics.fmean(lost))} ({percent(low)} to {percent(high)})",
             percent(max(lost)), str(sum(v <= AS_GOOD for v in lost)), str(sum(v < -1e-9 for v in lost)), f"{paired_p(lost):.3f}",
             percent(statistics.fmean(float(r["gap"]) for r in own)), f"{statistics.median(seconds):.2f}", f"{seconds[-1]:.2f}",
         ])  # fmt: skip
-    head = ["solver", "cases solved", "above the integer program, median", "mean (95 %)", "worst", f"within {percent(AS_GOOD)}", "below it", "p",
-            "proved gap, mean", "seconds, median", "worst"]  # fmt: skip
+    head = ["solver", "cases solved", "above the integer program, median", "mean (95 %)", "worst", f"within {percent(AS_GOOD)}", "below it",
+            "p", "proved gap, mean", "seconds, median", "worst"]  # fmt: skip
     return table(head, lines)
 
 

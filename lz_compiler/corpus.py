@@ -74,7 +74,8 @@ def region_to_dict(ctx: SelectionContext) -> dict[str, Any]:
     """A region's facts without its place in a graph. Parameters that are no plain values, and names, are left out."""
     return {
         "op": ctx.region.op, "roles": ctx.roles, "specs": [_spec(s) for s in ctx.specs], "outputs": [_spec(s) for s in ctx.outputs],
-        "params": {k: v for k, v in sorted(ctx.params.items()) if k not in PLACE and _is_plain(v)}, "frozen": sorted(ctx.frozen), "default": ctx.default,
+        "params": {k: v for k, v in sorted(ctx.params.items()) if k not in PLACE and _is_plain(v)},
+        "frozen": sorted(ctx.frozen), "default": ctx.default,
     }  # fmt: skip
 
 

@@ -89,9 +89,10 @@ class Forest:
     def novelty(self, found: Features) -> str | None:
         """What of a kernel the training has not seen, or None."""
         known = dict(zip(self.names, self.ranges, strict=True))
+        strange = next((name for name in found if "=" in name and name not in known), None)
+        if strange is not None:
+            return f"no kernel with {strange} was in the training data"
         for name, value in found.items():
-            if name not in known and "=" in name:
-                return f"no kernel with {name} was in the training data"
             low, high = known.get(name, (0.0, 0.0))
             if not low - MARGIN <= value <= high + MARGIN:
                 return f"{name} is 2^{value:.1f}, the training data has 2^{low:.1f} to 2^{high:.1f}"
