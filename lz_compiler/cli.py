@@ -288,6 +288,34 @@ def bench(factory: str, as_json: Json = False, option: Option = None, rounds: in
 
 
 @app.command()
+def ablate(
+    corpus_dir: Annotated[list[Path] | None, typer.Option("--corpus", help="Folder of cases; repeatable.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the tables; a run that was stopped goes on there.")] = Path("ablation"),
+    offline: Annotated[bool, typer.Option("--offline", help="Nothing is measured (which is so without it, too).")] = False,
+    model: Annotated[list[str] | None, typer.Option(help="A cost model; repeatable. All if left out.")] = None,
+    solver: Annotated[list[str] | None, typer.Option(help="A solver; repeatable. The first one plans for all cost models.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many trainings of each learned model.")] = 3,
+    figures: Annotated[bool, typer.Option(help="Draw the figures (needs matplotlib).")] = True,
+    train: Annotated[Path | None, typer.Option(help="Train on all cases instead, and write the model here.")] = None,
+) -> None:  # fmt: skip
+    """Compare cost models and solvers on stored problems: tables, figures, and a Markdown report on stdout."""
+    from . import ablate, ablate_report
+    from .corpus import load_all
+
+    cases = load_all(corpus_dir or [Path("benchmarks/corpora")])
+    if train is not None:
+        forest = ablate.train(cases, train)
+        out.print(f"{train}: trained on {forest.trained_on}", markup=False)
+        return
+    ablate.run(cases, out_dir, tuple(model or ablate.MODELS), tuple(solver or ablate.SOLVERS), range(seeds), err.print)
+    text = ablate_report.report(out_dir)
+    (out_dir / "report.md").write_text(text)
+    out.print(text, markup=False)
+    for path in ablate_report.figures(out_dir) if figures else ():
+        err.print(str(path))
+
+
+@app.command()
 def fingerprint(folder: Annotated[str, typer.Argument(metavar="DIR", help="A Hugging Face model folder.")], as_json: Json = False,
                 cache_dir: CacheDir = None) -> None:  # fmt: skip
     """Hashes of a model folder's tokenizer, part by part, of its config and of its weights."""

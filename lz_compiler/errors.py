@@ -36,6 +36,10 @@ class CapabilityError(LayerZeroError, ValueError):
     """A backend's descriptor that cannot be read: not JSON, of an unknown schema version, or with a field that does not exist."""
 
 
+class ModelError(LayerZeroError, ValueError):
+    """A learned cost model that cannot be read, or cannot be trained."""
+
+
 class FingerprintError(LayerZeroError, ValueError):
     """A model folder that has no fingerprint, or a stored fingerprint that cannot be read."""
 

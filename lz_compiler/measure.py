@@ -26,6 +26,7 @@ from .types import Candidate, Format
 
 ROUNDS = 9
 MAX_COPIES = {"cpu": 4, "cuda": 12}
+PLACE = ("values", "out_reshape", "mask", "square")  # parameters that say where in which model a region stands, not what runs
 SAMPLE_S = 0.0005  # a sample repeats short calls until it lasts about this long
 
 
@@ -319,7 +320,7 @@ def _uncontended(samples: list[tuple[float, float]]) -> list[float]:
 
 def signature(ctx: SelectionContext, candidate: Candidate, environment: str, version: str) -> str:
     """The identity of a measurement: everything that decides what runs, and nothing about where in which model."""
-    params = ",".join(f"{k}={v}" for k, v in candidate.params if k not in ("values", "out_reshape", "mask", "square"))
+    params = ",".join(f"{k}={v}" for k, v in candidate.params if k not in PLACE)
     specs = ";".join(f"{s.shape}{s.stride}{s.dtype}" for s in ctx.specs)
     formats = ";".join(map(str, (*candidate.in_formats, *candidate.out_formats)))
     return f"{candidate.kernel}#{kernel(candidate.kernel).version}|{version}|{specs}|{formats}|{params}|{environment}"

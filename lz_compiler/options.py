@@ -32,11 +32,15 @@ def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), below: fl
 class Options:
     """What a user may ask for. Hashable; every instance is valid, whichever way it was made."""
 
-    cost_model: str = _option("measured", "where prices come from; plugins may register further names", choices=("measured", "roofline"))
+    cost_model: Any = _option(  # noqa: RUF009  as the others
+        "measured",
+        "where prices come from: a name (plugins may register further ones), or an object with `name` and `price`",
+        choices=("measured", "hybrid", "learned", "roofline", "constant"),
+    )
     solver: str = _option(
         "cp_sat",
-        "what solves for the plan; `greedy`, `dynamic` and `exhaustive` are baselines",
-        choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive"),
+        "what solves for the plan; all but `cp_sat` and `highs` are baselines",
+        choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive", "lp_rounding", "one_layout", "priority"),
     )
     layout_mode: str = _option("adapt", "`adapt` may convert layouts between kernels, `strict` keeps eager's", choices=("adapt", "strict"))
     error_budget: float = _option(0.0, "relative error that a plan may add; 0 allows lossless kernels only", below=1.0)
@@ -101,6 +105,9 @@ class Options:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["plans"]}
         if self.backends is not None:  # an allow-list has no order
             values["backends"] = sorted(self.backends)
+        if not isinstance(self.cost_model, str):
+            kind = type(self.cost_model)
+            values["cost_model"] = f"{kind.__module__}.{kind.__qualname__}:{self.cost_model.name}"
         values["policy"] = self.policy and self.policy.to_data()  # its content, wherever the file lies
         if self.policy is None:  # so that what was stored before there were policies is found
             del values["policy"]
@@ -163,6 +170,7 @@ def _expected(field: dataclasses.Field[Any]) -> str:
         "str | None": "Give a path, or None.",
         "Policy | None": "Give a path, a dict of rules, or None.",
         "str": f"Give one of: {', '.join(field.metadata['choices'])}.",
+        "Any": f"Give one of: {', '.join(field.metadata['choices'])}; or an object with a `name` and a method `price`.",
     }[kind]
 
 
@@ -189,7 +197,9 @@ def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object
         if all(isinstance(name, str) and name.strip() for name in names):
             return tuple(dict.fromkeys(name.strip() for name in names))
         raise wrong
-    if kind == "str" and isinstance(value, str):
+    if kind == "Any" and isinstance(getattr(value, "name", None), str) and callable(getattr(value, "price", None)):
+        return value
+    if kind in ("str", "Any") and isinstance(value, str):
         _check_name(field, value, where)
         return value
     raise wrong

@@ -125,11 +125,7 @@ def problem_name(fingerprint: str, kind: str, lossy: bool) -> str:
 
 def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:
     """Write a problem as JSON, whole or not at all: it can be solved again without the model or its device."""
-    rest = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem) if f.name not in ("sources", "sinks", "tensor_class")}
-    data = {"layerzero_problem": PROBLEM_VERSION, **{name: _plain(value) for name, value in rest.items()}}
-    data["tensor_class"] = dict(problem.tensor_class)
-    data["sources"] = [[t, dataclasses.asdict(f)] for t, f in sorted(problem.sources)]
-    data["sinks"] = [[t, dataclasses.asdict(f)] for t, f in problem.sinks]
+    data = {"layerzero_problem": PROBLEM_VERSION, **problem_to_dict(problem)}
     target = Path(path)
     half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
@@ -138,6 +134,15 @@ def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:
     except OSError as error:
         half.unlink(missing_ok=True)
         raise PlanError(f"cannot write the problem to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
+
+
+def problem_to_dict(problem: Problem) -> dict[str, Any]:
+    rest = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem) if f.name not in ("sources", "sinks", "tensor_class")}
+    data = {name: _plain(value) for name, value in rest.items()}
+    data["tensor_class"] = dict(problem.tensor_class)
+    data["sources"] = [[t, dataclasses.asdict(f)] for t, f in sorted(problem.sources)]
+    data["sinks"] = [[t, dataclasses.asdict(f)] for t, f in problem.sinks]
+    return data
 
 
 def _plain(value: Any) -> Any:
@@ -156,13 +161,14 @@ def load_problem(path: str | os.PathLike[str]) -> Problem:
     if version != PROBLEM_VERSION:
         raise PlanError(f"{os.fspath(path)!r} is a problem of schema {version!r:.80}; this LayerZero reads {PROBLEM_VERSION}.")
     try:
-        return _problem(data)
+        return problem_from_dict(data)
     except DAMAGE as error:
         what = f"{type(error).__name__}: {error}"[:1000]
         raise PlanError(f"the problem {os.fspath(path)!r} is damaged ({what}).") from error
 
 
-def _problem(d: Mapping[str, Any]) -> Problem:
+def problem_from_dict(d: Mapping[str, Any]) -> Problem:
+    """The inverse of `problem_to_dict`. One of DAMAGE for data that is no problem."""
     problem = Problem(
         tuple(map(_candidate, d["candidates"])), tuple(map(_cost, d["costs"])),
         tuple(Conversion(str(c["tensor"]), _format(c["src"]), _format(c["dst"])) for c in d["conversions"]),

@@ -42,14 +42,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import solvers
+from . import heuristics, solvers
 from .errors import OptionError, SolverError, unknown
 from .solvers import WEIGHT_SCALE, Instance
 from .types import Problem, Solution, Status
 
 log = logging.getLogger(__name__)
 
-SOLVERS = ("cp_sat", "highs", "greedy", "dynamic", "exhaustive")
+SOLVERS = ("cp_sat", "highs", "greedy", "dynamic", "exhaustive", *heuristics.SOLVERS)
 REPAIR_S = 1.0  # at most this long for greedy to find any plan of single-node candidates when its sweeps fail
 
 Row = tuple[tuple[tuple[int, int], ...], int]  # ((decision, coefficient), ...) <= bound
@@ -407,6 +407,10 @@ def solve(problem: Problem, solver: str = "cp_sat", budget_s: float = 10.0, hint
     if solver == "greedy":
         used = _greedy(inst, start + budget_s)
         result = _Result(Status.INFEASIBLE if used is None else Status.FEASIBLE, used, 0)
+    elif solver in heuristics.SOLVERS:
+        used, bound = heuristics.solve(inst, _program(inst), solver)
+        used = _greedy(inst, start + budget_s) if used is None else used
+        result = _Result(Status.INFEASIBLE if used is None else Status.FEASIBLE, used, bound)
     elif solver == "dynamic":
         word, used = solvers.dynamic(inst)
         result = _Result(Status(word), used, inst.objective(used))

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import backends, planner, torch_private
 from .capture import GraphView
 from .circuit import Quarantine
-from .cost_models import cost_model
+from .cost_models import CostModel, RefiningCostModel, cost_model
 from .cost_models.roofline import Roofline
 from .errors import PolicyError, SolverError
 from .options import Options
@@ -48,7 +48,7 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     if options.problems is not None:
         save_problem(replace(problem, error_budget=budget), Path(options.problems) / problem_name(fingerprint, kind, budget > 0))
     try:
-        solution = solve_within(problem, options, budget)
+        problem, solution = _refined(problem, options, budget, model)
     except SolverError:
         conflict = _conflict(view, found, options, roofline)
         if conflict is None:
@@ -63,6 +63,12 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
         solution.objective / 1e6, priced - start, seconds,
     )  # fmt: skip
     return plan
+
+
+def _refined(problem: Problem, options: Options, budget: float, model: CostModel) -> tuple[Problem, Solution]:
+    if isinstance(model, RefiningCostModel):
+        return model.refine(problem, lambda p: solve_within(p, options, budget))
+    return problem, solve_within(problem, options, budget)
 
 
 def solve_within(problem: Problem, options: Options, budget: float) -> Solution:

@@ -239,11 +239,12 @@ def _node_order(inst: Instance) -> list[int]:
     return sorted(key, key=lambda n: (key[n][1], n))
 
 
-def sweep(inst: Instance, single_nodes: bool) -> set[int] | None:
+def sweep(inst: Instance, single_nodes: bool, rank: Sequence[float] | None = None) -> set[int] | None:
     """Node by node in topological order, the candidate that costs least per node, whatever the neighbours need.
 
     A candidate is passed over only where an input exists already and cannot be brought into its format. Conversions are
-    paid afterwards. None if the result is not a valid plan.
+    paid afterwards. None if the result is not a valid plan. `rank`: of each decision, what counts before its cost (least first);
+    infinity bars it.
     """
     formats: list[set[int]] = [set() for _ in inst.pairs]
     for p in inst.sources:
@@ -259,11 +260,14 @@ def sweep(inst: Instance, single_nodes: bool) -> set[int] | None:
             return False
         if single_nodes and len(spots) > len(inst.members[d]):
             return False
+        if rank is not None and rank[d] == math.inf:
+            return False
         known = ((p, formats[inst.tensor[p]]) for p in inst.ins[k])
         return all(not have or p in have or any(inst.src[c] in have for c in inst.into[p]) for p, have in known)
 
-    def share(d: int) -> tuple[float, int]:
-        return inst.cost[d] / sum(len(inst.nodes[m]) for m in inst.members[d]), d
+    def share(d: int) -> tuple[float, float, int]:
+        first = 0.0 if rank is None else rank[d]
+        return first, inst.cost[d] / sum(len(inst.nodes[m]) for m in inst.members[d]), d
 
     for n in _node_order(inst):
         options = [] if n in covered else [inst.decision[k] for k in inst.covering[n] if fits(k)]

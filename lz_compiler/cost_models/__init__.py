@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..backends.base import SelectionContext
 from ..errors import OptionError, unknown
 from ..timings import TimingStore
-from ..types import Candidate, Cost, Rejection, Target
+from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 
 Priced = tuple[Candidate, Cost] | Rejection
 
@@ -20,14 +20,34 @@ class CostModel(Protocol):
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]: ...
 
 
-def cost_model(name: str, target: Target, store: TimingStore, budget_s: float) -> CostModel:
-    """`measured`, `roofline`, or one registered under the entry points `lz_compiler.cost_models`."""
+@runtime_checkable
+class RefiningCostModel(CostModel, Protocol):
+    """One that improves its prices once it sees the whole problem."""
+
+    def refine(self, problem: Problem, solve: Callable[[Problem], Solution]) -> tuple[Problem, Solution]:
+        """The problem with the prices that count, and its solution."""
+
+
+def cost_model(name: str | CostModel, target: Target, store: TimingStore, budget_s: float) -> CostModel:
+    """A model by name (the ones here, or registered under the entry points `lz_compiler.cost_models`); an object is one itself."""
+    if not isinstance(name, str):
+        return name
+    from .constant import Constant
+    from .hybrid import Hybrid
+    from .learned import Learned
     from .measured import Measured
     from .roofline import Roofline
+
+    def hybrid(target: Target, store: TimingStore, budget_s: float) -> CostModel:
+        exact = Measured(target, store, budget_s)
+        return Hybrid(Learned(target), Measured(target, store, 0.0), exact, exact.key)
 
     known: dict[str, Callable[[Target, TimingStore, float], CostModel]] = {
         "measured": Measured,
         "roofline": lambda target, store, budget_s: Roofline(target),
+        "constant": lambda target, store, budget_s: Constant(target),
+        "learned": lambda target, store, budget_s: Learned(target),
+        "hybrid": hybrid,
     }
     for entry in entry_points(group="lz_compiler.cost_models"):
         known[entry.name] = entry.load()

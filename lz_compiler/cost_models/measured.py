@@ -38,7 +38,7 @@ class Measured:
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
         if not measurable(ctx):
             return self.roofline.price(ctx, candidates)
-        keys = [signature(ctx, c, self.environment, self.versions[c.kernel]) for c in candidates]
+        keys = [self.key(ctx, c) for c in candidates]
         known = self.store.get_many(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing and self.measures and time.perf_counter() < self.deadline:
@@ -55,6 +55,10 @@ class Measured:
             self.measured += len(fresh)
             self.store.put_many(fresh)
         return [self._priced(ctx, c, key, known.get(key)) for c, key in zip(candidates, keys, strict=True)]
+
+    def key(self, ctx: SelectionContext, candidate: Candidate) -> str:
+        """Under which the store has the kernel's timing."""
+        return signature(ctx, candidate, self.environment, self.versions[candidate.kernel])
 
     def _priced(self, ctx: SelectionContext, candidate: Candidate, key: str, timing: Timing | None) -> Priced:
         if timing is None:

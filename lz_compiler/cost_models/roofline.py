@@ -63,7 +63,7 @@ def traffic_ns(target: Target, nbytes: float) -> int:
     return round(nbytes / target.bandwidth * 1e9)
 
 
-def _assumed_error(candidate: Candidate, ctx: SelectionContext) -> Candidate:
+def assumed_error(candidate: Candidate, ctx: SelectionContext) -> Candidate:
     """Nothing was run, so a kernel in a narrower dtype is charged that dtype's rounding of inputs and output."""
     if "lossy" in dict(candidate.params):
         return replace(candidate, epsilon=torch.finfo(torch.float8_e4m3fn).eps / 4)
@@ -78,7 +78,7 @@ class Roofline:
         self.target = target
 
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
-        return [(_assumed_error(candidate, ctx), self.cost(ctx, candidate)) for candidate in candidates]
+        return [(assumed_error(candidate, ctx), self.cost(ctx, candidate)) for candidate in candidates]
 
     def cost(self, ctx: SelectionContext, candidate: Candidate) -> Cost:
         flops, moved = work(ctx, candidate)

@@ -1,0 +1,272 @@
+"""Cost models, baselines and the ablation, on the committed corpora: nothing is measured but by the one test that compiles."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from lz_compiler import ablate, ablate_report, cli, corpus, planner
+from lz_compiler.backend import RECORDS
+from lz_compiler.backends.base import SelectionContext
+from lz_compiler.corpus import Case
+from lz_compiler.cost_models import Priced, learned
+from lz_compiler.cost_models.constant import Constant
+from lz_compiler.cost_models.hybrid import Hybrid
+from lz_compiler.cost_models.learned import Forest, Learned
+from lz_compiler.cost_models.roofline import Roofline
+from lz_compiler.errors import ModelError, OptionError, PlanError
+from lz_compiler.options import Options
+from lz_compiler.types import Candidate, Rejection, Status
+
+CORPORA = Path(__file__).parents[1] / "benchmarks" / "corpora"
+TIMES = ("price_s", "solve_s", "measure_s")
+
+
+def case(name: str) -> Case:
+    (path,) = CORPORA.rglob(f"{name}{corpus.SUFFIX}")
+    return corpus.load(path)
+
+
+@pytest.fixture(scope="module")
+def small() -> list[Case]:
+    return [case(n) for n in ("mlp_256x2", "bert_8x64_plain", "distilbert_2x96", "opt_1x64", "h200_bert_32x512")]
+
+
+@pytest.fixture(scope="module")
+def forest(small: list[Case]) -> Forest:
+    pytest.importorskip("sklearn")
+    return learned.fit(ablate.training_rows(small[:3]), members=3, trees=20)
+
+
+def test_the_corpora_are_of_twenty_models_and_two_devices() -> None:
+    names = [p.name for p in CORPORA.rglob(f"*{corpus.SUFFIX}")]
+    assert len({n.split("_")[0] for n in names if not n.startswith("h200")}) >= 20
+    assert sum(n.startswith("h200") for n in names) == 4
+    assert sum(p.stat().st_size for p in CORPORA.rglob("*")) < 3 << 20
+
+
+def test_a_case_survives_its_file(small: list[Case], tmp_path: Path) -> None:
+    path = corpus.save(small[0], tmp_path)
+    again = corpus.load(path)
+    assert again == small[0]
+    assert corpus.save(again, tmp_path).read_bytes() == path.read_bytes()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(PlanError, match="Collect it again"):
+        corpus.load(path)
+
+
+@pytest.mark.parametrize("name", ["mlp_256x2", "bert_1x32", "resnet18_4x96", "h200_llama_decode_32x4096", "swin_1x224"])
+def test_the_integer_program_is_never_worse_than_a_baseline(name: str) -> None:
+    problem = case(name).problem
+    best = planner.solve(problem, "cp_sat", 30.0)
+    assert best.status is Status.OPTIMAL
+    for solver in ("highs", "greedy", "lp_rounding", "one_layout", "priority"):
+        other = planner.solve(problem, solver, 30.0)
+        assert other.chosen
+        assert not planner.check(problem, other)
+        assert other.objective >= best.objective >= other.bound
+
+
+def test_json_trees_predict_what_scikit_learn_does(small: list[Case]) -> None:
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    rows = ablate.training_rows(small)
+    names = sorted({name for row in rows for name in row.features})
+    x = [[row.features.get(name, 0.0) for name in names] for row in rows]
+    model = ensemble.GradientBoostingRegressor(n_estimators=15, max_depth=4, learning_rate=learned.RATE, random_state=0)
+    model.fit(x, [row.log_ratio for row in rows])
+    trees = tuple(learned._tree(e.tree_) for e in model.estimators_[:, 0])
+    forest = Forest(tuple(names), ((0.0, 64.0),) * len(names), ((float(model.init_.predict(x[:1])[0]), trees),), (1.0, 0.0, 1.0), "")
+    for row, expected in zip(rows, model.predict(x), strict=True):
+        assert forest.predict(dict(row.features))[0] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_a_model_survives_its_file_and_no_damage_is_taken_for_one(forest: Forest, tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    forest.save(path)
+    assert learned.load(path).members == forest.members
+    data = json.loads(path.read_text())
+    data["members"][0][1][0][2][0] = 0  # a tree that would be walked for ever
+    path.write_text(json.dumps(data))
+    with pytest.raises(ModelError, match="a tree is not one"):
+        learned.load(path)
+
+
+def test_learned_prices_order_unseen_kernels_better_than_the_roofline(small: list[Case], forest: Forest) -> None:
+    unseen, taus = small[3], []
+    for model in (Learned(unseen.target, forest), Roofline(unseen.target)):
+        _, listed = ablate.priced(unseen, model)
+        taus.append(ablate.tau_of(unseen, listed, ablate.Recorded(unseen))[0])
+    assert taus[0] > max(taus[1], 0.5)
+
+
+def test_a_kernel_of_an_unknown_kind_is_not_priced(small: list[Case], forest: Forest) -> None:
+    seen, other = small[1], small[4]  # never trained on a GPU
+    model = Learned(other.target, forest)
+    prices, _ = ablate.priced(other, model)
+    candidates = other.candidates()
+    as_is = {key for key in prices if dict(candidates[key].params).get("as_is")}
+    assert {key for key, cost in prices.items() if cost} == as_is
+    assert {prices[key].source for key in as_is} == {"roofline"}  # type: ignore[union-attr]
+    ctx, keys = next((ctx, keys) for ctx, keys in other.regions if not as_is.issuperset(keys))
+    answer = next(a for a in model.price(ctx, [candidates[k] for k in keys]) if isinstance(a, Rejection))
+    assert (answer.code, "device=cuda" in answer.detail) == ("uncertain", True)
+    known, _ = ablate.priced(seen, Learned(seen.target, forest))
+    assert any(cost and cost.source == "learned" for cost in known.values())
+    unsure, _ = ablate.priced(seen, Learned(seen.target, forest, threshold=0.0))
+    assert not any(cost and cost.source == "learned" for cost in unsure.values())
+
+
+def test_without_scikit_learn_training_says_what_to_install(small: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
+    with pytest.raises(ModelError, match=r"pip install 'lz-compiler\[research\]'"):
+        learned.fit(ablate.training_rows(small[:2]))
+
+
+@pytest.mark.parametrize("caution", [0.3, 1.0])
+def test_hybrid_measures_some_and_plans_nearly_as_well(small: list[Case], forest: Forest, caution: float) -> None:
+    for one in small[1:4]:
+        exact = ablate.Recorded(one)
+        model = Hybrid(Learned(one.target, forest), ablate.Nothing(), exact, lambda ctx, c: c.key, caution=caution, checks=False)
+        prices, _ = ablate.priced(one, model)
+        problem, solution = model.refine(corpus.with_prices(one.problem, prices), lambda p: planner.solve(p, "cp_sat", 20.0))
+        assert 0 < model.measured == exact.asked < len(one.timings)
+        best = planner.solve(one.problem, "cp_sat", 20.0)
+        assert ablate.judged(one.problem, solution) <= 1.1 * best.objective
+        measured = {c.key for c, cost in zip(problem.candidates, problem.costs, strict=True) if cost.source == "measured"}
+        assert len(measured) == model.measured
+
+
+def test_hybrid_stops_only_when_nothing_within_its_intervals_is_better(small: list[Case], forest: Forest) -> None:
+    """The guarantee itself: whatever the unmeasured prices are within their intervals, the plan loses at most the tolerance."""
+    one = small[2]
+    model = Hybrid(Learned(one.target, forest), ablate.Nothing(), ablate.Recorded(one), lambda ctx, c: c.key, checks=False)
+    prices, _ = ablate.priced(one, model)
+    problem, solution = model.refine(corpus.with_prices(one.problem, prices), lambda p: planner.solve(p, "cp_sat", 20.0))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        costs = []
+        drawn: dict[str, int] = {}
+        for candidate, cost in zip(problem.candidates, problem.costs, strict=True):
+            if candidate.key in model._open:
+                _, _, low, high = model._open[candidate.key]
+                end = low if torch.rand((), generator=generator) < 0.5 else high
+                cost = replace(cost, ns=drawn.setdefault(candidate.key, end))
+            costs.append(cost)
+        world = replace(problem, costs=tuple(costs))
+        assert ablate.judged(world, solution) - planner.solve(world, "cp_sat", 20.0).objective <= 0.01 * solution.objective + 1
+
+
+def test_constant_follows_its_order(small: list[Case]) -> None:
+    one = small[1]
+    candidates = one.candidates()
+    for ctx, keys in one.regions:
+        priced = Constant(one.target).price(ctx, [candidates[k] for k in keys])
+        first = min(priced, key=lambda answer: answer[1].ns)  # type: ignore[index, union-attr]
+        if any(candidates[k].kernel.startswith("onednn.") for k in keys):
+            assert first[0].kernel.startswith("onednn.")  # type: ignore[index, union-attr]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in ablate_report.read(path)]
+
+
+def test_a_stopped_run_goes_on(small: list[Case], tmp_path: Path) -> None:
+    asked = {"models": ("measured", "roofline"), "solvers": ("cp_sat", "greedy"), "seeds": (0,)}
+    ablate.run(small[:2], tmp_path / "whole", **asked)  # type: ignore[arg-type]
+    ablate.run(small[:1], tmp_path / "parts", **asked)  # type: ignore[arg-type]
+    with (tmp_path / "parts" / "plans.csv").open("a") as file:
+        file.write("bert_8x64_plain,bert,AMD")  # killed in the middle of a line
+    said: list[str] = []
+    ablate.run(small[:2], tmp_path / "parts", **asked, say=said.append)  # type: ignore[arg-type]
+    assert len(said) == 2
+    assert rows(tmp_path / "parts" / "plans.csv") == rows(tmp_path / "whole" / "plans.csv")
+    assert rows(tmp_path / "parts" / "prices.csv") == rows(tmp_path / "whole" / "prices.csv")
+
+
+def test_a_kill_between_the_two_tables_repeats_no_price(small: list[Case], tmp_path: Path) -> None:
+    asked = {"models": ("measured",), "solvers": ("cp_sat",), "seeds": (0,)}
+    ablate.run(small[:1], tmp_path, **asked)  # type: ignore[arg-type]
+    before = rows(tmp_path / "prices.csv")
+    (tmp_path / "plans.csv").unlink()  # as if killed after the prices were written
+    ablate.run(small[:1], tmp_path, **asked)  # type: ignore[arg-type]
+    assert rows(tmp_path / "prices.csv") == before
+
+
+def test_the_command_prints_its_tables(small: list[Case], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for one in small[:2]:
+        corpus.save(one, tmp_path / "cases")
+    asked = ["--model", "measured", "--model", "roofline", "--solver", "cp_sat", "--solver", "greedy"]  # models need no training
+    place = ["--corpus", str(tmp_path / "cases"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, ["ablate", "--offline", *place, *asked])
+    assert result.exit_code == 0, result.output
+    for text in ("| cost model | regret, median |", "| solver | cases solved |", "greedy is dearer by", "| roofline |"):
+        assert text in result.output
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"plans.csv", "prices.csv", "report.md", "predicted.png", "regret.png"}
+    table = ablate_report.read(tmp_path / "out" / "plans.csv")
+    assert {r["cost_model"] for r in table} == {"measured", "roofline"}
+    assert all(float(r["regret"]) >= -1e-9 for r in table)
+
+
+def test_statistics() -> None:
+    assert ablate.kendall([(1, 1), (2, 2), (3, 3)]) == (3, 3)
+    assert ablate.kendall([(3, 1), (2, 2), (1, 3), (1, 4)]) == (-5, 6)  # a tie in the prediction counts nothing
+    low, high = ablate_report.interval([float(i) for i in range(101)])
+    assert 42 < low < 50 < high < 58
+    assert ablate_report.paired_p([1.0] * 12) < 0.01
+    assert ablate_report.paired_p([1.0, -1.0] * 6) > 0.5
+
+
+class Own:
+    """A cost model of a third party, as an object."""
+
+    name = "own"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
+        self.asked += [c.kernel for c in candidates]
+        return self.roofline.price(ctx, candidates)
+
+    @property
+    def roofline(self) -> Roofline:
+        from lz_compiler import backend, target
+
+        return Roofline(target.detect("cpu", backend.open_store(None)))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval()
+
+
+def test_a_cost_model_may_be_an_object() -> None:
+    own = Own()
+    model, x = mlp(), torch.randn(8, 64)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="layerzero", options={"cost_model": own, "race": False})
+        torch.testing.assert_close(compiled(x), model(x))
+    assert "aten.mm" in own.asked
+    assert Options(cost_model=own).key() == Options(cost_model=Own()).key() != Options().key()
+    with pytest.raises(OptionError, match="an object with a `name` and a method `price`"):
+        Options.resolve({"cost_model": object()})
+
+
+def test_hybrid_in_a_compilation_uses_measured_kernels_only() -> None:
+    model, x = mlp(), torch.randn(8, 64)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="layerzero", options={"cost_model": "hybrid", "freeze": True, "race": False})
+        torch.testing.assert_close(compiled(x), model(x))
+    used = [c for plan in RECORDS[-1].plans for c in plan.choices if c.candidate.region.op == "linear"]
+    assert used
+    assert all(c.cost.source == "measured" or dict(c.candidate.params).get("as_is") for c in used)
+    assert all(math.isfinite(c.candidate.epsilon) for c in used)
