@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from . import offline
 from .errors import OptionError, PlanError, SolverError, unknown
 from .options import Options
+from .plan_io import read_limited
 from .planning import solve_within
 from .problem import CALL, LOOP, VIEW
 from .report import Report, explain_model_plan, milliseconds, ranges_text
@@ -97,8 +98,8 @@ def compare_files(before: str | os.PathLike[str], after: str | os.PathLike[str])
 
 def _plans(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
     try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(read_limited(Path(path)))
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(
             f"cannot read {os.fspath(path)!r}: {error}. Give a plan of `lz solve`, or what `lz explain --json` printed."
         ) from error
