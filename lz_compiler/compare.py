@@ -13,7 +13,7 @@ from . import offline
 from .backend import LOSSLESS
 from .errors import OptionError, PlanError, SolverError, unknown
 from .options import Options
-from .plan_io import load_problem, problem_name
+from .plan_io import load_problem, problem_name, read_limited
 from .planning import solve_within
 from .problem import CALL, LOOP, VIEW
 from .report import Report, explain_model_plan, milliseconds, ranges_text
@@ -105,8 +105,8 @@ def compare_files(before: str | os.PathLike[str], after: str | os.PathLike[str])
 
 def _plans(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
     try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(read_limited(Path(path)))
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(
             f"cannot read {os.fspath(path)!r}: {error}. Give a plan of `lz solve`, or what `lz explain --json` printed."
         ) from error
