@@ -584,6 +584,36 @@ class Residuals(nn.Module):
         return x
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the own attention kernel needs AVX-512")
+def test_own_attention_reads_any_strides() -> None:
+    """Inductor may hand over repeated heads with the heads innermost, whatever the graph's strides were."""
+    q, k, v, mask = rand(1, 2, 16, 16), rand(1, 2, 16, 16), rand(1, 2, 16, 16), rand(1, 1, 16, 16)
+    exact = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+    def inside_out(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, (512, 1, 32, 2)[: x.dim()]).copy_(x)
+
+    op = ops.attention_brgemm()
+    turned = mask.mT.contiguous().mT
+    for given in ((inside_out(q), k, v, mask), (q, inside_out(k), v, mask), (q, k, inside_out(v), mask), (q, k, v, turned)):
+        torch.testing.assert_close(op(*given, False, 0.25), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_repeated_heads_of_one_key_head() -> None:
+    """The whole way of a case in which Inductor chose such strides: one key head for two queries' heads."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = (k * 1.5)[:, :, None].expand(1, 1, 2, 16, 16).reshape(1, 2, 16, 16)
+        v = v[:, :, None].expand(1, 1, 2, 16, 16).reshape(1, 2, 16, 16)
+        return nn.functional.scaled_dot_product_attention(q * 1.5, k, v, is_causal=True)
+
+    args = rand(1, 2, 16, 16), rand(1, 1, 16, 16), rand(1, 1, 16, 16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(attend, backend="layerzero", options={"race": False, "cost_model": "roofline"})(*args)
+        torch.testing.assert_close(found, attend(*args), rtol=1e-5, atol=1e-5)
+
+
 def test_what_two_kernels_read_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.utils import run_and_get_code
 

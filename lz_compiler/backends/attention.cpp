@@ -40,9 +40,16 @@ float softmax(float* row, const float* bias, float scale, int64_t seen, int64_t 
   return total == 0.f ? 0.f : 1.f / total;
 }
 
-// q (B, H, L, D), k and v (B, G, S, D | E), mask (B, H, L, S) after broadcasting; the last dimensions contiguous.
+// The tensor with a contiguous last dimension. The planner offers the kernel for such tensors only, but Inductor may lay out what it
+// makes itself (repeated heads) in another order.
+at::Tensor dense(const at::Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+// q (B, H, L, D), k and v (B, G, S, D | E), mask (B, H, L, S) after broadcasting.
 at::Tensor attention(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask, bool causal, double scale) {
+    const at::Tensor& given_q, const at::Tensor& given_k, const at::Tensor& given_v, const std::optional<at::Tensor>& given_mask,
+    bool causal, double scale) {
+  const at::Tensor q = dense(given_q), k = dense(given_k), v = dense(given_v);
+  const std::optional<at::Tensor> mask = given_mask ? std::optional<at::Tensor>(dense(*given_mask)) : std::nullopt;
   const int64_t H = q.size(1), L = q.size(2), D = q.size(3), S = k.size(2), E = v.size(3), repeat = H / k.size(1);
   const at::Tensor out = at::empty({q.size(0), L, H, E}, q.options()).transpose(1, 2);
   const at::Tensor bias = mask ? mask->expand({q.size(0), H, L, S}) : at::Tensor();
