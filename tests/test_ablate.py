@@ -242,7 +242,7 @@ class Own:
     def roofline(self) -> Roofline:
         from lz_compiler import backend, target
 
-        return Roofline(target.detect("cpu", backend.open_store(None)))
+        return Roofline(target.detect("cpu", backend.open_store(Options.resolve().cache_dir)))
 
 
 def mlp() -> nn.Module:
