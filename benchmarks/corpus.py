@@ -26,14 +26,15 @@ import torch
 import transformers as hf
 from torch import Tensor, fx, nn
 
-from lz_compiler import backend, corpus, measure
+from lz_compiler import backend, measure
 from lz_compiler.capture import GraphView
-from lz_compiler.corpus import Case, Sample
 from lz_compiler.cost_models.measured import Measured
 from lz_compiler.cost_models.roofline import Roofline
 from lz_compiler.options import Options
 from lz_compiler.planning import DILUTION
 from lz_compiler.problem import add_defaults, build, enumerate_regions
+from lz_compiler.research import corpus
+from lz_compiler.research.corpus import Case, Sample
 from lz_compiler.target import detect, stored_target
 from lz_compiler.timings import TimingStore
 from lz_compiler.types import Target

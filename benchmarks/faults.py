@@ -44,15 +44,16 @@ from test_canary import FAULTY, MODULE
 from torch import nn
 
 import lz_compiler as lz
-from lz_compiler import backends, capabilities, facts, planning
-from lz_compiler.canary_run import canary
+from lz_compiler import backends, facts, planning
 from lz_compiler.capture import GraphView
+from lz_compiler.deploy.warming import check_manifest
 from lz_compiler.errors import LayerZeroError
 from lz_compiler.options import Options
 from lz_compiler.target import detect, environment
 from lz_compiler.timings import FILE_NAME, Timing, TimingStore, open_store
-from lz_compiler.trust import Trust, last_run, remember
-from lz_compiler.warming import check_manifest
+from lz_compiler.trust import capabilities
+from lz_compiler.trust.canary import canary
+from lz_compiler.trust.verdicts import Trust, last_run, remember
 
 torch.set_num_threads(1)  # a fork does not take OpenMP's threads along
 
@@ -134,7 +135,7 @@ def caught() -> Iterator[list[str]]:
 HUNGRY = """
 import os, torch
 from lz_compiler.backends.base import Kernel
-from lz_compiler.capabilities import fitting
+from lz_compiler.trust.capabilities import fitting
 
 def run(emit, t, p):
     if os.environ.get("HUNGRY"):

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from lz_compiler.model_fingerprint import GRAIN_NS, KIND, fingerprint
+from lz_compiler.deploy.model_fingerprint import GRAIN_NS, KIND, fingerprint
 from lz_compiler.timings import open_store
 
 

@@ -11,21 +11,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
-    from .baking import bake
-    from .canary_run import CanaryReport, canary
-    from .fuzzing import fuzz
-    from .generation import StaticCacheDecoder
+    from .deploy.baking import bake
+    from .deploy.fuzzing import fuzz
+    from .deploy.generation import StaticCacheDecoder
+    from .deploy.model_fingerprint import fingerprint
+    from .deploy.offline import load_plan, solve
+    from .deploy.warming import load_baked, warmup
     from .kv_cache import KVCacheSpec
-    from .model_fingerprint import fingerprint
-    from .offline import load_plan, solve
     from .options import Options
-    from .warming import load_baked, warmup
+    from .trust.canary import CanaryReport, canary
 
 _LAZY = {
-    "compile": ".api", "explain": ".api", "doctor": ".api", "bake": ".baking", "canary": ".canary_run",
-    "CanaryReport": ".canary_run", "KVCacheSpec": ".kv_cache", "fingerprint": ".model_fingerprint", "solve": ".offline",
-    "load_plan": ".offline", "Options": ".options", "StaticCacheDecoder": ".generation", "load_baked": ".warming", "warmup": ".warming",
-    "fuzz": ".fuzzing",
+    "compile": ".api", "explain": ".api", "doctor": ".api", "KVCacheSpec": ".kv_cache", "Options": ".options",
+    "solve": ".deploy.offline", "load_plan": ".deploy.offline", "bake": ".deploy.baking", "fuzz": ".deploy.fuzzing",
+    "load_baked": ".deploy.warming", "warmup": ".deploy.warming", "StaticCacheDecoder": ".deploy.generation",
+    "fingerprint": ".deploy.model_fingerprint", "canary": ".trust.canary", "CanaryReport": ".trust.canary",
 }  # fmt: skip
 __all__ = [
     "CanaryReport", "KVCacheSpec", "Options", "StaticCacheDecoder", "__version__", "bake", "canary", "compile", "doctor", "explain",

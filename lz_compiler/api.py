@@ -13,13 +13,13 @@ from . import backends
 from .backend import RECORDS, GraphRecord, layerzero
 from .errors import OptionError
 from .options import Options
-from .report import Report, explain_model_plan, explain_plan, explain_records
+from .reports.report import Report, explain_model_plan, explain_plan, explain_records
 from .target import detect
 from .timings import open_store
 from .types import Plan
 
 if TYPE_CHECKING:
-    from .offline import ModelPlan
+    from .deploy.offline import ModelPlan
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,7 +34,7 @@ def compile(
     `bundle`: the model's folder, to be compared with the one that the plan was solved for.
     """
     if plan is not None:
-        from . import offline
+        from .deploy import offline
 
         if not isinstance(model, torch.nn.Module) or mode is not None or dynamic is not None:
             raise OptionError("with plan=..., compile takes an nn.Module, and neither mode nor dynamic: the plan holds them.")
@@ -58,7 +58,7 @@ def explain(compiled: Any = None) -> Report:
     """
     if isinstance(compiled, Plan):
         return explain_plan(compiled)
-    from .offline import ModelPlan
+    from .deploy.offline import ModelPlan
 
     if isinstance(compiled, ModelPlan):
         return explain_model_plan(compiled)

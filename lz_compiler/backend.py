@@ -22,7 +22,6 @@ from torch import Tensor, fx
 from . import __version__, ops, race, ranks, torch_private
 from .backends import allowed_backends, check_names, set_up
 from .capture import GraphView, fingerprint, tensors_in
-from .circuit import Breaker, Quarantine, called_as, guarded
 from .errors import PlanError
 from .options import Options
 from .passes.apply import apply_plan
@@ -35,7 +34,8 @@ from .planning import make_plan
 from .problem import narrower
 from .target import detect, environment
 from .timings import TimingStore, open_store
-from .trust import Trust
+from .trust.circuit import Breaker, Quarantine, called_as, guarded
+from .trust.verdicts import Trust
 from .types import EAGER as EAGER
 from .types import INDUCTOR as INDUCTOR
 from .types import LOSSLESS as LOSSLESS

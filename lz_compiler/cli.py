@@ -17,7 +17,7 @@ from rich.console import Console
 from .errors import LayerZeroError, OptionError, unknown
 
 if TYPE_CHECKING:
-    from .report import Report
+    from .reports.report import Report
     from .timings import TimingStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -96,7 +96,8 @@ def explain(
 
     With --what-if, solve a stored problem again with rules added, and show what moves.
     """
-    from . import api, offline
+    from . import api
+    from .deploy import offline
 
     if what_if or what.endswith(".problem.json"):
         result = _what_if(what, what_if or [], parse_options(option), problems)
@@ -120,9 +121,9 @@ def _show(result: Report, as_json: bool, html: str | None) -> None:
 
 
 def _what_if(file: str, rules: list[str], options: dict[str, Any], problems: str | None) -> Report:
-    from .compare import what_if, what_if_plan
-    from .offline import load_plan
+    from .deploy.offline import load_plan
     from .plan_io import load_problem
+    from .reports.compare import what_if, what_if_plan
 
     if not rules or options.keys() - {"solver"}:
         raise OptionError("a problem file needs --what-if deny=KERNEL or lock=KERNEL, and of the options it takes `solver` only")
@@ -135,7 +136,7 @@ def _what_if(file: str, rules: list[str], options: dict[str, Any], problems: str
 @app.command()
 def diff(before: str, after: str, as_json: Json = False, html: Html = None) -> None:
     """Which decisions differ between two plans of `lz solve`, or two outputs of `lz explain --json`; and what that costs."""
-    from .compare import compare_files
+    from .reports.compare import compare_files
 
     _show(compare_files(before, after), as_json, html)
 
@@ -164,8 +165,8 @@ def solve(
     problems: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where each graph's problem goes, for explain --what-if.")] = None,
 ) -> None:  # fmt: skip
     """Plan what MODULE:FACTORY returns for ranges of shapes; `lz_compiler.compile(model, plan=FILE)` runs by it."""
-    from . import offline
-    from .report import ranges_text
+    from .deploy import offline
+    from .reports.report import ranges_text
 
     buckets, dims = _parsed_buckets(bucket or []), _parsed_dynamic(dynamic or [])
     if not Path(file).absolute().parent.is_dir():  # told now, not after minutes of measuring
@@ -196,7 +197,7 @@ def _made_folder(path: str) -> str:
 @app.command()
 def bake(plan: Annotated[str, typer.Argument(metavar="FILE.json", help="a plan of `lz solve`")], factory: str, folder: str) -> None:
     """Write a stored plan of what MODULE:FACTORY returns as a folder that runs without LayerZero."""
-    from . import baking, offline
+    from .deploy import baking, offline
 
     model, args, kwargs = load_factory(factory)
     out.print(str(baking.bake(offline.load_plan(plan), folder, model, args, kwargs)), markup=False)
@@ -205,7 +206,7 @@ def bake(plan: Annotated[str, typer.Argument(metavar="FILE.json", help="a plan o
 @app.command()
 def warmup(folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder of `lz bake`")]) -> None:
     """Load a baked folder and run each of its cells: compiled kernels are then in the caches of this machine."""
-    from .warming import warmup as warm
+    from .deploy.warming import warmup as warm
 
     module = warm(folder, progress=True)
     out.print(f"{folder}: {len(module.EXAMPLES)} cells ready", markup=False)
@@ -218,7 +219,7 @@ def fuzz(
     examples: Annotated[int, typer.Option(help="calls that are tried")] = 500, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Prove that a baked file has a right cell for every declared size, and try random ones against the model. 1 if it is wrong."""
-    from .fuzzing import fuzz as run
+    from .deploy.fuzzing import fuzz as run
 
     report = run(folder, examples=examples, model=load_factory(model)[0] if model else None)
     out.print(report.to_json() if as_json else str(report), markup=False)
@@ -255,7 +256,7 @@ def canary(
     """Try every declared capability of the kernel libraries on this machine. Exit code 1 if something failed."""
     from rich.progress import Progress
 
-    from .canary_run import canary as run
+    from .trust.canary import canary as run
 
     with Progress(console=err, transient=True) as bar:
         tasks: dict[str, Any] = {}
@@ -299,8 +300,8 @@ def ablate(
     train: Annotated[Path | None, typer.Option(help="Train on all cases instead, and write the model here.")] = None,
 ) -> None:  # fmt: skip
     """Compare cost models and solvers on stored problems: tables, figures, and a Markdown report on stdout."""
-    from . import ablate, ablate_report
-    from .corpus import load_all
+    from .research import ablate, ablate_report
+    from .research.corpus import load_all
 
     cases = load_all(corpus_dir or [Path("benchmarks/corpora")])
     if train is not None:
@@ -319,7 +320,7 @@ def ablate(
 def fingerprint(folder: Annotated[str, typer.Argument(metavar="DIR", help="A Hugging Face model folder.")], as_json: Json = False,
                 cache_dir: CacheDir = None) -> None:  # fmt: skip
     """Hashes of a model folder's tokenizer, part by part, of its config and of its weights."""
-    from .model_fingerprint import fingerprint as made_of
+    from .deploy.model_fingerprint import fingerprint as made_of
 
     found = made_of(folder, cache_dir)
     if as_json:

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from .errors import OptionError, unknown
-from .policy import Policy, load_policy
+from .trust.policy import Policy, load_policy
 
 PREFIX = "LAYERZERO_"
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from . import backends, planner, torch_private
 from .capture import GraphView
-from .circuit import Quarantine
 from .cost_models import CostModel, RefiningCostModel, cost_model
 from .cost_models.roofline import Roofline
 from .errors import PolicyError, SolverError
 from .options import Options
 from .plan_io import problem_name, save_problem
-from .policy import Rule
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions, refused_when_smaller
 from .timings import TimingStore
-from .trust import Trust
+from .trust.circuit import Quarantine
+from .trust.policy import Rule
+from .trust.verdicts import Trust
 from .types import EAGER, INDUCTOR, Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Status, Target
 
 log = logging.getLogger(__name__)

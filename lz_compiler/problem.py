@@ -25,7 +25,7 @@ from .cost_models import CostModel
 from .cost_models.roofline import Roofline, bytes_of, traffic_ns, work
 from .options import Options
 from .patterns import Recogniser
-from .policy import Facts, Rule, facts
+from .trust.policy import Facts, Rule, facts
 from .types import Candidate, Choice, Conversion, Cost, Format, Problem, Region, Rejection
 
 aten = torch.ops.aten

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from lz_compiler import ablate, ablate_report, cli, corpus, planner
+from lz_compiler import cli, planner
 from lz_compiler.backend import RECORDS
 from lz_compiler.backends.base import SelectionContext
-from lz_compiler.corpus import Case
 from lz_compiler.cost_models import Priced, learned
 from lz_compiler.cost_models.constant import Constant
 from lz_compiler.cost_models.hybrid import Hybrid
@@ -25,6 +24,8 @@ from lz_compiler.cost_models.learned import Forest, Learned
 from lz_compiler.cost_models.roofline import Roofline
 from lz_compiler.errors import ModelError, OptionError, PlanError
 from lz_compiler.options import Options
+from lz_compiler.research import ablate, ablate_report, corpus
+from lz_compiler.research.corpus import Case
 from lz_compiler.types import Candidate, Rejection, Status
 
 CORPORA = Path(__file__).parents[1] / "benchmarks" / "corpora"

@@ -19,7 +19,7 @@ from test_offline import FAST, SEQ, Counting, ids, llama
 from torch import Tensor, nn
 
 import lz_compiler as lz
-from lz_compiler.baking import read_generated
+from lz_compiler.deploy.baking import read_generated
 from lz_compiler.errors import PlanError
 
 BLOCKED = "import sys; [sys.modules.__setitem__(m, None) for m in ('lz_compiler', 'networkx', 'ortools')]; "

@@ -23,15 +23,16 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import lz_compiler as lz
-from lz_compiler import backends, canary_regions, capabilities, cli
+from lz_compiler import backends, cli
 from lz_compiler.backend import RECORDS
-from lz_compiler.canary_run import CanaryReport, canary
-from lz_compiler.canary_worker import regions
-from lz_compiler.descriptors import Descriptor, read
 from lz_compiler.errors import CapabilityError, OptionError
 from lz_compiler.target import environment
 from lz_compiler.timings import TimingStore
-from lz_compiler.trust import Trust, remember
+from lz_compiler.trust import canary_regions, capabilities
+from lz_compiler.trust.canary import CanaryReport, canary
+from lz_compiler.trust.canary_worker import regions
+from lz_compiler.trust.descriptors import Descriptor, read
+from lz_compiler.trust.verdicts import Trust, remember
 from lz_compiler.types import Candidate, Rejection
 
 FOLDER = Path(backends.__file__).parent
@@ -41,7 +42,7 @@ MODULE = """
 import ctypes, os, time
 import torch
 from lz_compiler.backends.base import Kernel
-from lz_compiler.capabilities import fitting
+from lz_compiler.trust.capabilities import fitting
 
 aten = torch.ops.aten
 library = torch.library.Library("faulty", "FRAGMENT")

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import lz_compiler
 from lz_compiler.cli import app, main
+from lz_compiler.deploy.model_fingerprint import GRAIN_NS, KIND, Fingerprint, differences, fingerprint
 from lz_compiler.errors import FingerprintError
-from lz_compiler.model_fingerprint import GRAIN_NS, KIND, Fingerprint, differences, fingerprint
 from lz_compiler.timings import TimingStore, open_store
 
 Contents = dict[str, Any]

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lz_compiler as lz
-from lz_compiler import export
-from lz_compiler.baking import FILE, _Writer
 from lz_compiler.cli import app
+from lz_compiler.deploy import export
+from lz_compiler.deploy.baking import FILE, _Writer
+from lz_compiler.deploy.offline import CellPlan, ModelPlan
+from lz_compiler.deploy.proof import prove
 from lz_compiler.errors import PlanError
-from lz_compiler.offline import CellPlan, ModelPlan
-from lz_compiler.proof import prove
 
 
 class Rows(nn.Module):

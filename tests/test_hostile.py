@@ -22,17 +22,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lz_compiler as lz
-from lz_compiler import cache_folder, facts, plan_io, warming
-from lz_compiler.descriptors import Descriptor, read
+from lz_compiler import cache_folder, facts, plan_io
+from lz_compiler.deploy import warming
+from lz_compiler.deploy.model_fingerprint import Fingerprint, fingerprint
+from lz_compiler.deploy.offline import ModelPlan, load_plan
+from lz_compiler.deploy.warming import check_manifest
 from lz_compiler.errors import CapabilityError, FingerprintError, LayerZeroError, OptionError, PlanError, PolicyError
-from lz_compiler.model_fingerprint import Fingerprint, fingerprint
-from lz_compiler.offline import ModelPlan, load_plan
 from lz_compiler.plan_io import verdict_or_none
-from lz_compiler.policy import Policy, load_policy
 from lz_compiler.target import stored_target
 from lz_compiler.timings import FILE_NAME, StoreError, Timing, TimingStore
-from lz_compiler.trust import FAILED, Trust, _hardware
-from lz_compiler.warming import check_manifest
+from lz_compiler.trust.descriptors import Descriptor, read
+from lz_compiler.trust.policy import Policy, load_policy
+from lz_compiler.trust.verdicts import FAILED, Trust, _hardware
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="owners, links and pipes of POSIX")
 HERE = Path(__file__).parent

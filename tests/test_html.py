@@ -15,11 +15,11 @@ from rich.console import Console
 from test_cli import fails, run
 
 import lz_compiler as lz
-from lz_compiler.compare import Decision, both_sides, changes, what_if
-from lz_compiler.drawing import drawing, identity
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.plan_io import load_problem, plan_from_dict, plan_to_dict, save_problem
 from lz_compiler.planner import check, solve
+from lz_compiler.reports.compare import Decision, both_sides, changes, what_if
+from lz_compiler.reports.drawing import drawing, identity
 from lz_compiler.types import Candidate, Choice, Conversion, Cost, Format, Plan, Problem, Region, Rejection, Status
 
 EVIL = "</script><img src=x onerror=alert(1)><!--"

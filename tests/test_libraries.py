@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lz_compiler as lz
-from lz_compiler import backends, canary_regions, capabilities, measure
+from lz_compiler import backends, measure
 from lz_compiler.backend import RECORDS
 from lz_compiler.backends import library
 from lz_compiler.backends.base import SelectionContext
+from lz_compiler.trust import canary_regions, capabilities
 from lz_compiler.types import Candidate, Rejection
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my_backend"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lz_compiler as lz
-from lz_compiler import export, offline
+from lz_compiler.deploy import export, offline
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.zoo import Llama, LlamaConfig
 

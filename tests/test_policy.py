@@ -21,16 +21,17 @@ from torch._inductor import config as inductor
 from typer.testing import CliRunner
 
 import lz_compiler as lz
-from lz_compiler import backends, circuit, cli, semantics, zoo
+from lz_compiler import backends, cli, semantics, zoo
 from lz_compiler.backend import EAGER, INDUCTOR, PLANNED, RECORDS
 from lz_compiler.capture import GraphView
 from lz_compiler.errors import KernelError, OptionError, PlanError, PolicyError
 from lz_compiler.options import Options
 from lz_compiler.planning import make_plan
-from lz_compiler.policy import MAX_BYTES, SIZES, Policy, load_policy
-from lz_compiler.report import explain_plan
+from lz_compiler.reports.report import explain_plan
 from lz_compiler.target import detect
 from lz_compiler.timings import TimingStore, open_store
+from lz_compiler.trust import circuit
+from lz_compiler.trust.policy import MAX_BYTES, SIZES, Policy, load_policy
 from lz_compiler.types import Plan
 
 FIXED = {"race": False, "cost_model": "roofline"}

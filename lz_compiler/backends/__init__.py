@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 
-from ..capabilities import descriptor
 from ..errors import CapabilityError, OptionError, unknown
 from ..options import Options
+from ..trust.capabilities import descriptor
 from ..types import Candidate, Rejection
 from .aten import Aten
 from .attention import Attention

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..capabilities import fitting
+from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, natural_layout
 

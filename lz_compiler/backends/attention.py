@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
-from ..capabilities import fitting
+from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .aten import attention_arguments
 from .base import Emitter, Kernel, SelectionContext, Values

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
-from ..capabilities import fitting
+from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold_constants, folded, folding_candidate, rows_of

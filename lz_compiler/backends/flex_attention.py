@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import semantics, torch_private
-from ..capabilities import fitting
+from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..capabilities import fitting
+from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..capabilities import fitting, installed_version
+from ..trust.capabilities import fitting, installed_version
 from ..types import Candidate, Rejection
 from .base import Kernel, SelectionContext
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
-from ..capabilities import fitting
 from ..target import onednn_computes
+from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, split_columns
 from .folding import fold_constants, folded, rows_of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import semantics
-from ..capabilities import fitting
+from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .aten import paged_arguments
 from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked

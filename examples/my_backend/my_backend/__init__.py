@@ -3,7 +3,7 @@
 import torch
 
 from lz_compiler.backends.base import Kernel
-from lz_compiler.capabilities import fitting
+from lz_compiler.trust.capabilities import fitting
 
 library = torch.library.Library("my_backend", "DEF")
 library.define("linear_add(Tensor x, Tensor w, Tensor bias, Tensor other) -> Tensor", tags=(torch.Tag.needs_exact_strides,))

@@ -19,19 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import __version__, backends, export, torch_private
-from .backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, setup
-from .capabilities import descriptor
-from .capture import fingerprint
-from .errors import PlanError, unknown
+from .. import __version__, backends, torch_private
+from ..backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, setup
+from ..capture import fingerprint
+from ..errors import PlanError, unknown
+from ..options import Options
+from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited
+from ..problem import CALL, LOOP, VIEW
+from ..target import environment
+from ..timings import TimingStore, open_store
+from ..trust.capabilities import descriptor
+from ..types import Plan
+from . import export
 from .export import Argument, Dynamic, Program, Ranges
 from .model_fingerprint import fingerprint as fingerprint_folder
-from .options import Options
-from .plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited
-from .problem import CALL, LOOP, VIEW
-from .target import environment
-from .timings import TimingStore, open_store
-from .types import Plan
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import backends, torch_private
-from .errors import KernelError
-from .target import environment
-from .timings import TimingStore
-from .types import Candidate, Plan, Rejection
+from .. import backends, torch_private
+from ..errors import KernelError
+from ..target import environment
+from ..timings import TimingStore
+from ..types import Candidate, Plan, Rejection
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import xxhash
 
-from .errors import FingerprintError
-from .options import Options
-from .timings import TimingStore, open_store
+from ..errors import FingerprintError
+from ..options import Options
+from ..timings import TimingStore, open_store
 
 SCHEMA_VERSION = 1
 KIND = "fingerprint"

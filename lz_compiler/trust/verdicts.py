@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import backends
-from .backends.base import Backend, SelectionContext
+from .. import backends
+from ..backends.base import Backend, SelectionContext
+from ..timings import TimingStore
+from ..types import Candidate, Rejection
 from .canary_regions import capability_of
 from .capabilities import descriptor
-from .timings import TimingStore
-from .types import Candidate, Rejection
 
 CANARY, FAILED = "canary", "canary_failed"
 BAD = ("failed", "crashed", "timed_out")

@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import offline
-from .backend import LOSSLESS
-from .errors import OptionError, PlanError, SolverError, unknown
-from .options import Options
-from .plan_io import load_problem, problem_name, read_limited
-from .planning import solve_within
-from .problem import CALL, LOOP, VIEW
+from ..backend import LOSSLESS
+from ..deploy import offline
+from ..errors import OptionError, PlanError, SolverError, unknown
+from ..options import Options
+from ..plan_io import load_problem, problem_name, read_limited
+from ..planning import solve_within
+from ..problem import CALL, LOOP, VIEW
+from ..types import Problem, Solution
 from .report import Report, explain_model_plan, milliseconds, ranges_text
-from .types import Problem, Solution
 
 if TYPE_CHECKING:
-    from .offline import ModelPlan
+    from ..deploy.offline import ModelPlan
 
 BUDGET_S = 60.0
 

@@ -21,16 +21,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import planner
-from .backends.base import SelectionContext
+from .. import planner
+from ..backends.base import SelectionContext
+from ..cost_models import CostModel, Priced, RefiningCostModel, learned
+from ..cost_models.constant import Constant
+from ..cost_models.hybrid import CAUTION, Hybrid
+from ..cost_models.learned import Forest, Learned
+from ..cost_models.roofline import Roofline, traffic_ns
+from ..errors import OptionError, SolverError, unknown
+from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 from .corpus import Case, Sample, with_prices
-from .cost_models import CostModel, Priced, RefiningCostModel, learned
-from .cost_models.constant import Constant
-from .cost_models.hybrid import CAUTION, Hybrid
-from .cost_models.learned import Forest, Learned
-from .cost_models.roofline import Roofline, traffic_ns
-from .errors import OptionError, SolverError, unknown
-from .types import Candidate, Cost, Problem, Rejection, Solution, Target
 
 MODELS = ("measured", "hybrid", "hybrid:1", "learned", "learned:always", "roofline", "constant")
 SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "greedy", "one_layout", "priority")

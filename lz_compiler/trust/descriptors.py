@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CapabilityError, unknown
+from ..errors import CapabilityError, unknown
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20

@@ -1,7 +1,7 @@
 """Running every declared capability of the kernel libraries on this machine, and what came of it.
 
 Each backend is tried in a process of its own (canary_worker.py), against float64, for NaN, in each layout, for determinism and,
-on a GPU, inside a CUDA graph. What fails is kept in the timings store, and no plan uses it (trust.py).
+on a GPU, inside a CUDA graph. What fails is kept in the timings store, and no plan uses it (verdicts.py).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from .backends import all_backends
-from .backends.base import Backend
+from ..backends import all_backends
+from ..backends.base import Backend
+from ..errors import OptionError, unknown
+from ..options import Options
+from ..target import environment
+from ..timings import open_store
 from .canary_worker import START_S, lines
 from .capabilities import descriptor
-from .errors import OptionError, unknown
-from .options import Options
-from .target import environment
-from .timings import open_store
-from .trust import BAD, last_run, remember
+from .verdicts import BAD, last_run, remember
 
 ROW_S = 60.0  # a kernel that is compiled first has to fit
 TOTAL_S = 1800.0  # on a GPU most of it goes into compiling Triton kernels
@@ -155,7 +155,7 @@ def _run(backend: Backend, device: str, row_s: float, total_s: float, progress: 
         return BackendRun(backend.name, device, "", known.digest if known else "", 0.0, {}, why)
     verdicts: dict[str, Verdict] = {}
     start, incomplete = time.monotonic(), "the worker ended early"
-    command = [sys.executable, "-m", "lz_compiler.canary_worker", backend.name, device, str(row_s), str(total_s)]
+    command = [sys.executable, "-m", "lz_compiler.trust.canary_worker", backend.name, device, str(row_s), str(total_s)]
     # The worker finds the same modules and entry points as this process, and no compiler pool outlives its children.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     regions = 0

@@ -25,15 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import __version__, export, ops, torch_private
-from .backend import EAGER, PLANNED, setup
-from .capture import fingerprint
-from .errors import PlanError
+from .. import __version__, ops, torch_private
+from ..backend import EAGER, PLANNED, setup
+from ..capture import fingerprint
+from ..errors import PlanError
+from ..options import Options
+from ..reports.report import milliseconds
+from ..timings import open_store
+from . import export
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for
-from .options import Options
-from .report import milliseconds
-from .timings import open_store
 
 FILE = "_layerzero_plan.py"
 # How Inductor calls ATen, and what that is.

@@ -14,16 +14,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import PlanError
+from ..problem import LOOP
+from ..types import Candidate, Choice, Cost, Plan, Region
 from .drawing import drawing, identity
-from .errors import PlanError
-from .problem import LOOP
-from .types import Candidate, Choice, Cost, Plan, Region
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .backend import GraphRecord
-    from .offline import CellPlan, ModelPlan
+    from ..backend import GraphRecord
+    from ..deploy.offline import CellPlan, ModelPlan
 
 
 @dataclass(frozen=True, slots=True)

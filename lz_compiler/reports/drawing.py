@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .problem import LOOP
-from .types import Choice, Conversion, Cost, Plan
+from ..problem import LOOP
+from ..types import Choice, Conversion, Cost, Plan
 
 
 @dataclass(slots=True)

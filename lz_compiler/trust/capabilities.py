@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import CapabilityError
+from ..types import Rejection
 from .descriptors import CPU_LEVELS, NUMERIC, Capability, Condition, Descriptor, read
-from .errors import CapabilityError
-from .types import Rejection
 
 if TYPE_CHECKING:
-    from .backends.base import Backend, SelectionContext
+    from ..backends.base import Backend, SelectionContext
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": lambda a, b: a == b,

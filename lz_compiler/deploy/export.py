@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import torch_private
-from .errors import PlanError, unknown
+from .. import torch_private
+from ..errors import PlanError, unknown
 
 Ranges = dict[str, tuple[int, int]]  # symbol -> lowest and highest size, both included
 Dynamic = Mapping[str, Mapping[int, str]]  # argument -> dimension -> symbol

@@ -1,4 +1,4 @@
-"""The process in which one backend's capabilities are tried: `python -m lz_compiler.canary_worker BACKEND DEVICE ROW_S TOTAL_S`.
+"""The process in which one backend's capabilities are tried: `python -m lz_compiler.trust.canary_worker BACKEND DEVICE ROW_S TOTAL_S`.
 
 It imports what is needed and then forks; the child runs one region after the other and says what it is about to do before it does
 it. When the child dies or hangs, the region that it was at is given up and a new child goes on behind it: a fault costs one row,
@@ -25,12 +25,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from . import backends, measure, semantics, torch_private
-from .backends.base import Backend, SelectionContext
+from .. import backends, measure, semantics, torch_private
+from ..backends.base import Backend, SelectionContext
+from ..types import Candidate, Rejection
 from .canary_regions import capability_of, contexts, feature_of, worst_layout
 from .capabilities import descriptor, refusal, subject
 from .descriptors import FLOATS, Capability, Descriptor
-from .types import Candidate, Rejection
 
 LOSSY = 0.1  # relative error, beyond eager's own, above which not even a lossy kernel computes the region
 START_S = 120.0  # to import a backend and make its regions

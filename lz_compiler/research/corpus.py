@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .backends.base import SelectionContext
-from .cost_models import CostModel, Priced
-from .errors import PlanError
-from .measure import PLACE
-from .options import Options
-from .plan_io import problem_from_dict, problem_to_dict
-from .types import Candidate, Problem, Region, Rejection, Target, TensorSpec
+from ..backends.base import SelectionContext
+from ..cost_models import CostModel, Priced
+from ..errors import PlanError
+from ..measure import PLACE
+from ..options import Options
+from ..plan_io import problem_from_dict, problem_to_dict
+from ..types import Candidate, Problem, Region, Rejection, Target, TensorSpec
 
 VERSION = 1
 SUFFIX = ".json.gz"

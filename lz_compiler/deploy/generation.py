@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError
+from ..errors import OptionError
 
 STATE = ("keys", "values", "cumulative_length")  # of a layer of transformers' StaticCache
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import semantics
-from .backends.base import SelectionContext, natural_layout
-from .kv_cache import KVCacheSpec
-from .options import Options
-from .types import Candidate, Region, TensorSpec
+from .. import semantics
+from ..backends.base import SelectionContext, natural_layout
+from ..kv_cache import KVCacheSpec
+from ..options import Options
+from ..types import Candidate, Region, TensorSpec
 
 # With a budget, lossy kernels are offered too; their mode offers compiled ones, and none is refused for CUDA graphs' sake.
 OPTIONS = Options(error_budget=0.5, mode="max-autotune-no-cudagraphs", freeze=True)

@@ -17,10 +17,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import PolicyError, unknown
+from ..errors import PolicyError, unknown
 
 if TYPE_CHECKING:
-    from .backends.base import SelectionContext
+    from ..backends.base import SelectionContext
 
 MAX_BYTES, MAX_RULES, MAX_TEXT = 1 << 17, 1000, 200
 FACTORS = {"lock": 1.0, "prefer": 0.5, "avoid": 2.0, "deny": 1.0}

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import ModelError
 from .ablate import kendall
-from .errors import ModelError
 
 Row = Mapping[str, str]
 DRAWS = 2000

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import OptionError, PlanError
 from . import export
-from .errors import OptionError, PlanError
 from .proof import Finding, prove
 from .warming import FILE
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..errors import OptionError, PlanError
 from . import export
-from .errors import OptionError, PlanError
 from .offline import PlannedModel, check_bundle
 
 FILE = "_layerzero_plan.py"
