@@ -162,7 +162,8 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
             yield f"        mask {r['mask']}"
         up = r["runner_up"]
         if up:
-            wider = "" if up["nodes"] == r["nodes"] else f" for {len(up['nodes'])} nodes instead of {len(r['nodes'])}"
+            theirs, ours = len(up["nodes"]), len(r["nodes"])
+            wider = "" if up["nodes"] == r["nodes"] else f" for {theirs} node{'s' * (theirs > 1)} instead of {ours}"
             yield f"        runner-up {up['kernel']}{wider}  {milliseconds(up['cost_ns'])} ({up['source']}){_weighed(up['factor'])}"
         names = dict.fromkeys(f"{x['kernel']} ({x['code']})" for x in r["rejections"])
         if names:
