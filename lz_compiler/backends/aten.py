@@ -3,7 +3,7 @@ convolutions and bfloat16), and MKL with a packed weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from .. import ops
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values, natural_layout
+from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout
 
 aten = torch.ops.aten
 
@@ -53,26 +53,17 @@ def _mkl(emit: Emitter, t: Values, p: Values) -> object:
     return emit.call(ops.mkl_linear, t["x"], t["packed"], t["w"], t.get("bias"), p["rows"])
 
 
-class Aten:
+class Aten(BuiltIn):
     name = "aten"
     devices: tuple[str, ...] = ("cpu", "cuda")
-    kernels: Mapping[str, Kernel] = {
-        kernel.name: kernel
-        for kernel in (
-            Kernel("aten.mm", _mm),
-            Kernel("aten.bmm", lambda emit, t, p: emit.call(aten.bmm.default, t["a"], t["b"])),
-            Kernel("aten.conv", _conv),
-            Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *attention_arguments(t, p))),
-            Kernel("aten.paged_attention", lambda emit, t, p: emit.call(ops.paged_attention, *paged_arguments(t), p["scale"], p["layout"])),
-            Kernel("mkl.linear_packed", _mkl, _pack_mkl),
-        )
-    }
-
-    def version(self) -> str:
-        return "torch"  # built into it, and torch's version is part of every target
-
-    def missing(self) -> str | None:
-        return None
+    kernels = by_name(
+        Kernel("aten.mm", _mm),
+        Kernel("aten.bmm", lambda emit, t, p: emit.call(aten.bmm.default, t["a"], t["b"])),
+        Kernel("aten.conv", _conv),
+        Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *attention_arguments(t, p))),
+        Kernel("aten.paged_attention", lambda emit, t, p: emit.call(ops.paged_attention, *paged_arguments(t), p["scale"], p["layout"])),
+        Kernel("mkl.linear_packed", _mkl, _pack_mkl),
+    )
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         fit, refused = fitting(self, ctx)

@@ -8,7 +8,7 @@ smallest tensor to add.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .. import ops, semantics
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .aten import attention_arguments
-from .base import Emitter, Kernel, SelectionContext, Values
+from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -99,26 +99,17 @@ def _aligned(ctx: SelectionContext) -> bool:
     return mask.shape[-1] == ctx.params["keys"] and mask.shape[-1] % 8 == 0 and mask.stride[-1] == 1 and all(s % 8 == 0 for s in steps)
 
 
-class Attention:
+class Attention(BuiltIn):
     name = "attention"
     devices: tuple[str, ...] = ("cpu", "cuda")
-    kernels: Mapping[str, Kernel] = {
-        kernel.name: kernel
-        for kernel in (
-            Kernel("aten.flash_attention_cpu", _flash),
-            Kernel("cudnn.attention", _cudnn),
-            Kernel("aten.flash_attention", _flash_cuda),
-            Kernel("aten.efficient_attention", _efficient),
-            Kernel("attention.brgemm", _brgemm, setup=ops.attention_brgemm),
-            Kernel("aten.sdpa_math", lambda emit, t, p: emit.call(ops.sdpa_math, *attention_arguments(t, p))),
-        )
-    }
-
-    def version(self) -> str:
-        return "torch"  # built into it, and torch's version is part of every target
-
-    def missing(self) -> str | None:
-        return None
+    kernels = by_name(
+        Kernel("aten.flash_attention_cpu", _flash),
+        Kernel("cudnn.attention", _cudnn),
+        Kernel("aten.flash_attention", _flash_cuda),
+        Kernel("aten.efficient_attention", _efficient),
+        Kernel("attention.brgemm", _brgemm, setup=ops.attention_brgemm),
+        Kernel("aten.sdpa_math", lambda emit, t, p: emit.call(ops.sdpa_math, *attention_arguments(t, p))),
+    )
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         if ctx.region.op != "attention":

@@ -144,3 +144,17 @@ class Backend(Protocol):
     def missing(self) -> str | None: ...
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]: ...
+
+
+class BuiltIn:
+    """A library that is part of torch: it is always there, and torch's version is part of every target."""
+
+    def version(self) -> str:
+        return "torch"
+
+    def missing(self) -> str | None:
+        return None
+
+
+def by_name(*kernels: Kernel) -> Mapping[str, Kernel]:
+    return {kernel.name: kernel for kernel in kernels}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from .. import ops, semantics
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked
+from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold_constants, folded, folding_candidate, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -101,25 +101,16 @@ def _fp8(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(aten._scaled_mm.default, narrow, t["w"], scale, t["scale"], t.get("bias"), None, out, True)
 
 
-class Cublas:
+class Cublas(BuiltIn):
     name = "cublas"
     devices: tuple[str, ...] = ("cuda",)
-    kernels: Mapping[str, Kernel] = {
-        kernel.name: kernel
-        for kernel in (
-            Kernel("cublas.addmm_activation", _activated),
-            Kernel("cublas.merged", _merged, _merge),
-            Kernel("cublas.conv1x1", _conv1x1, _patch_weight),
-            Kernel("cublas.im2col", _im2col, _patch_weight, compiled=True),
-            Kernel("cublas.fp8_rowwise", _fp8, _fp8_weight, compiled=True),
-        )
-    }
-
-    def version(self) -> str:
-        return "torch"  # built into it, and torch's version is part of every target
-
-    def missing(self) -> str | None:
-        return None
+    kernels = by_name(
+        Kernel("cublas.addmm_activation", _activated),
+        Kernel("cublas.merged", _merged, _merge),
+        Kernel("cublas.conv1x1", _conv1x1, _patch_weight),
+        Kernel("cublas.im2col", _im2col, _patch_weight, compiled=True),
+        Kernel("cublas.fp8_rowwise", _fp8, _fp8_weight, compiled=True),
+    )
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         fit, refused = fitting(self, ctx)

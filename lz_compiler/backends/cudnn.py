@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from .. import ops
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values
+from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
 from .folding import fold_constants, folded, folding_candidate
 
 aten = torch.ops.aten
@@ -34,17 +34,11 @@ def _conv(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(ops.cudnn_conv_relu, x, t["w"], t["bias"], *geometry)
 
 
-class Cudnn:
+class Cudnn(BuiltIn):
     name = "cudnn"
     devices: tuple[str, ...] = ("cuda",)
     # cudnn_convolution_relu and _add_relu ask cuDNN for any algorithm, whatever torch's flags say (ATen/native/cudnn/ConvShared.cpp).
-    kernels: Mapping[str, Kernel] = {k.name: k for k in (Kernel("cudnn.conv", _conv, _fold),)}
-
-    def version(self) -> str:
-        return "torch"  # built into it, and torch's version is part of every target
-
-    def missing(self) -> str | None:
-        return None
+    kernels = by_name(Kernel("cudnn.conv", _conv, _fold))
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         fit, refused = fitting(self, ctx)

@@ -6,7 +6,7 @@ paged decode goes through `trtllm_batch_decode_with_kv_cache`, which reads block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values
+from .base import Emitter, Kernel, SelectionContext, Values, by_name
 from .library import Library, LibraryBackend, sees_last_keys
 
 LIBRARY = Library("flashinfer-python", "flashinfer", "pip install 'lz-compiler[flashinfer]'")
@@ -72,9 +72,7 @@ def _paged(emit: Emitter, t: Values, p: Values) -> Any:
 class FlashInfer(LibraryBackend):
     name = "flashinfer"
     devices: tuple[str, ...] = ("cuda",)
-    kernels: Mapping[str, Kernel] = {
-        kernel.name: kernel for kernel in (Kernel("flashinfer.single", _single), Kernel("flashinfer.paged", _paged))
-    }
+    kernels = by_name(Kernel("flashinfer.single", _single), Kernel("flashinfer.paged", _paged))
     library = LIBRARY
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import semantics, torch_private
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values
+from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
 
 Predicate = Callable[..., Any]
 
@@ -89,16 +89,10 @@ def _nan_kept(score: Tensor, *_: Tensor) -> Tensor:
     return torch.where(score != score, math.inf, score)
 
 
-class FlexAttention:
+class FlexAttention(BuiltIn):
     name = "flex_attention"
     devices: tuple[str, ...] = ("cpu", "cuda")
-    kernels: Mapping[str, Kernel] = {"flex.attention": Kernel("flex.attention", _attention, _prepare, compiled=True)}
-
-    def version(self) -> str:
-        return "torch"  # built into it, and torch's version is part of every target
-
-    def missing(self) -> str | None:
-        return None
+    kernels = by_name(Kernel("flex.attention", _attention, _prepare, compiled=True))
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         fit, refused = fitting(self, ctx)

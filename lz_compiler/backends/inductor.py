@@ -4,14 +4,14 @@ it can fuse, and its C++ GEMM templates."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values
+from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -63,23 +63,14 @@ def _dense(emit: Emitter, t: Values, p: Values) -> Values:
     return {**t, "w": weight, "bias": bias}
 
 
-class Inductor:
+class Inductor(BuiltIn):
     name = "inductor"
     devices: tuple[str, ...] = ("cpu", "cuda")
-    kernels: Mapping[str, Kernel] = {
-        kernel.name: kernel
-        for kernel in (
-            Kernel("inductor.gemv", _gemv),
-            Kernel("inductor.attention", _attention, version=2),
-            Kernel("inductor.cpp_gemm", _cpp_gemm, _dense, compiled=True),
-        )
-    }
-
-    def version(self) -> str:
-        return "torch"  # built into it, and torch's version is part of every target
-
-    def missing(self) -> str | None:
-        return None
+    kernels = by_name(
+        Kernel("inductor.gemv", _gemv),
+        Kernel("inductor.attention", _attention, version=2),
+        Kernel("inductor.cpp_gemm", _cpp_gemm, _dense, compiled=True),
+    )
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         fit, refused = fitting(self, ctx)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .base import Emitter, Kernel, Values
+from .base import Emitter, Kernel, Values, by_name
 from .library import Library, LibraryBackend
 
 aten = torch.ops.aten
@@ -43,5 +42,5 @@ def _gated(emit: Emitter, t: Values, p: Values) -> Any:
 class Liger(LibraryBackend):
     name = "liger"
     devices: tuple[str, ...] = ("cuda",)
-    kernels: Mapping[str, Kernel] = {"liger.gated_linear": Kernel("liger.gated_linear", _gated)}
+    kernels = by_name(Kernel("liger.gated_linear", _gated))
     library = LIBRARY

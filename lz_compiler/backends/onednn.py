@@ -4,7 +4,7 @@ packed weights, in float32 and bfloat16, 1x1 convolutions as products, batch nor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .. import ops, semantics
 from ..target import onednn_computes
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values, split_columns
+from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name, split_columns
 from .folding import fold_constants, folded, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -113,23 +113,17 @@ def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(aten.permute.default, y, [0, 3, 1, 2])
 
 
-class OneDNN:
+class OneDNN(BuiltIn):
     name = "onednn"
     devices: tuple[str, ...] = ("cpu",)
-    kernels: Mapping[str, Kernel] = {
-        kernel.name: kernel
-        for kernel in (
-            Kernel("onednn.linear", _linear, _plain),
-            Kernel("onednn.linear_packed", _linear, _pack_linear),
-            Kernel("onednn.merged_linear_packed", _merged, _pack_merged),
-            Kernel("onednn.conv", _conv, _fold),
-            Kernel("onednn.conv_packed", _conv, _pack_conv),
-            Kernel("onednn.conv1x1", _conv1x1, _fold_1x1),
-        )
-    }
-
-    def version(self) -> str:
-        return "torch"  # built into it, and torch's version is part of every target
+    kernels = by_name(
+        Kernel("onednn.linear", _linear, _plain),
+        Kernel("onednn.linear_packed", _linear, _pack_linear),
+        Kernel("onednn.merged_linear_packed", _merged, _pack_merged),
+        Kernel("onednn.conv", _conv, _fold),
+        Kernel("onednn.conv_packed", _conv, _pack_conv),
+        Kernel("onednn.conv1x1", _conv1x1, _fold_1x1),
+    )
 
     def missing(self) -> str | None:
         return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values, quantize_rows
+from .base import Emitter, Kernel, SelectionContext, Values, by_name, quantize_rows
 from .library import Library, LibraryBackend
 
 LIBRARY = Library("torchao", "torchao.kernel", "pip install 'lz-compiler[torchao]'")
@@ -47,7 +47,7 @@ def _quantized(emit: Emitter, t: Values, p: Values) -> Values:
 class TorchAO(LibraryBackend):
     name = "torchao"
     devices: tuple[str, ...] = ("cpu",)
-    kernels: Mapping[str, Kernel] = {"torchao.int8_linear": Kernel("torchao.int8_linear", _linear, _quantized)}
+    kernels = by_name(Kernel("torchao.int8_linear", _linear, _quantized))
     library = LIBRARY
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:

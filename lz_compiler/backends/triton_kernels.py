@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -15,7 +15,7 @@ from .. import semantics
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .aten import paged_arguments
-from .base import Emitter, Kernel, SelectionContext, Values, natural_layout, quantize_rows, split_columns, stacked
+from .base import Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold_constants, folded, folding_candidate
 
 aten = torch.ops.aten
@@ -103,18 +103,15 @@ def _split_variants(batch: int, kv_heads: int, rows: int, length: int, head: int
 class Triton:
     name = "triton"
     devices: tuple[str, ...] = ("cuda",)
-    kernels: Mapping[str, Kernel] = {
-        kernel.name: kernel
-        for kernel in (
-            Kernel("triton.gemv", _gemv, _prepared),
-            Kernel("triton.gemv_merged", _gemv_merged, _pack),
-            Kernel("triton.gemv_gated", _gemv, _pack),
-            Kernel("triton.depthwise_conv", _depthwise, _depthwise_weight),
-            Kernel("triton.decode_attention", _decode),
-            Kernel("triton.attention", _attention),
-            Kernel("triton.paged_attention", _paged),
-        )
-    }
+    kernels = by_name(
+        Kernel("triton.gemv", _gemv, _prepared),
+        Kernel("triton.gemv_merged", _gemv_merged, _pack),
+        Kernel("triton.gemv_gated", _gemv, _pack),
+        Kernel("triton.depthwise_conv", _depthwise, _depthwise_weight),
+        Kernel("triton.decode_attention", _decode),
+        Kernel("triton.attention", _attention),
+        Kernel("triton.paged_attention", _paged),
+    )
 
     def version(self) -> str:
         return "lz"  # each kernel carries its own; Triton's version comes with torch's

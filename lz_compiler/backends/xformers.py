@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..types import Candidate, Rejection
-from .base import Emitter, Kernel, SelectionContext, Values
+from .base import Emitter, Kernel, SelectionContext, Values, by_name
 from .library import Library, LibraryBackend, sees_last_keys
 
 LIBRARY = Library("xformers", "xformers.ops", "pip install 'lz-compiler[xformers]'")
@@ -50,7 +50,7 @@ def _attention(emit: Emitter, t: Values, p: Values) -> Any:
 class XFormers(LibraryBackend):
     name = "xformers"
     devices: tuple[str, ...] = ("cuda",)
-    kernels: Mapping[str, Kernel] = {"xformers.attention": Kernel("xformers.attention", _attention)}
+    kernels = by_name(Kernel("xformers.attention", _attention))
     library = LIBRARY
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
