@@ -30,7 +30,7 @@ from .passes.keep_attention import keep_attention_pass
 from .passes.output_strides import output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
 from .plan_io import plan_from_dict, plan_to_dict, verdict_or_none
-from .planning import make_plan
+from .planning import DILUTION, make_plan
 from .problem import narrower
 from .target import detect, environment
 from .timings import TimingStore, open_store
@@ -43,6 +43,8 @@ from .types import PLANNED as PLANNED
 from .types import Plan, Target
 
 log = logging.getLogger(__name__)
+
+TIGHTEN, MARGIN = 3, 1.25  # how often a plan over its budget is made anew, and by how much more than was measured errors count then
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +124,8 @@ class Session:
         self.follows = False  # a stored plan: nothing may be planned
         self.dropped = 0  # masks
         self.collective = False  # whether a planned graph contains collectives
+        self.dilution, self.tightened = DILUTION, 0  # of the estimated error; how often it was mended by a measured one
+        self.over = False  # whether this plan's error was over the budget, so that the next process tightens it
         self.breaker = Breaker(store, device, gm.forward, self.record.compile_id)
         torch_private.counters()["graphs"] += 1
 
@@ -158,8 +162,13 @@ class Session:
         return run
 
     def _stored_verdict(self) -> Mapping[str, Any] | None:
-        """The verdict of an earlier process, unless what it would run has failed since."""
+        """The verdict of an earlier process, unless what it would run has failed since, or its plan was over the budget."""
         verdict = None if self.options.problems else verdict_or_none(self.store.get_record("verdict", self.key))
+        if verdict is not None:
+            self.dilution, self.tightened = verdict.get("dilution", DILUTION), verdict.get("tightened", 0)
+            if verdict.get("over"):
+                self.record.notes.append(f"planned anew: measured errors were {self.dilution / DILUTION:.1f} times the estimate")
+                return None
         if verdict is None or verdict["winner"] not in (PLANNED, LOSSLESS):
             return verdict
         failed = Quarantine(self.store, self.device).of_plans(map(plan_from_dict, verdict["plans"]))
@@ -290,8 +299,13 @@ class Session:
     def _report_error(self, name: str, error: float) -> None:
         self.record.error = error
         if error > self.options.error_budget:
+            predicted = max(plan.epsilon for plan in self.record.plans)
+            self.over = self.tightened < TIGHTEN and error < float("inf")
+            if self.over:
+                self.dilution, self.tightened = self.dilution * MARGIN * error / predicted, self.tightened + 1
             self.record.notes.append(
                 f"the plan's measured error {error:.2e} is over the budget {self.options.error_budget:g}: lossless plan used"
+                + (", and a tighter one from the next process on" if self.over else "")
             )
 
     def _finish(self, times: dict[str, float], winner: str) -> None:
@@ -309,7 +323,8 @@ class Session:
         return {
             "winner": winner, "times": times, "plans": plans, "error": self.record.error, "written": self.written,
             "digest": _digest(self.record.plans), "calls": {kernel: sorted(names) for kernel, names in self.breaker.calls.items()},
-            "why": self.breaker.tripped, "collective": self.collective,
+            "why": self.breaker.tripped, "collective": self.collective, "dilution": self.dilution, "tightened": self.tightened,
+            "over": self.over,
         }  # fmt: skip
 
     def _store(self, winner: str, times: Mapping[str, float]) -> None:
@@ -346,7 +361,7 @@ class Session:
         def run(graph: fx.Graph, is_inference: bool) -> None:
             frozen = self._frozen(graph, is_inference)
             self.collective |= has_collectives(graph)
-            plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, self.follows))
+            plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, self.follows, self.dilution))
             for kernel, names in called_as(graph).items():
                 self.breaker.calls.setdefault(kernel, set()).update(names)
 
@@ -402,7 +417,7 @@ def has_collectives(graph: fx.Graph) -> bool:
 
 def plan_and_apply(
     graph: fx.Graph, options: Options, target: Target, store: TimingStore, frozen: Mapping[fx.Node, Tensor], is_inference: bool,
-    known: Sequence[Plan] = (), follow: bool = False,
+    known: Sequence[Plan] = (), follow: bool = False, dilution: float = DILUTION,
 ) -> Plan:  # fmt: skip
     """Plan a functional ATen graph, unless one of the known plans is for it, and rewrite it in place.
 
@@ -424,7 +439,7 @@ def plan_and_apply(
     if follow and plan is None:
         raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
     torch_private.counters()["known_plans"] += plan is not None
-    plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind)
+    plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind, dilution=dilution)
     collected = torch_private.collected()
     if collected is not None:
         collected.limits |= narrower(graph, frozen, options, plan.choices)

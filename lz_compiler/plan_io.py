@@ -110,6 +110,9 @@ def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None
             _is(value.get("error"), float, int, type(None)), _is(value.get("written"), list, type(None))
             for names in value.get("calls", {}).values():
                 _names(names)
+            if not 0 < _is(value.get("dilution", 1.0), float, int) < float("inf"):
+                return None
+            _is(value.get("tightened", 0), int)
     except DAMAGE:
         return None
     return value

@@ -26,12 +26,18 @@ log = logging.getLogger(__name__)
 
 # Rounding errors of kernels are independent, so they add in quadrature; and much of a network's error is added to a
 # residual stream that dilutes it. The estimate is therefore optimistic on purpose: the whole plan's error is measured
-# on the first real call, and that check, not the estimate, is what a user's error_budget rests on.
+# on the first real call, and that check, not the estimate, is what a user's error_budget rests on. A graph whose plan was
+# over its budget is planned anew with the dilution that was measured.
 DILUTION = 0.5
 
 
-def make_plan(view: GraphView, options: Options, target: Target, store: TimingStore, *, fingerprint: str, kind: str) -> Plan:
-    """Plan one functional ATen graph (`kind`: inference, forward or backward) for a target."""
+def make_plan(
+    view: GraphView, options: Options, target: Target, store: TimingStore, *, fingerprint: str, kind: str, dilution: float = DILUTION,
+) -> Plan:  # fmt: skip
+    """Plan one functional ATen graph (`kind`: inference, forward or backward) for a target.
+
+    `dilution`: what the whole plan's relative error is taken to be, over the root of the sum of its kernels' squared ones.
+    """
     start = time.perf_counter()
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
     roofline = Roofline(target)
@@ -44,18 +50,18 @@ def make_plan(view: GraphView, options: Options, target: Target, store: TimingSt
     priced = time.perf_counter()
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
     problem = build(view, found, options, roofline)
-    budget = options.error_budget / DILUTION
+    budget = options.error_budget / dilution
     if options.problems is not None:
         save_problem(replace(problem, error_budget=budget), Path(options.problems) / problem_name(fingerprint, kind, budget > 0))
     try:
         problem, solution = _refined(problem, options, budget, model)
     except SolverError:
-        conflict = _conflict(view, found, options, roofline)
+        conflict = _conflict(view, found, options, budget, roofline)
         if conflict is None:
             raise
         raise PolicyError(conflict) from None
     seconds = time.perf_counter() - priced
-    plan = _decode(view, problem, solution, found, options, fingerprint, kind, target, seconds)
+    plan = _decode(view, problem, solution, found, options, fingerprint, kind, target, seconds, dilution)
     torch_private.counters()["plans"] += 1
     log.info(
         "%s graph: %d candidates, %d conversions, %s by %s, %.3f ms predicted, enumerated and priced in %.2f s, solved in %.2f s",
@@ -88,7 +94,7 @@ def solve_within(problem: Problem, options: Options, budget: float) -> Solution:
 
 def _decode(
     view: GraphView, problem: Problem, solution: Solution, found: Enumeration, options: Options, fingerprint: str, kind: str,
-    target: Target, seconds: float,
+    target: Target, seconds: float, dilution: float,
 ) -> Plan:  # fmt: skip
     place = {node.name: i for i, node in enumerate(view.nodes)}
     chosen = sorted(solution.chosen, key=lambda i: min(place[n] for n in problem.candidates[i].region.outputs))
@@ -111,7 +117,7 @@ def _decode(
             others = tuple(_alternatives(candidate, overlapping))
             rejected = tuple(_rejections(candidate, found.rejections))
         choices.append(Choice(candidate, cost, others, rejected, *found.work.get(index, (0, 0)), tuple(sorted(after))))
-    epsilon = DILUTION * sum(problem.candidates[i].epsilon ** 2 for i in chosen) ** 0.5
+    epsilon = dilution * sum(problem.candidates[i].epsilon ** 2 for i in chosen) ** 0.5
     conversions = tuple((problem.conversions[i], problem.conversion_costs[i]) for i in solution.converted)
     return Plan(
         fingerprint=fingerprint, kind=kind, environment=dict(target.environment), choices=tuple(choices),
@@ -137,16 +143,14 @@ def _barred(found: Enumeration) -> tuple[str, ...]:
     return (INDUCTOR, EAGER) if as_is else (INDUCTOR,) if own else ()
 
 
-def _conflict(view: GraphView, found: Enumeration, options: Options, roofline: Roofline) -> str | None:
+def _conflict(view: GraphView, found: Enumeration, options: Options, budget: float, roofline: Roofline) -> str | None:
     """Which rules leave no plan: a minimal infeasible core, by deletion (Chinneck, Feasibility and infeasibility in optimization,
     2008): a rule without which there is still no plan is not needed for the conflict. None if the policy is not the reason."""
 
     def infeasible(rules: Set[Rule]) -> bool:
         free = [c for c, refusing in found.denied if rules.isdisjoint(refusing)]
         trial = Enumeration([*found.candidates, *free], [Cost(0, "assumed")] * (len(found.candidates) + len(free)))
-        problem = replace(
-            build(view, trial, options, roofline), candidate_class=(), tensor_class={}, error_budget=options.error_budget / DILUTION
-        )
+        problem = replace(build(view, trial, options, roofline), candidate_class=(), tensor_class={}, error_budget=budget)
         return planner.solve(problem, "cp_sat", options.solve_budget_s).status is Status.INFEASIBLE
 
     core = {rule: None for _, refusing in found.denied for rule in refusing}
