@@ -91,13 +91,14 @@ def doctor(cache_dir: str | None = None) -> Report:
         graph_launch = detect(device, store, graphs=True).launch_ns
         targets[device] = {
             **target.environment, "bandwidth": target.bandwidth, "flops": dict(target.flops), "launch_ns": target.launch_ns,
-            "graph_launch_ns": graph_launch,
+            "graph_launch_ns": graph_launch, "cache_bytes": target.cache_bytes, "cache_bandwidth": target.cache_bandwidth,
         }  # fmt: skip
         rates = ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in flops.items())
         details = ", ".join(f"{k} {v}" for k, v in target.environment.items() if k not in ("device", "name"))
         replayed = f", {graph_launch} ns in a CUDA graph" if device == "cuda" else ""
         lines += [f"  {device}: {target.name} ({details})"]
-        lines += [f"    measured peaks: {target.bandwidth / 1e9:.1f} GB/s, {rates}, {target.launch_ns} ns a call{replayed}"]
+        cached = f" ({target.cache_bandwidth / 1e9:.1f} in cache)" if target.cache_bytes else ""
+        lines += [f"    measured peaks: {target.bandwidth / 1e9:.1f} GB/s{cached}, {rates}, {target.launch_ns} ns a call{replayed}"]
     libraries = {}
     lines.append("  kernel libraries:")
     for name, library in backends.all_backends().items():

@@ -284,9 +284,9 @@ def build(view: GraphView, found: Enumeration, options: Options, roofline: Roofl
         for src in produced.get(tensor, {}):
             for dst in wanted:
                 if src != dst and "packed" not in (src.layout, dst.layout) and (tensor, dst) not in packed:
-                    spec = view.spec(_first_tensor(view.by_name[tensor]))
+                    node = view.by_name[tensor]
                     conversions.append(Conversion(tensor, src, dst))
-                    costs.append(roofline.conversion(spec, src, dst))
+                    costs.append(roofline.conversion(view.spec(_first_tensor(node)), src, dst, cold=node.op != "call_function"))
     colours = _colours(view)
     classes: dict[object, int] = {}
     tied = tuple(classes.setdefault(_kind(c, colours), len(classes)) for c in found.candidates)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -57,13 +57,12 @@ def onednn_computes(dtype: str) -> bool:
 
 
 def last_level_cache(device: str = "cpu") -> int:
-    """Bytes of the last-level cache, 32 MiB where the system does not say."""
+    """Bytes of the last-level cache that one core sees, 32 MiB where the system does not say."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties().L2_cache_size)
-    try:
-        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 1 << 20)
-    except (ValueError, OSError):
-        return 32 << 20
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [re.fullmatch(r"(\d+)([KM])", file.read_text().strip()) for file in files]
+    return max((int(m[1]) << (10 if m[2] == "K" else 20) for m in sizes if m), default=32 << 20)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -109,7 +108,12 @@ def _readable(peaks: Mapping[str, Any]) -> bool:
     flops = peaks.get("flops")
     if not isinstance(flops, dict) or not {"float32", "bfloat16", "float16", "transcendental"} <= set(flops):
         return False
-    numbers = [*flops.values(), peaks.get("bandwidth"), peaks.get("launch_ns")]
+    numbers = [
+        *flops.values(),
+        *(peaks.get(k, 1) for k in ("cache_bytes", "cache_bandwidth")),
+        peaks.get("bandwidth"),
+        peaks.get("launch_ns"),
+    ]
     return all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers)
 
 
@@ -123,7 +127,7 @@ def _target(env: dict[str, str], peaks: dict[str, Any], graphs: bool) -> Target:
     return Target(
         device=env["device"], name=env["name"], bandwidth=float(peaks["bandwidth"]), flops=dict(peaks["flops"]),
         launch_ns=int(peaks.get("graph_launch_ns", 0) if graphs else 0) or int(peaks["launch_ns"]),
-        environment=env,
+        environment=env, cache_bytes=int(peaks.get("cache_bytes", 0)), cache_bandwidth=float(peaks.get("cache_bandwidth", 0)),
     )  # fmt: skip
 
 
@@ -138,13 +142,18 @@ def _best(run: Callable[[], object], device: str, seconds: float = 0.15) -> floa
 
 
 def measure_peaks(device: str) -> dict[str, Any]:
-    """Bandwidth from a copy past the last-level cache, flop/s by dtype from a square product, exp/s, cost of one call."""
+    """Bandwidth from a copy past the last-level cache (on a CPU also inside it), flop/s by dtype from a square product, exp/s, cost
+    of one call."""
     with torch_private.real_tensors():
-        elements = 4 * last_level_cache() // 4 if device == "cpu" else 256 << 20
+        cache = last_level_cache(device)
+        elements = cache if device == "cpu" else 256 << 20
         a = torch.ones(elements, device=device)
         b = torch.empty_like(a)
         peaks: dict[str, float] = {}
-        bandwidth = 8.0 * elements / _best(lambda: b.copy_(a), device)
+        bandwidth = {"bandwidth": 8.0 * elements / _best(lambda: b.copy_(a), device)}
+        if device == "cpu":  # both copies together take a quarter of the cache, since other threads use it, too
+            a, b = a[: cache // 32], b[: cache // 32]
+            bandwidth |= {"cache_bandwidth": 8.0 * a.numel() / _best(lambda: b.copy_(a), device), "cache_bytes": cache // 2}
         small = torch.randn(1 << (18 if device == "cpu" else 26), device=device)
         peaks["transcendental"] = small.numel() / _best(lambda: torch.exp(small), device)
         n = 768 if device == "cpu" else 8192
@@ -159,7 +168,7 @@ def measure_peaks(device: str) -> dict[str, Any]:
         launches = {"launch_ns": int(statistics.median(calls) * 1e9)}
         if device == "cuda":
             launches["graph_launch_ns"] = int(_replay_timed(lambda: tiny.add_(0)) * 1e9)
-    return {"bandwidth": bandwidth, "flops": peaks, **launches}
+    return {**bandwidth, "flops": peaks, **launches}
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -170,7 +170,8 @@ class Choice:
 @dataclass(frozen=True, slots=True)
 class Target:
     """A device with what was measured on it once: bytes/s, flop/s by dtype, ns per launch; and what timings on it depend on
-    (`environment`: the device's name, library versions)."""
+    (`environment`: the device's name, library versions). A tensor of at most `cache_bytes` that was just written is read at
+    `cache_bandwidth` (0 bytes: not known)."""
 
     device: str
     name: str
@@ -178,6 +179,8 @@ class Target:
     flops: Mapping[str, float]
     launch_ns: int
     environment: Mapping[str, str]
+    cache_bytes: int = 0
+    cache_bandwidth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from torch import nn
 
 import lz_compiler as lz
 from lz_compiler.backend import RECORDS, open_store
+from lz_compiler.cost_models.roofline import Roofline
 from lz_compiler.planning import solve_within
 from lz_compiler.target import environment
-from lz_compiler.types import Candidate, Cost, Format, Plan, Problem, Region
+from lz_compiler.types import Candidate, Cost, Format, Plan, Problem, Region, Target, TensorSpec
 
 
 def planned(model: nn.Module, x: torch.Tensor, **options: object) -> tuple[Plan, torch.Tensor]:
@@ -105,6 +106,21 @@ def cancel(model: nn.Sequential, difference: float = 1e-3) -> None:
 
 def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
     return float((y - expected).norm() / expected.norm())
+
+
+def test_what_fits_the_cache_is_converted_at_its_rate() -> None:
+    """A result that was just written is still in the cache when a conversion reads it; a weight, or what is too large, is not."""
+    flops = {"float32": 1e11, "bfloat16": 1e11, "float16": 1e11, "transcendental": 1e9}
+    roofline = Roofline(Target("cpu", "a CPU", 1e10, flops, 0, {}, cache_bytes=8000, cache_bandwidth=1e11))
+    wide, narrow = Format("strided", "float32"), Format("strided", "bfloat16")
+
+    def ns(elements: int, cold: bool = False) -> int:
+        return roofline.conversion(TensorSpec((elements,), (1,), "float32", "cpu"), wide, narrow, cold).ns
+
+    assert ns(1000) == 40 + 20
+    assert ns(1000, cold=True) == 400 + 20
+    assert ns(3000) == 1200 + 60  # 12 kB are read from memory, 6 kB written to the cache
+    assert ns(0) == 0
 
 
 def test_a_plan_over_its_budget_is_not_used(tmp_path: Path) -> None:

@@ -95,9 +95,18 @@ class Roofline:
         """A call that has no alternative: its traffic, so that the plan's total is not blind to it."""
         return Cost(traffic_ns(self.target, sum(map(bytes_of, specs))) + self.target.launch_ns, "assumed")
 
-    def conversion(self, spec: TensorSpec, src: Format, dst: Format) -> Cost:
-        """Bytes read and written; entering or leaving a fused loop costs one side only, a change of layout strides."""
-        sides = [bytes_of(spec, f.dtype) for f in (src, dst) if not f.layout.startswith("fused")]
+    def conversion(self, spec: TensorSpec, src: Format, dst: Format, cold: bool = False) -> Cost:
+        """Bytes read and written; entering or leaving a fused loop costs one side only, a change of layout strides.
+
+        What fits the cache is still there when its reader comes; a `cold` source (an input, a weight) is not.
+        """
+        read, written = (0 if f.layout.startswith("fused") else bytes_of(spec, f.dtype) for f in (src, dst))
         strided = ("channels_last" in src.layout) != ("channels_last" in dst.layout)
+        ns = (traffic_ns(self.target, read) if cold else self.warm_ns(read)) + self.warm_ns(written)
         alone = 0 if "fused" in src.layout or "fused" in dst.layout else self.target.launch_ns
-        return Cost(traffic_ns(self.target, sum(sides) * (2 if strided else 1)) + alone, "roofline")
+        return Cost(ns * (2 if strided else 1) + alone, "roofline")
+
+    def warm_ns(self, nbytes: int) -> int:
+        """What moving bytes takes that were just written, or are read next."""
+        fits = 0 < nbytes <= self.target.cache_bytes
+        return round(nbytes / self.target.cache_bandwidth * 1e9) if fits else traffic_ns(self.target, nbytes)
