@@ -12,7 +12,7 @@ STEPS = 8
 
 torch.manual_seed(0)
 layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
-model = nn.Sequential(nn.Embedding(64, 128), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(128, 64))
+model = nn.Sequential(nn.Embedding(64, 128), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(128, 64))
 ids = torch.randint(64, (8, 32))
 
 

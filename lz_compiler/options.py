@@ -40,7 +40,7 @@ class Options:
     solver: str = _option(
         "cp_sat",
         "what solves for the plan; all but `cp_sat` and `highs` are baselines",
-        choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive", "lp_rounding", "one_layout", "priority"),
+        choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive", "lp_rounding", "one_layout", "priority", "local_search"),
     )
     layout_mode: str = _option("adapt", "`adapt` may convert layouts between kernels, `strict` keeps eager's", choices=("adapt", "strict"))
     error_budget: float = _option(0.0, "relative error that a plan may add; 0 allows lossless kernels only", below=1.0)

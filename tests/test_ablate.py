@@ -70,7 +70,7 @@ def test_the_integer_program_is_never_worse_than_a_baseline(name: str) -> None:
     problem = case(name).problem
     best = planner.solve(problem, "cp_sat", 30.0)
     assert best.status is Status.OPTIMAL
-    for solver in ("highs", "greedy", "lp_rounding", "one_layout", "priority"):
+    for solver in ("highs", "greedy", "lp_rounding", "one_layout", "priority", "local_search"):
         other = planner.solve(problem, solver, 30.0)
         assert other.chosen
         assert not planner.check(problem, other)
