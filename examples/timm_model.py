@@ -18,7 +18,9 @@ if timm:
 else:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    model = ResNetForImageClassification(ResNetConfig(depths=[1, 1, 1, 1], layer_type="basic", hidden_sizes=[64, 128, 256, 512], num_labels=10))
+    model = ResNetForImageClassification(
+        ResNetConfig(depths=[1, 1, 1, 1], layer_type="basic", hidden_sizes=[64, 128, 256, 512], num_labels=10)
+    )
 model = model.eval()
 images = torch.randn(2, 3, 96, 96)
 

@@ -394,9 +394,7 @@ def _exact(inst: Instance, backend: Backend, budget_s: float, hint: Solution | N
     return replace(result, used=min(found, key=inst.objective))
 
 
-def _local_search(
-    inst: Instance, deadline: float, hint: Solution | None, objective: Callable[[Solution], float] | None
-) -> set[int] | None:
+def _local_search(inst: Instance, deadline: float, hint: Solution | None, objective: Callable[[Solution], float] | None) -> set[int] | None:
     """From the hint's plan, else from greedy's."""
 
     def value(used: set[int]) -> float:
@@ -443,13 +441,13 @@ def solve(
     else:
         result = _exact(inst, _cp_sat if solver == "cp_sat" else _highs, budget_s, hint)
     used = result.used or set()
-    objective = inst.objective(used)
+    priced = inst.objective(used)
     if result.status is Status.FEASIBLE:
-        result = replace(result, bound=min(result.bound, objective))
+        result = replace(result, bound=min(result.bound, priced))
     chosen, converted = inst.split(used)
     wall_s = time.perf_counter() - start
-    log.debug("%s: %s, objective %d ns, bound %d ns, %.3f s", solver, result.status, objective, result.bound, wall_s)
-    return Solution(chosen, converted, objective, result.bound, result.status, solver, wall_s)
+    log.debug("%s: %s, objective %d ns, bound %d ns, %.3f s", solver, result.status, priced, result.bound, wall_s)
+    return Solution(chosen, converted, priced, result.bound, result.status, solver, wall_s)
 
 
 # --- the check, which shares nothing with the above -------------------------------------------------------------------

@@ -240,9 +240,7 @@ def node_order(inst: Instance) -> list[int]:
     return sorted(key, key=lambda n: (key[n][1], n))
 
 
-def sweep(
-    inst: Instance, single_nodes: bool, rank: Sequence[float] | None = None, order: Sequence[int] | None = None
-) -> set[int] | None:
+def sweep(inst: Instance, single_nodes: bool, rank: Sequence[float] | None = None, order: Sequence[int] | None = None) -> set[int] | None:
     """Node by node in topological order, the candidate that costs least per node, whatever the neighbours need.
 
     A candidate is passed over only where an input exists already and cannot be brought into its format. Conversions are
