@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .cost_models.constant import rank
-from .solvers import Instance, sweep
+from .solvers import Instance, node_order, sweep
 
 SOLVERS = ("lp_rounding", "one_layout", "priority")
 
@@ -66,6 +67,36 @@ def _is_image(inst: Instance, d: int) -> bool:
 def priority(inst: Instance) -> set[int] | None:
     """The first library of a fixed order that can, whatever it costs (see `cost_models.constant`)."""
     return _swept(inst, [float(rank(inst.problem.candidates[inst.members[d][0]].kernel)) for d in range(inst.nx)])
+
+
+def local_search(inst: Instance, start: set[int], value: Callable[[set[int]], float], deadline: float) -> set[int]:
+    """Hill climbing: force one decision into the plan, repair it by a sweep that keeps all others where it can, keep what is better.
+
+    Moves are tried from the most promising price on, and a better plan is gone on from at once (first improvement). `value`: what a
+    plan costs, in any unit. It is asked once for each plan, `start` first. Ends where no move is better, or on the deadline.
+    """
+    best, least, seen, order = start, value(start), {frozenset(start)}, node_order(inst)
+    spots = [{n for k in inst.members[d] for n in inst.nodes[k]} for d in range(inst.nx)]
+
+    def replaced(d: int) -> set[int]:
+        return {e for e in best if e < inst.nx and not spots[e].isdisjoint(spots[d])}
+
+    improved = True
+    while improved:
+        improved = False
+        gains = {d: inst.objective(replaced(d)) - inst.cost[d] for d in range(inst.nx) if d not in best}
+        for d in sorted(gains, key=lambda d: (-gains[d], d)):
+            if time.perf_counter() > deadline:
+                return best
+            kept = (best - replaced(d)) | {d}
+            plan = sweep(inst, False, [0.0 if e in kept else 1.0 for e in range(inst.nx)], order)
+            if plan is None or frozenset(plan) in seen:
+                continue
+            seen.add(frozenset(plan))
+            cost = value(plan)
+            if cost < least:
+                best, least, improved = plan, cost, True
+    return best
 
 
 def _swept(inst: Instance, ranks: list[float]) -> set[int] | None:

@@ -40,7 +40,7 @@ class Options:
     solver: str = _option(
         "cp_sat",
         "what solves for the plan; all but `cp_sat` and `highs` are baselines",
-        choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive", "lp_rounding", "one_layout", "priority"),
+        choices=("cp_sat", "highs", "greedy", "dynamic", "exhaustive", "lp_rounding", "one_layout", "priority", "local_search"),
     )
     layout_mode: str = _option("adapt", "`adapt` may convert layouts between kernels, `strict` keeps eager's", choices=("adapt", "strict"))
     error_budget: float = _option(0.0, "relative error that a plan may add; 0 allows lossless kernels only", below=1.0)
@@ -100,14 +100,20 @@ class Options:
         """Whether the compiled graph is replayed from CUDA graphs (on a CPU this means nothing)."""
         return self.cudagraphs or self.mode in ("reduce-overhead", "max-autotune")
 
+    @property
+    def cost_model_name(self) -> str:
+        """The cost model as text: its name, or of an object `module.Class:name`."""
+        if isinstance(self.cost_model, str):
+            return self.cost_model
+        kind = type(self.cost_model)
+        return f"{kind.__module__}.{kind.__qualname__}:{self.cost_model.name}"
+
     def key(self) -> str:
         """Short and stable: equal for options that lead to the same plans."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["plans"]}
         if self.backends is not None:  # an allow-list has no order
             values["backends"] = sorted(self.backends)
-        if not isinstance(self.cost_model, str):
-            kind = type(self.cost_model)
-            values["cost_model"] = f"{kind.__module__}.{kind.__qualname__}:{self.cost_model.name}"
+        values["cost_model"] = self.cost_model_name
         values["policy"] = self.policy and self.policy.to_data()  # its content, wherever the file lies
         if self.policy is None:  # so that what was stored before there were policies is found
             del values["policy"]

@@ -49,7 +49,7 @@ from .types import Problem, Solution, Status
 
 log = logging.getLogger(__name__)
 
-SOLVERS = ("cp_sat", "highs", "greedy", "dynamic", "exhaustive", *heuristics.SOLVERS)
+SOLVERS = ("cp_sat", "highs", "greedy", "dynamic", "exhaustive", *heuristics.SOLVERS, "local_search")
 REPAIR_S = 1.0  # at most this long for greedy to find any plan of single-node candidates when its sweeps fail
 
 Row = tuple[tuple[tuple[int, int], ...], int]  # ((decision, coefficient), ...) <= bound
@@ -394,11 +394,26 @@ def _exact(inst: Instance, backend: Backend, budget_s: float, hint: Solution | N
     return replace(result, used=min(found, key=inst.objective))
 
 
-def solve(problem: Problem, solver: str = "cp_sat", budget_s: float = 10.0, hint: Solution | None = None) -> Solution:
+def _local_search(inst: Instance, deadline: float, hint: Solution | None, objective: Callable[[Solution], float] | None) -> set[int] | None:
+    """From the hint's plan, else from greedy's."""
+
+    def value(used: set[int]) -> float:
+        priced = inst.objective(used)
+        return priced if objective is None else objective(Solution(*inst.split(used), priced, 0, Status.FEASIBLE, "local_search"))
+
+    start = _hinted(inst, hint) or _greedy(inst, deadline)
+    return None if start is None else heuristics.local_search(inst, start, value, deadline)
+
+
+def solve(
+    problem: Problem, solver: str = "cp_sat", budget_s: float = 10.0, hint: Solution | None = None,
+    objective: Callable[[Solution], float] | None = None,
+) -> Solution:  # fmt: skip
     """The cheapest plan that the named solver finds within the budget, and what it proved about it.
 
     INFEASIBLE and NOT_APPLICABLE come with empty choices. A solver stopped by the clock returns the best plan known
     (FEASIBLE, with the bound proved so far); if none is known either, SolverError. `hint` is a plan to start from.
+    `objective`: for `local_search`, what a plan costs, in any unit (seconds on the clock, say); the sum of its prices if None.
     """
     if solver not in SOLVERS:
         raise OptionError(unknown("solver", solver, SOLVERS))
@@ -406,6 +421,9 @@ def solve(problem: Problem, solver: str = "cp_sat", budget_s: float = 10.0, hint
     inst = solvers.read(problem)
     if solver == "greedy":
         used = _greedy(inst, start + budget_s)
+        result = _Result(Status.INFEASIBLE if used is None else Status.FEASIBLE, used, 0)
+    elif solver == "local_search":
+        used = _local_search(inst, start + budget_s, hint, objective)
         result = _Result(Status.INFEASIBLE if used is None else Status.FEASIBLE, used, 0)
     elif solver in heuristics.SOLVERS:
         used, bound = heuristics.solve(inst, _program(inst), solver)
@@ -423,13 +441,13 @@ def solve(problem: Problem, solver: str = "cp_sat", budget_s: float = 10.0, hint
     else:
         result = _exact(inst, _cp_sat if solver == "cp_sat" else _highs, budget_s, hint)
     used = result.used or set()
-    objective = inst.objective(used)
+    priced = inst.objective(used)
     if result.status is Status.FEASIBLE:
-        result = replace(result, bound=min(result.bound, objective))
+        result = replace(result, bound=min(result.bound, priced))
     chosen, converted = inst.split(used)
     wall_s = time.perf_counter() - start
-    log.debug("%s: %s, objective %d ns, bound %d ns, %.3f s", solver, result.status, objective, result.bound, wall_s)
-    return Solution(chosen, converted, objective, result.bound, result.status, solver, wall_s)
+    log.debug("%s: %s, objective %d ns, bound %d ns, %.3f s", solver, result.status, priced, result.bound, wall_s)
+    return Solution(chosen, converted, priced, result.bound, result.status, solver, wall_s)
 
 
 # --- the check, which shares nothing with the above -------------------------------------------------------------------

@@ -230,7 +230,8 @@ def tensor_order(inst: Instance) -> list[int]:
     return position
 
 
-def _node_order(inst: Instance) -> list[int]:
+def node_order(inst: Instance) -> list[int]:
+    """Nodes in the topological order of the first tensor that each makes."""
     position = tensor_order(inst)
     key: dict[int, tuple[bool, int]] = {}
     for n, ks in enumerate(inst.covering):
@@ -239,12 +240,12 @@ def _node_order(inst: Instance) -> list[int]:
     return sorted(key, key=lambda n: (key[n][1], n))
 
 
-def sweep(inst: Instance, single_nodes: bool, rank: Sequence[float] | None = None) -> set[int] | None:
+def sweep(inst: Instance, single_nodes: bool, rank: Sequence[float] | None = None, order: Sequence[int] | None = None) -> set[int] | None:
     """Node by node in topological order, the candidate that costs least per node, whatever the neighbours need.
 
     A candidate is passed over only where an input exists already and cannot be brought into its format. Conversions are
     paid afterwards. None if the result is not a valid plan. `rank`: of each decision, what counts before its cost (least first);
-    infinity bars it.
+    infinity bars it. `order`: `node_order(inst)`, where it is known.
     """
     formats: list[set[int]] = [set() for _ in inst.pairs]
     for p in inst.sources:
@@ -269,7 +270,7 @@ def sweep(inst: Instance, single_nodes: bool, rank: Sequence[float] | None = Non
         first = 0.0 if rank is None else rank[d]
         return first, inst.cost[d] / sum(len(inst.nodes[m]) for m in inst.members[d]), d
 
-    for n in _node_order(inst):
+    for n in node_order(inst) if order is None else order:
         options = [] if n in covered else [inst.decision[k] for k in inst.covering[n] if fits(k)]
         if options:
             d = min(options, key=share)

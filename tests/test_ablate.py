@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import lz_compiler as lz
 from lz_compiler import cli, planner
 from lz_compiler.backend import RECORDS
 from lz_compiler.backends.base import SelectionContext
@@ -70,7 +71,7 @@ def test_the_integer_program_is_never_worse_than_a_baseline(name: str) -> None:
     problem = case(name).problem
     best = planner.solve(problem, "cp_sat", 30.0)
     assert best.status is Status.OPTIMAL
-    for solver in ("highs", "greedy", "lp_rounding", "one_layout", "priority"):
+    for solver in ("highs", "greedy", "lp_rounding", "one_layout", "priority", "local_search"):
         other = planner.solve(problem, solver, 30.0)
         assert other.chosen
         assert not planner.check(problem, other)
@@ -260,6 +261,23 @@ def test_a_cost_model_may_be_an_object() -> None:
     assert Options(cost_model=own).key() == Options(cost_model=Own()).key() != Options().key()
     with pytest.raises(OptionError, match="an object with a `name` and a method `price`"):
         Options.resolve({"cost_model": object()})
+
+
+def test_a_plan_of_a_cost_model_object_is_kept_under_its_name(tmp_path: Path) -> None:
+    """A plan that is followed prices nothing, so the object is not needed again; another cost model is still an error."""
+    model, x = mlp(), torch.randn(8, 64)
+    lz.solve(model, (x,), cost_model=Own(), race=False).save(tmp_path / "plan.json")
+    plan = lz.load_plan(tmp_path / "plan.json")
+    assert plan.options["cost_model"] == f"{__name__}.Own:own"
+    own = Own()
+    for options in ({}, {"cost_model": own}):
+        run = lz.compile(model, plan=plan, **options)
+        torch.testing.assert_close(run(x), model(x))
+    assert not own.asked
+    with pytest.raises(PlanError, match=r"'cost_model' is 'roofline', but the plan was solved with '.*Own:own'"):
+        lz.compile(model, plan=plan, cost_model="roofline")
+    lz.bake(plan, tmp_path / "baked", model, (x,))
+    torch.testing.assert_close(lz.warmup(tmp_path / "baked").forward(x)[0], model(x)[0])
 
 
 def test_hybrid_in_a_compilation_uses_measured_kernels_only() -> None:

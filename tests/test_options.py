@@ -140,6 +140,9 @@ def test_key_holds_what_changes_plans() -> None:
 def test_table_lists_each_option() -> None:
     rows = {name: rest for name, *rest in option_table()}
     assert set(rows) == {f.name for f in dataclasses.fields(Options)} - {"mode"}
-    assert rows["solver"][:2] == ["cp_sat | highs | greedy | dynamic | exhaustive | lp_rounding | one_layout | priority", "cp_sat"]
+    assert rows["solver"][:2] == [
+        "cp_sat | highs | greedy | dynamic | exhaustive | lp_rounding | one_layout | priority | local_search",
+        "cp_sat",
+    ]
     assert rows["memory_limit"][:2] == ["int | None", "None"]
     assert all(text and "\n" not in text for *_, text in rows.values())

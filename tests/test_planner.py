@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -471,6 +472,32 @@ def test_a_wrong_hint_is_harmless() -> None:
     for hint in (Solution((4, 5), (), 11, 11, Status.OPTIMAL, "x"), Solution((99,), (7,), 0, 0, Status.OPTIMAL, "x")):
         for name in ("cp_sat", "highs"):
             assert solve(given, name, hint=hint).objective == 25
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(tied=True), st.integers(0, 2**16))
+def test_local_search_is_valid_and_never_worse_than_its_start(given: Problem, seed: int) -> None:
+    """Also by an objective of the caller's, which knows nothing of prices."""
+    greedy = solve(given, "greedy")
+    assume(greedy.status is Status.FEASIBLE)
+    exact = solve(given, "cp_sat")
+    found = solve(given, "local_search")
+    assert not check(given, found)
+    assert exact.objective <= found.objective <= greedy.objective
+    event("better than greedy" if found.objective < greedy.objective else "as greedy")
+    assert solve(given, "local_search", hint=exact).objective == exact.objective
+    asked: dict[tuple[object, ...], float] = {}
+
+    def clock(plan: Solution) -> float:
+        assert not check(given, plan)
+        where = plan.chosen, plan.converted
+        assert where not in asked
+        return asked.setdefault(where, random.Random(repr((seed, where))).random())
+
+    other = solve(given, "local_search", objective=clock)
+    assert not check(given, other)
+    assert asked[other.chosen, other.converted] == min(asked.values())
+    assert (greedy.chosen, greedy.converted) in asked
 
 
 def test_the_same_problem_gives_the_same_plan() -> None:

@@ -68,6 +68,13 @@ def all_backends() -> dict[str, Backend]:
     return found
 
 
+def register(backend: Backend) -> None:
+    """Add a backend to this process, as an entry point does for an installed package; one of the same name is replaced."""
+    all_backends()[backend.name] = backend
+    owners.cache_clear()
+    kernel.cache_clear()
+
+
 def allowed_backends(allow: tuple[str, ...] | None) -> list[Backend]:
     """The backends of an allow-list, in order; ATen is always there, since a graph must run at all."""
     known = all_backends()

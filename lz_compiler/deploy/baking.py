@@ -34,7 +34,7 @@ from ..reports.report import milliseconds
 from ..timings import open_store
 from . import export
 from .export import Program, Ranges
-from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for
+from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
 
 FILE = "_layerzero_plan.py"
 # How Inductor calls ATen, and what that is.
@@ -150,7 +150,7 @@ class _Writer:
         program = export.export_program(self.model, self.named, self.plan.dynamic, cell.ranges)
         if fingerprint(program.gm) != cell.fingerprint:
             raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
-        planned = {**self.plan.options, "cudagraphs": False}  # the file captures its own
+        planned = {**stored_options(self.plan), "cudagraphs": False}  # the file captures its own
         mode = planned.pop("mode")
         session = session_for(program, Options.resolve(planned, WITHOUT_GRAPHS.get(mode, mode)), open_store(None))
         winner = PLANNED if cell.winner == EAGER else cell.winner

@@ -195,7 +195,14 @@ def _as_data(options: Options) -> dict[str, Any]:
     """What decides a plan; where facts are kept, and for how long they are sought, does not."""
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if f.metadata["plans"]}
     values["policy"] = options.policy and options.policy.to_data()
+    values["cost_model"] = options.cost_model_name
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as JSON has them
+
+
+def stored_options(plan: ModelPlan) -> dict[str, Any]:
+    """The plan's options, to be resolved again. Without a cost model that was an object: it is not in the file, and a plan that is followed
+    prices nothing."""
+    return {name: value for name, value in plan.options.items() if name != "cost_model" or ":" not in str(value)}
 
 
 def _constants(leaves: Sequence[Any]) -> tuple[str, ...]:
@@ -256,11 +263,12 @@ class PlannedModel(nn.Module):
         super().__init__()
         check_environment(plan)
         self.model, self.plan = model, plan
-        planned = dict(plan.options)
+        planned = stored_options(plan)
         mode = planned.pop("mode")
         self.options = Options.resolve({**planned, **options}, mode)
+        free = {"layout_mode"} | ({"cost_model"} - planned.keys() - options.keys())
         for name, value in _as_data(self.options).items():
-            if value != plan.options.get(name) and name != "layout_mode":
+            if value != plan.options.get(name) and name not in free:
                 raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options.get(name)!r}. Solve again.")
         check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")
         self.adapted: dict[str, int] = {}

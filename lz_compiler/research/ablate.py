@@ -33,7 +33,7 @@ from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 from .corpus import Case, Sample, with_prices
 
 MODELS = ("measured", "hybrid", "hybrid:1", "learned", "learned:always", "roofline", "constant")
-SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "greedy", "one_layout", "priority")
+SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "local_search", "greedy", "one_layout", "priority")
 TRAINED = ("learned", "learned:always", "hybrid", "hybrid:1")  # `always`: never abstains; `1`: the whole interval counts
 EXPERIMENTS = ("models", "device")
 KEY = ("case", "digest", "experiment", "cost_model", "seed")  # of a unit of work
