@@ -45,7 +45,8 @@ SOLVE_S = 20.0
 class PlanRow:
     """One plan. `predicted_ns`: its price by the model; `judged_ns`: by the measured prices; `best_ns`: the least there is by these
     (`regret` = judged / best - 1). `gap`: what the solver left unproved. `tau`: Kendall's, within regions. `measured`, `kernels`: kernels
-    that the model measured, of all. `moved`: regions decided otherwise than in the best plan."""
+    that the model measured, of all. `moved`: regions decided otherwise than in the best plan. `estimated_measure_s`: nothing is measured
+    here, so this is the time that measuring the whole case once took, times `measured` / `kernels`."""
 
     case: str
     family: str
@@ -69,7 +70,7 @@ class PlanRow:
     moved: str
     price_s: float
     solve_s: float
-    measure_s: float
+    estimated_measure_s: float
 
 
 @dataclass(frozen=True, slots=True)
