@@ -106,9 +106,14 @@ class Bound:
             return lambda: self.kernel.run(emit, ready, self.params)
         tensors = {role: v for role, v in ready.items() if isinstance(v, Tensor)}
         run = self._compiled or torch_private.compile_region(lambda t: self.kernel.run(emit, {**ready, **t}, self.params), tensors)
-        if self.ctx.specs[0].device == "cuda":  # on a CPU, weights are constants in the code
+        if self.reusable:
             self._compiled = run
         return lambda: run(tensors)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether what was compiled serves other inputs: on a CPU, weights are constants in the code."""
+        return self.ctx.specs[0].device == "cuda" or not torch_private.COMPILED_IN & {*self.ctx.roles}
 
 
 def _leaves(value: Any) -> tuple[Tensor, ...]:
@@ -217,7 +222,7 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
                 bound = Bound(candidate, ctx)
                 error, epsilons[i] = _wrong(bound, ctx, truth)
                 if error is None:
-                    one = bound.kernel.compiled and not cuda
+                    one = bound.kernel.compiled and not bound.reusable
                     calls[i] = [bound.on(values) for values in (copies[:1] if one else copies)]
                     if cuda:
                         calls[i] = _graph(calls[i])

@@ -435,16 +435,19 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
+COMPILED_IN = {"w", "bias"}  # the tensors that compile_region makes constants on a CPU
+
+
 def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
     """`run(tensors)` through Inductor alone, for measuring a kernel that exists only inside a compiled graph. On a CPU by its
-    GEMM templates, with the tensors `w` and `bias` frozen into the code."""
+    GEMM templates, with the tensors of COMPILED_IN frozen into the code."""
     import torch._inductor.config as config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     cpu = all(t.device.type == "cpu" for t in tensors.values())
-    names = [name for name in tensors if not (cpu and name in ("w", "bias"))]
+    names = [name for name in tensors if not (cpu and name in COMPILED_IN)]
     constants = {name: t for name, t in tensors.items() if name not in names}
     gm = make_fx(lambda *values: (run({**constants, **dict(zip(names, values, strict=True))}),))(*(tensors[n] for n in names))
     gm.graph.eliminate_dead_code()  # what FlexAttention returns beside its result does not exist on a CPU
