@@ -1,6 +1,8 @@
 """What all checks take of a warm compile: canary look-up, quarantine, descriptors, policy, the store's own.
 
-Used by faults.py. The checks' functions are timed where they are called from outside of one another.
+    python benchmarks/checks_overhead.py
+
+The checks' functions are timed where they are called from outside of one another. faults.py prints the same table.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from lz_compiler.timings import TimingStore
@@ -20,7 +23,8 @@ sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "op
 import torch
 from transformers import BertConfig, BertModel
 import lz_compiler
-from lz_compiler import backend, backends, cache_folder, capabilities, circuit, plan_io, planning, policy, timings, trust
+from lz_compiler import backend, backends, cache_folder, plan_io, planning, timings
+from lz_compiler.trust import capabilities, circuit, policy, verdicts
 from lz_compiler.backends import base
 
 spent, calls, inside = {}, {}, []
@@ -40,7 +44,7 @@ def timed(owner, name, label):
     setattr(owner, name, wrapped)
 
 for name in ("__init__", "refusal", "marks"):
-    timed(trust.Trust, name, "canary look-up (trust.py)")
+    timed(verdicts.Trust, name, "canary look-up (verdicts.py)")
 for name in ("__init__", "refusal", "of_plans"):
     timed(circuit.Quarantine, name, "quarantine (circuit.py)")
 timed(capabilities, "_descriptor", "descriptors: reading")
@@ -88,3 +92,10 @@ def overhead(cache: Path) -> tuple[str, bool]:
         f"Descriptors opened, with `backends=['aten', 'onednn']`: {', '.join(best['opened'])}."
     )
     return "\n".join(lines), max(shares) < 3.0 and best["opened"] == ["aten.json", "onednn.json"]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        table, fine = overhead(Path(folder))
+    print(table)
+    sys.exit(not fine)
