@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything reads it: tests must neither use nor touch the user's timings.
 os.environ["LAYERZERO_CACHE_DIR"] = tempfile.mkdtemp(prefix="layerzero-tests-")
+atexit.register(shutil.rmtree, os.environ["LAYERZERO_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 import torch
