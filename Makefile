@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VERSION ?= 2.13.0
 
-.PHONY: demo test lint opinfo test-torch bench clean
+.PHONY: demo test lint docs opinfo test-torch bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lz demo
@@ -18,6 +18,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 opinfo: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/opinfo.py
@@ -43,4 +46,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache

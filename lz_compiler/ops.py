@@ -62,11 +62,17 @@ linear_binary = _define(
     _linear_binary_run,
     _linear_binary_fake,
 )
+
+
+def _mkl_linear_fake(x: Tensor, packed: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 if torch.backends.mkl.is_available():
     mkl_linear = _define(
         "mkl_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias, int rows) -> Tensor",
         lambda x, packed, weight, bias, rows: torch.ops.mkl._mkl_linear(x.contiguous(), packed, weight, bias, rows),
-        lambda x, packed, weight, bias, rows: x.new_empty((*x.shape[:-1], weight.shape[0])),
+        _mkl_linear_fake,
     )
 
 
@@ -285,6 +291,18 @@ def register_lowerings() -> None:
     lower(
         linear_binary, mkldnn._linear_pointwise.binary,
         lambda put, x, other, w, b, attr: (put.contiguous(x), put.contiguous(other), w, b, attr),
+    )  # fmt: skip
+    if torch.backends.mkl.is_available():
+        fake(torch.ops.mkl._mkl_linear.default, _mkl_linear_fake)
+        lower(
+            mkl_linear, torch.ops.mkl._mkl_linear.default,
+            lambda put, x, packed, w, bias, rows: (put.contiguous(x), packed, w, bias, rows),
+        )  # fmt: skip
+    lower(
+        sdpa, aten.scaled_dot_product_attention.default,
+        lambda put, q, k, v, mask, is_causal, scale, enable_gqa: (
+            (q, k, v, mask, 0.0, is_causal), {"scale": scale, "enable_gqa": enable_gqa}),
+        strides=True,
     )  # fmt: skip
     lower(
         conv, mkldnn._convolution_pointwise.default,

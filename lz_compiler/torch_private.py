@@ -618,8 +618,8 @@ def called_names(node: fx.Node) -> set[str]:
     return {f"torch.ops.{space}.{name}" for space, name in names} | {f"extern_kernels.{name}" for space, name in names if space == "aten"}
 
 
-def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> None:
-    """Make Inductor emit a direct call of `vendor` wherever the graph holds `op`.
+def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]], strides: bool = False) -> None:
+    """Make Inductor emit a direct call of `vendor` wherever the graph holds `op`; with `strides`, inputs keep the graph's order of strides.
 
     `arrange(layout, *args)` maps the operator's arguments to the vendor's: a tuple, or (tuple, keyword arguments). `layout`
     offers `contiguous`, `channels_last`, `transposed` and `weight`, which realise an input in that layout (the explicit
@@ -674,6 +674,8 @@ def lower_to(op: Any, vendor: Any, arrange: Callable[..., tuple[Any, ...]]) -> N
         return call(*arranged)
 
     lowering.register_lowering(op, type_promotion_kind=None)(lowered)
+    if strides:
+        lowering.add_layout_constraint(op, lowering.constrain_to_fx_strides)
 
 
 @functools.cache

@@ -171,6 +171,18 @@ def test_structures_constants_and_tied_weights(freeze: bool, tmp_path: Path) -> 
     assert "scale is 2.0; this file was made for 3.0" in ran.stderr
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch was built without MKL")
+def test_weights_that_mkl_packs(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 16)).eval(), torch.randn(24, 48)
+    policy = {"lock": [{"op": "linear", "kernel": "mkl.linear_packed"}]}
+    plan = lz.solve(model, (x,), freeze=True, policy=policy, race=False)
+    lz.bake(plan, tmp_path / "out", model, (x,))
+    assert (tmp_path / "out" / "_layerzero_plan.py").read_text().count("= torch.ops.mkl._mkl_linear.default(") == 2
+    (out,), _ = run_baked(tmp_path / "out", [{"input": x}])
+    with torch.no_grad():
+        torch.testing.assert_close(out["out"], model(x))
+
+
 def test_the_manifest_names_every_file(baked: tuple[nn.Module, Path]) -> None:
     import hashlib
 

@@ -203,7 +203,7 @@ def test_second_size_under_dynamic_shapes(name: str) -> None:
 
 
 # The vendor's operator that each kernel must be seen to call, where it is one of its own
-# (aten.sdpa and aten.sdpa_math are Python operators around ATen's rule, which the profiler does not name).
+# (aten.sdpa leaves the choice to ATen's rule, and aten.sdpa_math is a Python operator around it).
 VENDOR = {
     "onednn.linear": "mkldnn::_linear_pointwise", "onednn.linear_packed": "mkldnn::_linear_pointwise",
     "onednn.merged_linear_packed": "mkldnn::_linear_pointwise", "onednn.conv": "mkldnn::_convolution_pointwise",

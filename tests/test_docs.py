@@ -1,0 +1,137 @@
+"""Documentation is code that runs: every Python block is executed, every command, option, link and path exists, and the site builds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.main import get_command
+
+import lz_compiler as lz
+from lz_compiler.cli import app
+from lz_compiler.trust.descriptors import read
+from lz_compiler.trust.policy import load_policy
+from lz_compiler.zoo import LlamaConfig, llama
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")]
+PAGES += sorted(ROOT.glob("docs/*.md"))
+BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.DOTALL)
+NOT_RUN = 1  # Python blocks that say why they are not run
+
+
+def blocks(page: Path, *kinds: str) -> Iterator[re.Match[str]]:
+    return (m for m in BLOCK.finditer(page.read_text(encoding="utf-8")) if m["kind"] in kinds)
+
+
+def relative(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def assumed() -> dict[str, Any]:
+    """What prose takes for granted: a model, its inputs, a paged cache."""
+    torch.manual_seed(0)
+    model, args, _ = llama(LlamaConfig(hidden=64, layers=1, heads=4, kv_heads=2, intermediate=96, vocab=128))
+    pages = torch.randn(4, 16, 2, 32)
+    return {
+        "torch": torch, "lz": lz, "model": model, "ids": args[0], "batches": [args[0]] * 3,
+        "q": torch.randn(2, 4, 1, 32), "k_cache": pages, "v_cache": pages.clone(),
+        "block_table": torch.tensor([[0, 1], [2, 3]]), "seq_lens": torch.tensor([20, 32]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=relative)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace, which is also the module `my_model` that pages speak of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAYERZERO_MEASURE_BUDGET_S", "1")
+    module = types.ModuleType("my_model")
+    monkeypatch.setitem(sys.modules, "my_model", module)
+    vars(module).update(assumed())
+    for block in blocks(page, "python"):
+        if not block["why"]:
+            exec(compile(block["text"], relative(page), "exec"), vars(module))
+
+
+def test_few_blocks_are_not_run() -> None:
+    reasons = [(relative(page), m["why"]) for page in PAGES for m in blocks(page, "python") if m["why"]]
+    assert len(reasons) <= NOT_RUN, reasons
+
+
+def test_examples_of_files_are_read(tmp_path: Path) -> None:
+    for page in PAGES:
+        for block in blocks(page, "yaml"):
+            (tmp_path / "policy.yaml").write_text(block["text"])
+            assert load_policy(tmp_path / "policy.yaml", "docs").rules
+        for block in blocks(page, "json"):
+            (tmp_path / "mine.json").write_text(block["text"])
+            assert read(tmp_path / "mine.json", "mine").kernels
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, words) of every `lz ...`, `python benchmarks/...` and `make ...` in a block, an indented block or a code span."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        spans = [*re.findall(r"`([^`\n]+)`", text), *(line for m in blocks(page, "") for line in m["text"].splitlines())]
+        for span in [*spans, *re.findall(r"^    (\S.*)$", text, re.MULTILINE)]:
+            line = re.sub(r"\s{3,}.*|\s#.*", "", span.strip().removeprefix("$ ").removeprefix(".venv/bin/"))
+            if re.match(r"(lz [a-z]|python benchmarks/|OMP_NUM_THREADS=1 python benchmarks/|make [a-z]+( |$))", line):
+                yield relative(page), shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "))
+
+
+def test_commands_and_their_options_exist() -> None:
+    seen = 0
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page, words in commands():
+        seen += 1
+        if words[0] == "make":
+            assert words[1] in targets, (page, words)
+            continue
+        if words[0] == "python":
+            strings = constants(ROOT / words[1])
+            missing = [w for w in words[2:] if w.startswith("--") and w.partition("=")[0] not in strings]
+        else:
+            command: Any = get_command(app)
+            for word in words[1:]:
+                if not hasattr(command, "commands"):
+                    break
+                assert word in command.commands, (page, words)
+                command = command.commands[word]
+            known = {option for parameter in command.params for option in parameter.opts}
+            missing = [w for w in words[1:] if re.match(r"--?[a-z]", w) and w.partition("=")[0] not in known | {"--help"}]
+        assert not missing, (page, words)
+    assert seen > 50
+
+
+def constants(script: Path) -> set[str]:
+    """Every string in a script: among them its options."""
+    found = {n.value for n in ast.walk(ast.parse(script.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return found | {w for text in found for w in text.split()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [t for t in re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", text) if not (page.parent / t).exists()]
+    named = re.findall(r"`((?:lz_compiler|tests|benchmarks|docs|examples)/[\w./*-]+)`", text)
+    assert not links + [p for p in named if not any(ROOT.glob(p.rstrip("/")))]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert (tmp_path / "index.html").exists()
+    assert "LayerZero chooses" in (tmp_path / "index.html").read_text()
