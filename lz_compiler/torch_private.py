@@ -110,7 +110,7 @@ def compiled_sizes(values: Sequence[Any]) -> tuple[list[list[tuple[int, int]]], 
                 continue
             env, symbol = size.node.shape_env, size.node._expr
             bound = env.var_to_range[symbol]
-            found.append((int(bound.lower), int(bound.upper)))
+            found.append((int(bound.lower), int(min(bound.upper, 1 << 62))))  # or endless
             first.setdefault(str(symbol), (position, dim))
             every = [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]
             assumed = [PythonPrinter().doprint(expr) for expr in every]

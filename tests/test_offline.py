@@ -165,9 +165,24 @@ def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) 
             strict(x)
     with pytest.raises(PlanError, match="arguments given"):
         lz.compile(Counting(), plan=plan)(ids(8), {})
-    for x in (ids(8)[None], ids(8, batch=2)):
+    for called, x in ((run, ids(8)[None]), (strict, ids(8, batch=2))):
         with pytest.raises(PlanError, match=r"sizes \[\(1, -1\)\] \(-1 varies\); given"):
-            run(x)
+            called(x)
+
+
+def test_sizes_beyond_the_plan_run_the_model_and_each_case_warns_once(planned: tuple[Llama, offline.ModelPlan]) -> None:
+    """Sizes beyond the last bucket are one case however many there are, a dimension that was not declared another; strict refuses both."""
+    model, plan = planned
+    run, strict = lz.compile(model, plan=plan), lz.compile(model, plan=plan, layout_mode="strict")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x in (ids(33), ids(50), ids(64), ids(8, batch=2), ids(9, batch=3)):
+            assert torch.equal(run(x), model(x))
+    assert ["run the model itself" in str(w.message) for w in caught] == [True, True]
+    assert run.adapted == {"seq outside of the plan": 3, "sizes that do not vary in the plan": 2}
+    for x in (ids(33), ids(8, batch=2)):
+        with pytest.raises(PlanError, match="Give what was planned"):
+            strict(x)
 
 
 def test_options_must_be_the_plans(planned: tuple[Llama, offline.ModelPlan]) -> None:

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 CALLS = 60  # at most, until a race is decided
+UNCOMPILED = "such calls run the model itself, uncompiled"
 WINNERS = (PLANNED, LOSSLESS, INDUCTOR, EAGER)
 
 
@@ -272,9 +273,10 @@ class PlannedModel(nn.Module):
         if tuple(named) != self.plan.arguments:
             raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(self.plan.arguments)}.")
         index = self._cell(named)
-        if index is None:
+        fitted = None if index is None else self._fitted(named)
+        if index is None or fitted is None:
             return self.model(*args, **kwargs)
-        named = self._fitted(named)
+        named = fitted
         if index not in self._cells:
             log.warning("compiling the plan's cell %s in this call; lz.warmup does so ahead of time", self.plan.cells[index].ranges)
             self._cells[index] = self._prepare(index, named)
@@ -294,7 +296,8 @@ class PlannedModel(nn.Module):
         if found is None:
             ends = ", ".join(f"{s} 1..{e[-1]}" for s, e in self.plan.buckets.items())
             given = ", ".join(f"{s}={n}" for s, n in sizes.items())
-            self._adapt(f"{given} is outside of the plan ({ends})", "the call runs uncompiled")
+            beyond = ", ".join(s for s, n in sizes.items() if not 1 <= n <= self.plan.buckets[s][-1])
+            self._adapt(f"{given} is outside of the plan ({ends})", UNCOMPILED, f"{beyond} outside of the plan")
         return found
 
     def _prepare(self, index: int, named: Mapping[str, Any]) -> tuple[Program, Callable[..., Any]]:
@@ -306,14 +309,18 @@ class PlannedModel(nn.Module):
         return program, compile_cell(session, program, cell)[0]
 
     def _fitted(self, named: Mapping[str, Any]) -> Any:
-        """The arguments in the dtype, device and dimension order in which they were planned."""
+        """The arguments in the dtype, device and dimension order in which they were planned; None where a size is another."""
         leaves, spec = pytree.tree_flatten(dict(named))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if _constants(leaves) != self.plan.constants:
             raise PlanError(f"the plan is for the constants {', '.join(self.plan.constants)}; given: {', '.join(_constants(leaves))}.")
         found, expected = [tuple(leaves[i].shape) for i in places], [planned.shape for planned in self.plan.tensors]
         if len(found) != len(expected) or not all(p.fits(leaves[i]) for i, p in zip(places, self.plan.tensors, strict=True)):
-            raise PlanError(f"the plan is for tensors of sizes {expected} (-1 varies); given: {found}.")
+            what = f"the plan is for tensors of sizes {expected} (-1 varies); given: {found}"
+            if [len(sizes) for sizes in found] != [len(sizes) for sizes in expected]:
+                raise PlanError(f"{what}.")
+            self._adapt(what, UNCOMPILED, "sizes that do not vary in the plan")
+            return None
         for i, planned in zip(places, self.plan.tensors, strict=True):
             why = planned.misfit(leaves[i])
             if why:
@@ -321,12 +328,14 @@ class PlannedModel(nn.Module):
                 leaves[i] = planned.converted(leaves[i])
         return pytree.tree_unflatten(leaves, spec)
 
-    def _adapt(self, what: str, effect: str) -> None:
+    def _adapt(self, what: str, effect: str, case: str = "") -> None:
+        """An error in strict, else a warning, one for each case (`what` if not given), which is counted."""
+        case = case or what
         if self.options.layout_mode == "strict":
             raise PlanError(f"{what}. Give what was planned, or compile with layout_mode='adapt'.")
-        if what not in self.adapted:
+        if case not in self.adapted:
             warnings.warn(f"LayerZero: {what}: {effect}", stacklevel=6)
-        self.adapted[what] = self.adapted.get(what, 0) + 1
+        self.adapted[case] = self.adapted.get(case, 0) + 1
 
 
 def _environment(device: str) -> dict[str, str]:
