@@ -753,6 +753,13 @@ def node_source_lines(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+def compile_lock() -> Any:
+    """Held by whoever traces or compiles: torch replaces methods of nn.Module meanwhile, for all threads."""
+    from torch._dynamo.convert_frame import compile_lock as lock
+
+    return lock
+
+
 def compile_id() -> str:
     """Dynamo's name of the running compilation, such as `0/1`."""
     from torch._guards import CompileContext
