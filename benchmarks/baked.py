@@ -139,11 +139,11 @@ def first_calls(folder: Path, ends: list[int], processes: int, device: str) -> l
         while len(found) < processes and dropped < 3 * processes:
             command = [sys.executable, "-c", FIRST, str(folder), device, str(n), str(other)]
             times = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            best = min(wall / max(cpu, 1e-6) for wall, cpu in times["row"])
-            kept = {k: [wall for wall, cpu in v if device == "cuda" or wall / cpu <= CONTENDED * best] for k, v in times.items()}
-            late = [wall for wall in kept["row"] if wall in {w for w, _ in times["row"][89:]}]
-            if times["row"][0][0] in kept["row"] and late and kept["after"]:
-                found.append((times["row"][0][0], median(late), median(kept["after"])))
+            row, after = times["row"], times["after"]
+            best = sorted(wall / cpu for wall, cpu in row)[len(row) // 10]  # as in timing.py
+            fair = [[w for w, c in part if device == "cuda" or w / c <= CONTENDED * best] for part in (row[:1], row[89:], after)]
+            if all(fair):
+                found.append((median(fair[0]), median(fair[1]), median(fair[2])))
             else:
                 dropped += 1
         if found:
