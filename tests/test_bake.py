@@ -19,6 +19,7 @@ from test_offline import FAST, SEQ, Counting, ids, llama
 from torch import Tensor, nn
 
 import lz_compiler as lz
+from lz_compiler.deploy import export, general
 from lz_compiler.deploy.baking import read_generated
 from lz_compiler.errors import PlanError
 
@@ -134,7 +135,7 @@ def test_sizes_beyond_the_buckets_run_a_general_cell(baked: tuple[nn.Module, Pat
 
 
 class Pairs(nn.Module):
-    """Two sizes that vary and a constant. `halved`: an even number of rows is read, which cannot be proved to be there for every size."""
+    """Two sizes that vary and a constant. `halved`: an even number of rows is read; that they are there is not proved for every size."""
 
     def __init__(self, halved: bool) -> None:
         super().__init__()
@@ -146,8 +147,8 @@ class Pairs(nn.Module):
         return x @ y if x.shape[0] > 40 else (x * scale).relu() @ y
 
 
-def test_general_cells_of_two_symbols(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One for each choice of symbols that are 1, as far as the model's branches go; none, which is told, where it is not proved."""
+def test_general_cells_of_two_symbols(tmp_path: Path) -> None:
+    """One for each choice of symbols that are 1, as far as the model's branches go; none where that is not beyond the buckets."""
     x, y = torch.randn(6, 16), torch.randn(16, 5)
     declared: Any = {"dynamic": {"x": {0: "rows"}, "y": {1: "columns"}}, "buckets": {"rows": [8], "columns": [12]}}
     plan = lz.solve(Pairs(False), (x, y), {"scale": 3.0}, **declared, **FAST)
@@ -162,11 +163,27 @@ def test_general_cells_of_two_symbols(tmp_path: Path, caplog: pytest.LogCaptureF
     report = lz.fuzz(tmp_path / "out", model=Pairs(False), examples=60)
     assert report.ok, str(report)
     assert report.outside > 10
+    with pytest.raises(PlanError, match=r"Pairs allows rows 2\.\.40 only"):
+        general.program(Pairs(False), {"x": x, "y": y}, {"x": {0: "rows"}}, {"rows": [40]}, {"rows": (2, export.ENDLESS)})
+
+
+def test_what_a_general_cell_asks_of_sizes(tmp_path: Path) -> None:
+    """What export assumed, and what is not proved for all sizes, is asked in each call; where nothing asks it, the proof finds that."""
+    x, y = torch.randn(6, 16), torch.randn(16, 5)
     plan = lz.solve(Pairs(True), (x, y), dynamic={"x": {0: "rows"}}, buckets={"rows": [8]}, **FAST)
-    lz.bake(plan, tmp_path / "halved", Pairs(True), (x, y))
-    assert "no general cell for rows 2.. beyond the buckets" in caplog.text
-    ran = baked_process(tmp_path / "halved", "p.forward(torch.randn(9, 16), torch.randn(16, 5))")
-    assert ran.stderr.strip().endswith("ValueError: rows is 9; this file was made for 1 to 8"), ran.stderr
+    lz.bake(plan, tmp_path / "out", Pairs(True), (x, y))
+    file = tmp_path / "out" / "_layerzero_plan.py"
+    text, asked = file.read_text(), " and (2*(rows // 2) <= rows)"
+    assert f"if rows >= 2{asked}:" in text
+    report = lz.fuzz(tmp_path / "out", model=Pairs(True), examples=40)
+    assert report.ok, str(report)
+    file.write_text(text.replace(asked, ""))
+    assert lz.fuzz(tmp_path / "out").findings == (
+        ("constraint", "general_0 is for 2*(rows // 2) <= rows, which is not asked before it is called"),
+    )
+    file.write_text(text.replace(asked, " and rows % 2 == 0" + asked))
+    (failure,) = lz.fuzz(tmp_path / "out", model=Pairs(True), examples=40, proof=False).failures
+    assert failure.sizes == {"rows": 9}
 
 
 def test_the_self_test_and_the_loops_source(baked: tuple[nn.Module, Path], tmp_path: Path) -> None:

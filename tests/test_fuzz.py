@@ -222,12 +222,13 @@ def generated(buckets: dict[str, list[int]], limit: int = 0) -> tuple[str, dict[
     )  # fmt: skip
     writer = _Writer(plan, nn.Identity(), example, Path())
     if limit:
-        writer.beyond = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(buckets)]
+        limited = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(buckets)]
+        writer.beyond = [(ranges, ()) for ranges in limited]
     manifest = {
         "inputs": {"x": [*symbols, 5], "y": [3, symbols[-1]]}, "buckets": buckets,
         "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "limits": [], "kernels": []} for ranges in cells],
         "general": [{"ranges": {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in ranges.items()}, "assumed": [],
-                     "limits": [], "kernels": []} for ranges in writer.beyond],
+                     "limits": [], "kernels": []} for ranges, _ in writer.beyond],
     }  # fmt: skip
     return f"def forward(x, y):\n{writer._checks({})}\n{writer._dispatch()}\n", manifest
 

@@ -73,13 +73,13 @@ class Body:
 @dataclass(frozen=True, slots=True)
 class Generated:
     """One cell, compiled: its graph and what was generated for it, which of the graph's placeholders it writes into, and, of a general
-    cell, what was assumed of sizes."""
+    cell, what else `forward` must ask of sizes."""
 
     program: Program
     body: Body
     code: torch_private.Generated
     written: frozenset[int]
-    assumed: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
 
 def bake(
@@ -125,7 +125,7 @@ class _Writer:
         self.written: set[str] = set()  # arguments that some cell writes into
         self.brgemm = False
         self.returns = ""
-        self.beyond: list[Ranges] = []  # of each general cell: for which sizes it is
+        self.beyond: list[tuple[Ranges, tuple[str, ...]]] = []  # of each general cell: its sizes, and what else is asked of them
 
     def write(self) -> None:
         (self.out / "kernels").mkdir(parents=True)
@@ -133,8 +133,8 @@ class _Writer:
         self.state = {g.program.names[i] for g in generated for i in g.written if g.program.weights[i] is not None}
         cells = [self._function(f"cell_{i}", _comment(p), g) for i, (p, g) in enumerate(zip(self.plan.cells, generated, strict=True))]
         generals = self._generals({g.program.names[i] for g in generated for i in g.written})
-        self.beyond = [g.program.ranges for g in generals]
-        cells += [self._function(f"general_{i}", _general_comment(g.program.ranges), g) for i, g in enumerate(generals)]
+        self.beyond = [(g.program.ranges, g.asked) for g in generals]
+        cells += [self._function(f"general_{i}", _general_comment(g), g) for i, g in enumerate(generals)]
         for loop, name in self.loops.items():
             if loop.language == "cpp":
                 shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{name}.so")
@@ -191,13 +191,13 @@ class _Writer:
         made = []
         for box in general.boxes(self.plan.buckets) if self.plan.options["layout_mode"] == "adapt" else ():
             try:
-                program, assumed = general.program(self.model, self.named, self.plan.dynamic, self.plan.buckets, box)
+                program, asked = general.program(self.model, self.named, self.plan.dynamic, self.plan.buckets, box)
                 body = Body(*general.aten_code(program.gm.graph), {})
             except PlanError as error:
                 log.warning("no general cell for %s beyond the buckets: %s", general.describe(box), error)
                 continue
             places = frozenset(i for i, name in enumerate(program.names) if name in written)
-            made.append(Generated(program, body, torch_private.Generated(), places, tuple(assumed)))
+            made.append(Generated(program, body, torch_private.Generated(), places, asked))
         return made
 
     def _function(self, name: str, comment: Sequence[str], made: Generated) -> str:
@@ -283,7 +283,7 @@ class _Writer:
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
             "SIGNATURE": ", ".join(_parameter(name, value) for name, value in self.named.items()),
             "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
-            "BEYOND": repr("; ".join(map(general.describe, self.beyond))),
+            "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
@@ -337,12 +337,11 @@ class _Writer:
         within = [f"1 <= {s} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
         together = ", ".join(f"{s}={s}" for s in self.plan.buckets)
         lines = [f"    if not ({' and '.join(within)}):" if len(within) > 1 else f"    if not {within[0]}:"]
-        for i, ranges in enumerate(self.beyond):
-            lines.append(f"        if {general.condition(ranges)}:")
+        for i, sizes in enumerate(self.beyond):
+            lines.append(f"        {'elif' if i else 'if'} {general.condition(*sizes)}:")
             lines.append(f"            _beyond({together})")
             lines.append(f"            out = general_{i}({', '.join(self.inputs)})")
-            lines.append(f"            return {self.returns}")
-        return [*lines, f"        raise ValueError(_nowhere({together}))"]
+        return [*lines, "        else:", f"            raise ValueError(_nowhere({together}))", f"        return {self.returns}"]
 
     def _dispatch(self) -> str:
         """A binary search for the cell, symbol by symbol, by the buckets' upper ends; sizes outside of them were refused before."""
@@ -435,13 +434,14 @@ def _comment(cell: CellPlan) -> list[str]:
     return [f'    """{text[0].strip()}', *text[1:], '    """']
 
 
-def _general_comment(ranges: Ranges) -> list[str]:
-    return [f'    """{general.describe(ranges)}: plain ATen calls for sizes beyond the buckets; nothing was planned or priced."""']
+def _general_comment(made: Generated) -> list[str]:
+    sizes = general.describe(made.program.ranges, made.asked)
+    return [f'    """{sizes}: plain ATen calls for sizes beyond the buckets; nothing was planned or priced."""']
 
 
 def _general_holds(made: Generated) -> dict[str, Any]:
     ranges = {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in made.program.ranges.items()}
-    return {"ranges": ranges, "assumed": made.assumed, "kernels": ["aten"], "limits": []}
+    return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
 
 
 def _text(words: str) -> str:

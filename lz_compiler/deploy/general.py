@@ -21,7 +21,7 @@ from ..errors import PlanError
 from .export import ENDLESS, Dynamic, Program, Ranges, export_program
 from .proof import always
 
-CONDITION = "{} == 1", "{} >= {}", "{} <= {} <= {}"
+WORDS = {"and", "or", "not", "max", "min"}
 
 
 def boxes(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
@@ -32,10 +32,10 @@ def boxes(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
 
 def program(
     model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[str, Sequence[int]], box: Ranges
-) -> tuple[Program, list[str]]:
-    """The model on one of `boxes`, with the ranges that the model allows, and what was assumed of sizes in them (proved).
+) -> tuple[Program, tuple[str, ...]]:
+    """The model on one of `boxes`, with the ranges that the model allows, and what else has to be asked of sizes in them, as Python.
 
-    PlanError where the graph is not for all of its ranges, or where these do not go beyond the buckets.
+    PlanError where the graph is for one size only, or where its ranges do not go beyond the buckets.
     """
     made = export_program(model, named, dynamic, box, {s: min(high, max(2, buckets[s][-1])) for s, (_, high) in box.items()})
     values = [value for value, weight in zip(made.inputs, made.weights, strict=True) if weight is None]
@@ -55,10 +55,10 @@ def program(
     if not any(high > buckets[s][-1] for s, (_, high) in ranges.items()):
         raise PlanError(f"{type(model).__name__} allows {describe(ranges)} only")
     assumed = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: symbols.get(m[0], m[0]), text) for text in assumed]
-    unproved = [text for text in assumed if not always(text, ranges)]
-    if unproved:
-        raise PlanError(f"{unproved[0]} does not hold, or is not proved, for {describe(ranges)}")
-    return replace(made, ranges=ranges), assumed
+    asked = tuple(text for text in assumed if not always(text, ranges))
+    if not set(re.findall(r"[A-Za-z_]\w*", " ".join(asked))) <= {*symbols.values(), *WORDS}:
+        raise PlanError(f"{type(model).__name__} assumes {' and '.join(asked)}")
+    return replace(made, ranges=ranges), asked
 
 
 def aten_code(graph: fx.Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -81,15 +81,15 @@ def aten_code(graph: fx.Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return arguments, tuple(lines)
 
 
-def condition(ranges: Ranges) -> str:
+def condition(ranges: Ranges, asked: Sequence[str]) -> str:
     """The sizes of a general cell as a test in Python."""
-    one, above, between = CONDITION
     texts = [
-        one.format(s) if high == 1 else above.format(s, low) if high == ENDLESS else between.format(low, s, high)
+        f"{s} == 1" if high == 1 else f"{s} >= {low}" if high == ENDLESS else f"{low} <= {s} <= {high}"
         for s, (low, high) in ranges.items()
-    ]
-    return " and ".join(texts)
+    ]  # fmt: skip
+    return " and ".join([*texts, *(f"({text})" for text in asked)])
 
 
-def describe(ranges: Ranges) -> str:
-    return ", ".join(f"{s} {low}..{'' if high == ENDLESS else high}" for s, (low, high) in ranges.items())
+def describe(ranges: Ranges, asked: Sequence[str] = ()) -> str:
+    text = ", ".join(f"{s} {low}..{'' if high == ENDLESS else high}" for s, (low, high) in ranges.items())
+    return text + (f" where {' and '.join(asked)}" if asked else "")

@@ -83,7 +83,18 @@ def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list
     for index, cell in enumerate(manifest.get("general", ())):
         for path in (p for p in paths if f"general_{index}" in p.cells):
             found += _against(f"general_{index}", path.box, cell)
+        found += _unasked(f"general_{index}", cell.get("asked", ()), functions["forward"])
     return list(dict.fromkeys(found)), paths
+
+
+def _unasked(name: str, texts: Sequence[str], forward: ast.FunctionDef) -> Iterator[Finding]:
+    """What `forward` has to ask of sizes before it calls a general cell, and does not."""
+    tests = [
+        ast.unparse(n.test) for n in ast.walk(forward) if isinstance(n, ast.If) and ast.unparse(n.body[-1]).startswith(f"out = {name}(")
+    ]
+    for text in texts:
+        if not any(ast.unparse(ast.parse(text, mode="eval")) in test for test in tests):
+            yield "constraint", f"{name} is for {text}, which is not asked before it is called"
 
 
 def ranges_of(cell: Mapping[str, Any]) -> Box:
