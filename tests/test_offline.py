@@ -151,6 +151,18 @@ def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.Mode
         lz.compile(model, plan=dataclasses.replace(plan, options={**plan.options, "cudagraphs": True}), compile_in_background=True)
 
 
+def test_a_recompilation_never_blocks_silently(caplog: pytest.LogCaptureFixture) -> None:
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    run = lz.compile(double, race=False, cost_model="roofline")
+    for n in (4, 4, 5, 6):
+        run(torch.zeros(n, 3))
+    said = [r.message for r in caplog.records if r.name == "lz_compiler.backend" and r.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "/1 is compiled again, for other sizes or conditions: the call waited" in said[0]
+
+
 def _in_a_thread(call: Callable[[], Any]) -> Any:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(call).result()
