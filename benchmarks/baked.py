@@ -9,6 +9,9 @@ In float32 on a CPU, in bfloat16 on a GPU (calls without CUDA graphs).
 2. Cold start: fresh processes from their start to the first output. Baked; torch.compile with empty caches; Inductor and
    `lz.compile(plan=...)` with warm ones.
 3. Steady state: the baked file and `lz.compile(plan=...)`, calls in turn, each cell at its upper end.
+4. First call after `lz.warmup`, each cell in fresh processes of its own: beside the median of its calls 90 to 110, which find the
+   processor's caches as they left them, and beside later calls that each follow one of another cell, which do not. Processes that did not
+   get their cores in the first call are not counted.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from timing import CONTENDED
+
 START = {
     "baked": "import sys; sys.path.insert(0, sys.argv[1]); import torch, _layerzero_plan as p; "
     "print(p.forward(torch.arange(64, device=sys.argv[2])[None]).sum().item())",
@@ -33,6 +38,19 @@ START = {
     "torch.compile, caches warm": "BACKEND = 'inductor'",
     "LayerZero's plan, caches warm": "PLAN = True",
 }
+FIRST = """
+import json, sys, time, torch
+import lz_compiler as lz
+forward = lz.warmup(sys.argv[1]).forward
+x, other = (torch.randint(8000, (1, int(n)), device=sys.argv[2]) for n in sys.argv[3:])
+def timed():
+    cpu, wall = time.process_time_ns(), time.perf_counter_ns()
+    float(forward(x).flatten()[0])  # waits for a GPU
+    return (time.perf_counter_ns() - wall) / 1e6, (time.process_time_ns() - cpu) / 1e6
+row = [timed() for _ in range(110)]
+after = [(forward(other), timed())[1] for _ in range(21)]
+print(json.dumps({"row": row, "after": after}))
+"""
 COMPILED = """
 import sys, torch
 from lz_compiler import zoo
@@ -111,6 +129,29 @@ def cold_starts(folder: Path, processes: int, device: str) -> dict[str, list[flo
     return found
 
 
+def first_calls(folder: Path, ends: list[int], processes: int, device: str) -> list[tuple[int, float, float, float, int]]:
+    """(cell's upper end, ms of the first call after warming up, of calls 90 to 110, of calls after another cell's; processes dropped)."""
+    rows = []
+    for n in ends:
+        other = next(e for e in reversed(ends) if e != n)
+        found: list[tuple[float, float, float]] = []
+        dropped = 0
+        while len(found) < processes and dropped < 3 * processes:
+            command = [sys.executable, "-c", FIRST, str(folder), device, str(n), str(other)]
+            times = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            row, after = times["row"], times["after"]
+            best = sorted(wall / cpu for wall, cpu in row)[len(row) // 10]  # as in timing.py
+            fair = [[w for w, c in part if device == "cuda" or w / c <= CONTENDED * best] for part in (row[:1], row[89:], after)]
+            if all(fair):
+                found.append((median(fair[0]), median(fair[1]), median(fair[2])))
+            else:
+                dropped += 1
+        if found:
+            rows.append((n, *(median(column) for column in zip(*found, strict=True)), dropped))
+        print(f"first calls at {n}: {rows[-1:]}", file=sys.stderr)
+    return rows
+
+
 def steady(model: Any, plan: Any, module: Any, rounds: int, device: str) -> list[tuple[str, float, float, float]]:
     """(cell, ms baked, ms compiled, largest difference)."""
     import time
@@ -143,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--fresh", type=int, default=10, help="processes for the first calls of each cell")
     parser.add_argument("--buckets", default="16,64,256", help="upper ends of the sequence's buckets")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path)
@@ -184,8 +226,15 @@ def main() -> None:
         print("\n| first output of a fresh process | s, median | of baked |\n|---|---|---|")
         for name, seconds in starts.items():
             print(f"| {name} | {median(seconds):.2f} | {median(seconds) / median(starts['baked']):.2f}x |")
+        first = first_calls(out, [cell.ranges["seq"][1] for cell in plan.cells], args.fresh, args.device)
+        print(
+            "\n| cell's upper end | first call after lz.warmup, ms | calls 90 to 110, ms | ratio | calls after another cell's, ms | ratio "
+            "| processes dropped |\n|---|---|---|---|---|---|---|"
+        )
+        for end, ms, late, after, dropped in first:
+            print(f"| {end} | {ms:.2f} | {late:.2f} | {ms / late:.2f} | {after:.2f} | {ms / after:.2f} | {dropped} |")
     if args.json:
-        args.json.write_text(json.dumps({"selection_us": chosen, "steady": rows, "cold_s": starts}))
+        args.json.write_text(json.dumps({"selection_us": chosen, "steady": rows, "cold_s": starts, "first_ms": first}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -78,7 +79,12 @@ def layerzero(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> Callable[..., Any]:  # fmt: skip
-    """Plan and compile one graph. `mode` and `options` as in torch.compile; see Options for the options."""
+    """Plan and compile one graph. `mode` and `options` as in torch.compile; see Options for the options.
+
+    The log says how long it took, as a warning where Dynamo had compiled the same code before: for other sizes, say, and in
+    a call that had to wait for it.
+    """
+    start = time.perf_counter()
     setup()
     chosen = Options.resolve(options, mode)
     check_names(chosen)
@@ -87,7 +93,13 @@ def layerzero(
     if chosen.freeze:
         torch_private.guard_owned(gm)
     team = ranks.team(chosen) if ranks.several() else None
-    return Session(gm, list(example_inputs), chosen, store, device, torch_private.placeholder_tensors(gm), team).compile()
+    compiled = Session(gm, list(example_inputs), chosen, store, device, torch_private.placeholder_tensors(gm), team).compile()
+    name, seconds = torch_private.compile_id(), time.perf_counter() - start
+    if name.endswith(("/0", "?")):
+        log.info("graph %s compiled in %.1f s", name, seconds)
+    else:
+        log.warning("graph %s is compiled again, for other sizes or conditions: the call waited %.1f s", name, seconds)
+    return compiled
 
 
 def _device(example_inputs: Sequence[Any], gm: fx.GraphModule) -> str:

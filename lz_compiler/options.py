@@ -60,6 +60,11 @@ class Options:
     race: bool = _option(True, "compare plans end to end on the first real calls; False trusts the prices")
     ranks: bool = _option(True, "under torch.distributed, one rank plans for all; False: each for itself", plans=False)
     rank_timeout_s: float = _option(300.0, "seconds to wait for the other ranks to compile the same graph", plans=False)
+    compile_in_background: bool = _option(
+        False,
+        "with a stored plan: a thread compiles a cell after its first call, and calls run its graph uncompiled until then",
+        plans=False,
+    )
     cache_dir: str | None = _option(None, "directory of the timings store; None is the user's cache", plans=False)
     problems: str | None = _option(
         None, "folder for each graph's problem as planned, one FILE.problem.json a graph; a stored verdict is then not used", plans=False

@@ -110,7 +110,7 @@ def compiled_sizes(values: Sequence[Any]) -> tuple[list[list[tuple[int, int]]], 
                 continue
             env, symbol = size.node.shape_env, size.node._expr
             bound = env.var_to_range[symbol]
-            found.append((int(bound.lower), int(bound.upper)))
+            found.append((int(bound.lower), int(min(bound.upper, 1 << 62))))  # or endless
             first.setdefault(str(symbol), (position, dim))
             every = [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]
             assumed = [PythonPrinter().doprint(expr) for expr in every]
@@ -756,6 +756,13 @@ def node_source_lines(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:
         for file, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""):
             found[(file, int(line))] = None
     return tuple(found)
+
+
+def compile_lock() -> Any:
+    """Held by whoever traces or compiles: torch replaces methods of nn.Module meanwhile, for all threads."""
+    from torch._dynamo.convert_frame import compile_lock as lock
+
+    return lock
 
 
 def compile_id() -> str:

@@ -19,6 +19,7 @@ from test_offline import FAST, SEQ, Counting, ids, llama
 from torch import Tensor, nn
 
 import lz_compiler as lz
+from lz_compiler.deploy import export, general
 from lz_compiler.deploy.baking import read_generated
 from lz_compiler.errors import PlanError
 
@@ -95,23 +96,94 @@ def test_what_does_not_fit_is_refused_or_converted(baked: tuple[nn.Module, Path]
         "def error(x):\n"
         "    try: p.forward(x)\n"
         "    except ValueError as e: print('error:', e)\n"
-        "error(torch.zeros(1, 33, dtype=torch.int64)); error(torch.zeros(1, 0, dtype=torch.int64))\n"
+        "error(torch.zeros(1, 65, dtype=torch.int64)); error(torch.zeros(1, 0, dtype=torch.int64))\n"
         "error(torch.zeros(2, 4, dtype=torch.int64)); error(good[0])\n"
         "for x in (good.int(), (torch.arange(32) % 5)[None].clone()[:, ::2]):\n"
         "    with warnings.catch_warnings(record=True) as caught:\n"
         "        warnings.simplefilter('always')\n"
         "        same = torch.equal(p.forward(x), p.forward(x.long().contiguous())); p.forward(x)\n"
         "    print('same', same, 'warnings', len(caught), 'counted', list(p.adapted.values())[-1])\n"
-        "p.LAYOUT_MODE = 'strict'; error(good.int())\n",
+        "p.LAYOUT_MODE = 'strict'; error(good.int()); error(torch.zeros(1, 33, dtype=torch.int64))\n",
     )
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
-    assert lines[0] == "error: seq is 33; this file was made for 1 to 32"
-    assert lines[1] == "error: seq is 0; this file was made for 1 to 32"
+    assert lines[0] == "error: seq is 65; this file was made for seq 1..32, and its general cells for seq 2..64"
+    assert lines[1] == "error: seq is 0; this file was made for seq 1..32, and its general cells for seq 2..64"
     assert lines[2] == "error: input_ids has sizes (2, 4); this file was made for (1, -1) (-1 varies)"
     assert lines[3] == "error: input_ids has 1 dimensions; this file was made for 2"
     assert lines[4:6] == ["same True warnings 1 counted 2"] * 2
     assert lines[6].startswith("error: input_ids is torch.int32 on cpu")
+    assert lines[7] == lines[0].replace("65", "33")
+
+
+def test_sizes_beyond_the_buckets_run_a_general_cell(baked: tuple[nn.Module, Path]) -> None:
+    """Plain ATen calls, right for every size that the model allows (its rotary table has 64 rows), with one warning."""
+    model, folder = baked
+    inputs = [{"input_ids": ids(n)} for n in (33, 34, 47, 63, 64)]
+    outputs, _ = run_baked(folder, inputs)
+    for given, out in zip(inputs, outputs, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(out["out"], model(**given))
+    ran = baked_process(folder, "[p.forward(torch.arange(n)[None]) for n in (33, 64, 33)]; print(p.adapted)")
+    assert ran.stdout.strip() == "{'seq beyond 32': 3}"
+    assert ran.stderr.count("UserWarning: LayerZero: seq beyond 32 ({'seq': 33}): such calls run a general cell") == 1
+    (general,) = (n for n in ast.parse((folder / "_layerzero_plan.py").read_text()).body if getattr(n, "name", "") == "general_0")
+    called = {ast.unparse(n.func) for n in ast.walk(general) if isinstance(n, ast.Call)}
+    assert called
+    assert all(name.startswith("torch.ops.aten.") for name in called - {"torch.device"}), called
+    assert not {33, 64} & {n.value for n in ast.walk(general) if isinstance(n, ast.Constant) and type(n.value) is int} - {64}
+
+
+class Pairs(nn.Module):
+    """Two sizes that vary and a constant. `halved`: an even number of rows is read; that they are there is not proved for every size."""
+
+    def __init__(self, halved: bool) -> None:
+        super().__init__()
+        self.halved = halved
+
+    def forward(self, x: Tensor, y: Tensor, *, scale: float = 2.0) -> Tensor:
+        if self.halved:
+            return x[: x.shape[0] // 2 * 2] @ y
+        return x @ y if x.shape[0] > 40 else (x * scale).relu() @ y
+
+
+def test_general_cells_of_two_symbols(tmp_path: Path) -> None:
+    """One for each choice of symbols that are 1, as far as the model's branches go; none where that is not beyond the buckets."""
+    x, y = torch.randn(6, 16), torch.randn(16, 5)
+    declared: Any = {"dynamic": {"x": {0: "rows"}, "y": {1: "columns"}}, "buckets": {"rows": [8], "columns": [12]}}
+    plan = lz.solve(Pairs(False), (x, y), {"scale": 3.0}, **declared, **FAST)
+    lz.bake(plan, tmp_path / "out", Pairs(False), (x, y), {"scale": 3.0})
+    assert [c["ranges"] for c in json.loads((tmp_path / "out" / "manifest.json").read_text())["general"]] == [
+        {"rows": [2, 40], "columns": [2, None]}, {"rows": [2, 40], "columns": [1, 1]}, {"rows": [1, 1], "columns": [2, None]},
+    ]  # fmt: skip
+    inputs = [{"x": torch.randn(r, 16), "y": torch.randn(16, c)} for r, c in ((9, 1), (1, 13), (9, 13), (40, 12), (8, 101))]
+    outputs, _ = run_baked(tmp_path / "out", inputs)
+    for given, out in zip(inputs, outputs, strict=True):
+        torch.testing.assert_close(out["out"], Pairs(False)(**given, scale=3.0))
+    report = lz.fuzz(tmp_path / "out", model=Pairs(False), examples=60)
+    assert report.ok, str(report)
+    assert report.outside > 10
+    with pytest.raises(PlanError, match=r"Pairs allows rows 2\.\.40 only"):
+        general.program(Pairs(False), {"x": x, "y": y}, {"x": {0: "rows"}}, {"rows": [40]}, {"rows": (2, export.ENDLESS)})
+
+
+def test_what_a_general_cell_asks_of_sizes(tmp_path: Path) -> None:
+    """What export assumed, and what is not proved for all sizes, is asked in each call; where nothing asks it, the proof finds that."""
+    x, y = torch.randn(6, 16), torch.randn(16, 5)
+    plan = lz.solve(Pairs(True), (x, y), dynamic={"x": {0: "rows"}}, buckets={"rows": [8]}, **FAST)
+    lz.bake(plan, tmp_path / "out", Pairs(True), (x, y))
+    file = tmp_path / "out" / "_layerzero_plan.py"
+    text, asked = file.read_text(), " and (2*(rows // 2) <= rows)"
+    assert f"if rows >= 2{asked}:" in text
+    report = lz.fuzz(tmp_path / "out", model=Pairs(True), examples=40)
+    assert report.ok, str(report)
+    file.write_text(text.replace(asked, ""))
+    assert lz.fuzz(tmp_path / "out").findings == (
+        ("constraint", "general_0 is for 2*(rows // 2) <= rows, which is not asked before it is called"),
+    )
+    file.write_text(text.replace(asked, " and rows % 2 == 0" + asked))
+    (failure,) = lz.fuzz(tmp_path / "out", model=Pairs(True), examples=40, proof=False).failures
+    assert failure.sizes == {"rows": 9}
 
 
 def test_the_self_test_and_the_loops_source(baked: tuple[nn.Module, Path], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import lz_compiler as lz
 from lz_compiler.cli import app
 from lz_compiler.deploy import export
 from lz_compiler.deploy.baking import FILE, _Writer
+from lz_compiler.deploy.general import boxes
 from lz_compiler.deploy.offline import CellPlan, ModelPlan
 from lz_compiler.deploy.proof import prove
 from lz_compiler.errors import PlanError
@@ -86,7 +89,10 @@ FAULTS: dict[str, tuple[tuple[str, str], str, str, dict[str, int] | None]] = {
     "gap": (("\n    else:\n        out = cell_2(x)", GAP), "gap", "rows 5..6: no cell, an error", {"rows": 5}),
     "constraint": (("out = cell_1(x)", "out = cell_0(x)"), "constraint", "called for rows 1..4, compiled for rows 1..1", {"rows": 2}),
     "edge": (("if rows <= 1:", "if rows <= 2:"), "edge", "called for rows 1..2, compiled for rows 1..1", {"rows": 2}),
-    "beyond": (("if not 1 <= rows <= 32:", "if not 0 < rows < 34:"), "edge", "outside of the declared rows 1..32", {"rows": 33}),
+    "beyond": (("if not 1 <= rows <= 32:", "if not 0 < rows < 34:"), "edge", "outside of the declared rows 1..32", None),
+    "none": (("if not 1 <= rows <= 32:", "if not 0 <= rows <= 32:"), "edge", "outside of the declared rows 1..32", None),
+    "general gap": (("if rows >= 2:", "if rows >= 34:"), "gap", "rows 33..33: no cell, an error", {"rows": 33}),
+    "general edge": (("if not 1 <= rows <= 32:", "if not 1 <= rows <= 31:"), "overlap", "rows 32..32: general_0, but a cell was", None),
     "slow edge": (("if rows <= 4:", "if rows < 4:"), "edge", "called for rows 4..32, compiled for rows 5..32", None),
     "overlap": (("out = cell_2(x)", "out = cell_2(x)\n        out = cell_1(x)"), "overlap", "cell_2 and cell_1", None),
 }
@@ -199,8 +205,11 @@ def test_the_command_fails_on_a_fault(baked: Path, tmp_path: Path) -> None:
 # --- the tree that baking generates -------------------------------------------------------------------------------------------
 
 
-def generated(buckets: dict[str, list[int]]) -> tuple[str, dict[str, Any]]:
-    """`forward` for these buckets, with empty cells, and its manifest: two inputs, the first with every symbol, the last one twice."""
+def generated(buckets: dict[str, list[int]], limit: int = 0) -> tuple[str, dict[str, Any]]:
+    """`forward` for these buckets, with empty cells, and its manifest: two inputs, the first with every symbol, the last one twice.
+
+    With a limit, there are general cells, for sizes of the first symbol up to it.
+    """
     symbols = list(buckets)
     example = {"x": torch.zeros([2] * len(symbols) + [5]), "y": torch.zeros(3, 2)}
     dynamic = {"x": dict(enumerate(symbols)), "y": {1: symbols[-1]}}
@@ -212,9 +221,14 @@ def generated(buckets: dict[str, list[int]]) -> tuple[str, dict[str, Any]]:
         tuple(CellPlan(ranges, "", "layerzero", {}, None, ()) for ranges in cells),
     )  # fmt: skip
     writer = _Writer(plan, nn.Identity(), example, Path())
+    if limit:
+        limited = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(buckets)]
+        writer.beyond = [(ranges, ()) for ranges in limited]
     manifest = {
         "inputs": {"x": [*symbols, 5], "y": [3, symbols[-1]]}, "buckets": buckets,
         "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "limits": [], "kernels": []} for ranges in cells],
+        "general": [{"ranges": {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in ranges.items()}, "assumed": [],
+                     "limits": [], "kernels": []} for ranges, _ in writer.beyond],
     }  # fmt: skip
     return f"def forward(x, y):\n{writer._checks({})}\n{writer._dispatch()}\n", manifest
 
@@ -223,17 +237,36 @@ BUCKETS = st.dictionaries(st.sampled_from("abc"), ENDS, min_size=1, max_size=3)
 
 
 @settings(max_examples=60, deadline=None)
-@given(BUCKETS, st.data())
-def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, list[int]], data: st.DataObject) -> None:
-    """Every tree that baking writes is right; with any number in its comparisons one more or one less it is not."""
-    source, manifest = generated(buckets)
+@given(BUCKETS, st.sampled_from([0, 100]), st.data())
+def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, list[int]], limit: int, data: st.DataObject) -> None:
+    """Every tree that baking writes is right, with and without general cells; with any number in its comparisons one more or one less
+    it is not."""
+    source, manifest = generated(buckets, limit)
     assert prove(source, manifest)[0] == []
+    assert taken(source, *([1] * len(buckets))) == "['cell_0']"
+    assert taken(source, *([100] * len(buckets))) == ("['general_0']" if limit else "error")
     tree = ast.parse(source)
     compared = [n for n in ast.walk(tree) if isinstance(n, ast.Compare) and "dim()" not in ast.unparse(n)]
     bounds = [c for n in compared for c in ast.walk(n) if isinstance(c, ast.Constant) and type(c.value) is int]
     bound = data.draw(st.sampled_from(bounds))
     bound.value += data.draw(st.sampled_from([-1, 1]))
-    assert prove(ast.unparse(tree), manifest)[0]
+    changed = ast.unparse(tree)
+    if not prove(changed, manifest)[0]:  # then it may only be a test of sizes that never come there
+        points = [sorted({0, 1, 2, 99, 100, 101, 102, *(e + d for e in ends for d in (-1, 0, 1, 2))}) for ends in buckets.values()]
+        assert limit
+        assert all(taken(changed, *sizes) == taken(source, *sizes) for sizes in itertools.product(*points))
+
+
+def taken(source: str, *sizes: int) -> str:
+    """Which cell `forward` calls for inputs of these sizes, or that it raises."""
+    cells = {name: (lambda x, y, name=name: [name]) for name in set(re.findall(r"\b(?:cell|general)_\d+", source))}
+    words = dict.fromkeys(("_nowhere", "_outside", "_sizes", "_beyond"), lambda *args, **kwargs: "")
+    space: dict[str, Any] = {"torch": torch, "_adapt": lambda name, x, *_: x, **words, **cells}
+    exec(re.sub(r"return\s*$", "return out", source, flags=re.M), space)
+    try:
+        return str(space["forward"](torch.empty(*sizes, 5, device="meta"), torch.empty(3, sizes[-1], device="meta")))
+    except ValueError:
+        return "error"
 
 
 @pytest.mark.parametrize("tree", [

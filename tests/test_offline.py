@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lz_compiler as lz
+from lz_compiler import torch_private
 from lz_compiler.deploy import export, offline
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.zoo import Llama, LlamaConfig
@@ -111,6 +117,68 @@ def test_a_plan_with_an_error_budget_is_followed() -> None:
     assert (counters()["plans"], counters()["known_plans"]) == (0, 1)
 
 
+def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.ModelPlan], caplog: pytest.LogCaptureFixture) -> None:
+    """Its first call says how long it waits; with compile_in_background it waits for the trace, and runs that until a thread is done."""
+    model, plan = planned
+    x = ids(20)
+    with torch.no_grad():
+        expected = model(x)
+    lz.compile(model, plan=plan)(x)
+    said = [r.message for r in caplog.records if r.name == offline.__name__]
+    assert said[0].startswith("compiling the plan's cell {'seq': (9, 32)} in this call")
+    assert "(9, 32)} is compiled: this call waited" in said[1]
+    caplog.clear()
+    run = lz.compile(model, plan=plan, compile_in_background=True)
+    with torch_private.compile_lock():  # something else compiles: the model itself runs
+        torch.testing.assert_close(_in_a_thread(lambda: run(x)), expected)
+        assert not run._cells
+    with held(offline.BACKGROUND):
+        torch.testing.assert_close(run(x), expected)
+        program, call = run._cells[2]
+        assert call.__self__ is program.gm, "the exported graph, uncompiled"
+    run.wait()
+    assert run._cells[2][1] is not call
+    torch.testing.assert_close(run(x), expected)
+    assert lz.warmup(run, (x,), calls=1) is run
+    assert (len(run._cells), run._building) == (3, {})
+    said = [r.message for r in caplog.records if r.name == offline.__name__]
+    assert "(9, 32)} is traced, and compiles in the background while calls run its graph: this call waited" in said[0]
+    assert any("(9, 32)} is compiled: calls run it from now on" in line for line in said)
+    wider = Llama(LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
+    with pytest.raises(PlanError, match="not the one that was planned"):
+        lz.compile(wider, plan=plan, compile_in_background=True)(ids(4))
+    with pytest.raises(OptionError, match="CUDA graphs belong to the thread"):
+        lz.compile(model, plan=dataclasses.replace(plan, options={**plan.options, "cudagraphs": True}), compile_in_background=True)
+
+
+def test_a_recompilation_never_blocks_silently(caplog: pytest.LogCaptureFixture) -> None:
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    run = lz.compile(double, race=False, cost_model="roofline")
+    for n in (4, 4, 5, 6):
+        run(torch.zeros(n, 3))
+    said = [r.message for r in caplog.records if r.name == "lz_compiler.backend" and r.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "/1 is compiled again, for other sizes or conditions: the call waited" in said[0]
+
+
+def _in_a_thread(call: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+@contextmanager
+def held(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """The pool's only thread is busy."""
+    done = threading.Event()
+    pool.submit(done.wait)
+    try:
+        yield
+    finally:
+        done.set()
+
+
 class Counting(nn.Module):
     """Writes into a buffer and into an argument, returns a structure with a constant and an alias."""
 
@@ -165,9 +233,24 @@ def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) 
             strict(x)
     with pytest.raises(PlanError, match="arguments given"):
         lz.compile(Counting(), plan=plan)(ids(8), {})
-    for x in (ids(8)[None], ids(8, batch=2)):
+    for called, x in ((run, ids(8)[None]), (strict, ids(8, batch=2))):
         with pytest.raises(PlanError, match=r"sizes \[\(1, -1\)\] \(-1 varies\); given"):
-            run(x)
+            called(x)
+
+
+def test_sizes_beyond_the_plan_run_the_model_and_each_case_warns_once(planned: tuple[Llama, offline.ModelPlan]) -> None:
+    """Sizes beyond the last bucket are one case however many there are, a dimension that was not declared another; strict refuses both."""
+    model, plan = planned
+    run, strict = lz.compile(model, plan=plan), lz.compile(model, plan=plan, layout_mode="strict")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x in (ids(33), ids(50), ids(64), ids(8, batch=2), ids(9, batch=3)):
+            assert torch.equal(run(x), model(x))
+    assert ["run the model itself" in str(w.message) for w in caught] == [True, True]
+    assert run.adapted == {"seq outside of the plan": 3, "sizes that do not vary in the plan": 2}
+    for x in (ids(33), ids(8, batch=2)):
+        with pytest.raises(PlanError, match="Give what was planned"):
+            strict(x)
 
 
 def test_options_must_be_the_plans(planned: tuple[Llama, offline.ModelPlan]) -> None:

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import keyword
+import logging
 import os
 import re
 import shutil
@@ -32,9 +33,11 @@ from ..errors import PlanError
 from ..options import Options
 from ..reports.report import milliseconds
 from ..timings import open_store
-from . import export
+from . import export, general
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
+
+log = logging.getLogger(__name__)
 
 FILE = "_layerzero_plan.py"
 # How Inductor calls ATen, and what that is.
@@ -69,12 +72,14 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """One cell, compiled: its graph and what was generated for it, and which of the graph's placeholders it writes into."""
+    """One cell, compiled: its graph and what was generated for it, which of the graph's placeholders it writes into, and, of a general
+    cell, what else `forward` must ask of sizes."""
 
     program: Program
     body: Body
     code: torch_private.Generated
     written: frozenset[int]
+    asked: tuple[str, ...] = ()
 
 
 def bake(
@@ -120,12 +125,16 @@ class _Writer:
         self.written: set[str] = set()  # arguments that some cell writes into
         self.brgemm = False
         self.returns = ""
+        self.beyond: list[tuple[Ranges, tuple[str, ...]]] = []  # of each general cell: its sizes, and what else is asked of them
 
     def write(self) -> None:
         (self.out / "kernels").mkdir(parents=True)
         generated = [self._generated(cell) for cell in self.plan.cells]
         self.state = {g.program.names[i] for g in generated for i in g.written if g.program.weights[i] is not None}
-        cells = [self._function(i, *pair) for i, pair in enumerate(zip(self.plan.cells, generated, strict=True))]
+        cells = [self._function(f"cell_{i}", _comment(p), g) for i, (p, g) in enumerate(zip(self.plan.cells, generated, strict=True))]
+        generals = self._generals({g.program.names[i] for g in generated for i in g.written})
+        self.beyond = [(g.program.ranges, g.asked) for g in generals]
+        cells += [self._function(f"general_{i}", _general_comment(g), g) for i, g in enumerate(generals)]
         for loop, name in self.loops.items():
             if loop.language == "cpp":
                 shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{name}.so")
@@ -142,7 +151,8 @@ class _Writer:
         manifest = {
             "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "bundle": dict(self.plan.bundle),
             "inputs": shapes, "buckets": dict(self.plan.buckets), "error_budget": self.plan.options["error_budget"],
-            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "files": files,
+            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)],
+            "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -176,7 +186,21 @@ class _Writer:
         limits = [{"kernel": k, "symbol": names[s], "low": low, "high": high} for k, s, low, high in sorted(made.code.limits)]
         return {"ranges": holds, "assumed": texts, "kernels": kernels, "limits": limits}
 
-    def _function(self, index: int, cell: CellPlan, made: Generated) -> str:
+    def _generals(self, written: set[str]) -> list[Generated]:
+        """The general cells that can be made; none in strict, where sizes beyond the buckets are errors."""
+        made = []
+        for box in general.boxes(self.plan.buckets) if self.plan.options["layout_mode"] == "adapt" else ():
+            try:
+                program, asked = general.program(self.model, self.named, self.plan.dynamic, self.plan.buckets, box)
+                body = Body(*general.aten_code(program.gm.graph), {})
+            except PlanError as error:
+                log.warning("no general cell for %s beyond the buckets: %s", general.describe(box), error)
+                continue
+            places = frozenset(i for i, name in enumerate(program.names) if name in written)
+            made.append(Generated(program, body, torch_private.Generated(), places, asked))
+        return made
+
+    def _function(self, name: str, comment: Sequence[str], made: Generated) -> str:
         text, program = "\n".join(made.body.lines), made.program
         for call, plain in PLAIN.items():
             text = text.replace(call, plain)
@@ -195,12 +219,10 @@ class _Writer:
         names |= {name: self._constant(name, tensor, made.code) for name, tensor in made.code.constants.items() if name in read}
         names |= {name: self._loop(name, loop) for name, loop in made.body.loops.items() if name in read}
         text = re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text)
-        fixed = all(low == high for low, high in cell.ranges.values())
+        fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments else []
         self.written |= arguments
-        function = "\n".join(
-            [*graphed, f"def cell_{index}({', '.join(self.inputs)}):", *_comment(cell), *(f"    {line}" for line in text.splitlines())]
-        )
+        function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *comment, *(f"    {line}" for line in text.splitlines())])
         missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed"}
         assert not missing, f"the generated code reads {missing}"
         return function
@@ -260,6 +282,8 @@ class _Writer:
             "LIBRARIES": library if self.brgemm else "", "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
             "SIGNATURE": ", ".join(_parameter(name, value) for name, value in self.named.items()),
+            "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
+            "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
@@ -298,13 +322,26 @@ class _Writer:
             for i, symbol in symbols.items():
                 if found[i] == symbol:
                     sizes[symbol] = None
+                    if self.beyond:
+                        continue  # all sizes are compared at once, below
                     low, high = 1, self.plan.buckets[symbol][-1]
                     lines.append(f"    if not {low} <= {symbol} <= {high}:")
                     lines.append(f"        raise ValueError(_outside({symbol!r}, {symbol}, {low}, {high}))")
                 else:
                     lines.append(f"    if {found[i]} != {symbol}:")
                     lines.append(f"        raise ValueError(_outside({symbol!r}, {found[i]}, {symbol}, {symbol}))")
-        return "\n".join(lines)
+        return "\n".join(lines + (self._general_dispatch() if self.beyond else []))
+
+    def _general_dispatch(self) -> list[str]:
+        """What `forward` does with sizes beyond the buckets."""
+        within = [f"1 <= {s} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
+        together = ", ".join(f"{s}={s}" for s in self.plan.buckets)
+        lines = [f"    if not ({' and '.join(within)}):" if len(within) > 1 else f"    if not {within[0]}:"]
+        for i, sizes in enumerate(self.beyond):
+            lines.append(f"        {'elif' if i else 'if'} {general.condition(*sizes)}:")
+            lines.append(f"            _beyond({together})")
+            lines.append(f"            out = general_{i}({', '.join(self.inputs)})")
+        return [*lines, "        else:", f"            raise ValueError(_nowhere({together}))", f"        return {self.returns}"]
 
     def _dispatch(self) -> str:
         """A binary search for the cell, symbol by symbol, by the buckets' upper ends; sizes outside of them were refused before."""
@@ -395,6 +432,16 @@ def _comment(cell: CellPlan) -> list[str]:
             lines.append(f"    {node}: {choice.candidate.kernel} {milliseconds(choice.cost.ns)} {choice.cost.source}{next_best}")
     text = [_text(line) for line in lines]
     return [f'    """{text[0].strip()}', *text[1:], '    """']
+
+
+def _general_comment(made: Generated) -> list[str]:
+    sizes = general.describe(made.program.ranges, made.asked)
+    return [f'    """{sizes}: plain ATen calls for sizes beyond the buckets; nothing was planned or priced."""']
+
+
+def _general_holds(made: Generated) -> dict[str, Any]:
+    ranges = {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in made.program.ranges.items()}
+    return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
 
 
 def _text(words: str) -> str:

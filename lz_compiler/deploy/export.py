@@ -16,6 +16,7 @@ from .. import torch_private
 from ..errors import PlanError, unknown
 
 Ranges = dict[str, tuple[int, int]]  # symbol -> lowest and highest size, both included
+ENDLESS = 1 << 62  # a range's upper end where there is none
 Dynamic = Mapping[str, Mapping[int, str]]  # argument -> dimension -> symbol
 
 
@@ -137,12 +138,17 @@ def resized(named: Mapping[str, Any], dynamic: Dynamic, sizes: Mapping[str, int]
     return made
 
 
-def export_program(model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges) -> Program:
-    """The model on one cell, traced at the upper ends of its ranges. No gradient. PlanError where torch.export cannot."""
+def export_program(
+    model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges, sizes: Mapping[str, int] | None = None
+) -> Program:
+    """The model on one cell, traced at the upper ends of its ranges, or at `sizes`. No gradient. PlanError where torch.export cannot.
+
+    A range without an end becomes the one that the model allows, which may be a single size.
+    """
     from torch.export import Dim, ShapesCollection, export
 
-    ranged = {s: Dim(s, min=low, max=high) for s, (low, high) in ranges.items() if low < high}
-    example = resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})
+    ranged = {s: Dim.AUTO if high == ENDLESS else Dim(s, min=low, max=high) for s, (low, high) in ranges.items() if low < high}
+    example = resized(named, dynamic, sizes or {s: high for s, (_, high) in ranges.items()})
     shapes = ShapesCollection()
     for name, dims in dynamic.items():
         shapes[example[name]] = {dim: ranged[s] for dim, s in dims.items() if s in ranged}

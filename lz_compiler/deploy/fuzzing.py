@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import OptionError, PlanError
 from . import export
-from .proof import Finding, prove
+from .proof import Finding, always, prove, ranges_of
 from .warming import FILE
 
 Sizes = Mapping[str, int]
@@ -132,9 +132,11 @@ class _Trial:
         self.buckets: Mapping[str, list[int]] = manifest["buckets"]
         self.budget = float(manifest["error_budget"])
         self.cells = export.cells(self.buckets)
+        general = [(ranges_of(cell), tuple(cell.get("asked", ()))) for cell in manifest.get("general", ())]
         body = ast.parse(source).body
         assigned = {n.targets[0].id: n.value for n in body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
-        self.examples, self.written = (ast.literal_eval(assigned[name]) for name in ("EXAMPLES", "WRITTEN"))
+        self.examples, self.written, mode = (ast.literal_eval(assigned[name]) for name in ("EXAMPLES", "WRITTEN", "LAYOUT_MODE"))
+        self.general = general if mode == "adapt" else []
         (forward,) = (n for n in body if isinstance(n, ast.FunctionDef) and n.name == "forward")
         defaults = forward.args.defaults
         named = forward.args.args[len(forward.args.args) - len(defaults) :]
@@ -230,6 +232,8 @@ class _Trial:
     def _wrong(self) -> list[dict[str, int]]:
         """What makes sizes wrong: one beyond a range, another fixed size, two sizes of one symbol."""
         found = [{s: n} for s, ends in self.buckets.items() for n in (0, ends[-1] + 1, ends[-1] + 2, 2 * ends[-1] + 1)]
+        limits = {(s, high) for box, _ in self.general for s, (_, high) in box.items() if 1 < high < export.ENDLESS}
+        found += [{s: n} for s, high in sorted(limits) for n in (high, high + 1) if n > self.buckets[s][-1]]
         seen: set[str] = set()
         for name, dim, s in ((name, dim, s) for name, shape in self.shapes.items() for dim, s in enumerate(shape)):
             if isinstance(s, int):
@@ -260,11 +264,18 @@ class _Trial:
         bad = st.tuples(st.tuples(right, st.sampled_from(self._wrong() or [{}])).map(lambda p: p[0] | p[1]), st.just(True), numbers)
         return st.integers(0, 4).flatmap(lambda kind: bad if kind == 4 and self._wrong() else good)
 
+    def _in_general(self, sizes: Sizes) -> bool:
+        """Whether a general cell must take what is outside: no dimension of fixed size is another, no symbol has two sizes."""
+        if sizes.keys() != self.buckets.keys():
+            return False
+        found = export.covering([box for box, _ in self.general], sizes)
+        return any(all(always(text, {s: (n, n) for s, n in sizes.items()}) for text in self.general[i][1]) for i in found)
+
     def _attempt(self, sizes: Sizes, outside: bool, number: int) -> str:
         """Why the baked file is wrong there, if it is."""
         inputs = self.inputs(sizes, zlib.crc32(repr((sorted(sizes.items()), number)).encode()))
         said, found = self.baked.call(inputs)
-        if outside:
+        if outside and not self._in_general(sizes):
             return "" if said.startswith("ValueError: ") else f"outside of the declared range, and no ValueError came: {said}"
         if said != "done":
             return said

@@ -9,8 +9,10 @@ import logging
 import math
 import os
 import reprlib
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch.utils import _pytree as pytree
 from .. import __version__, backends, torch_private
 from ..backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, setup
 from ..capture import fingerprint
-from ..errors import PlanError, unknown
+from ..errors import OptionError, PlanError, unknown
 from ..options import Options
 from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited
 from ..problem import CALL, LOOP, VIEW
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 CALLS = 60  # at most, until a race is decided
+UNCOMPILED = "such calls run the model itself, uncompiled"
+BACKGROUND = ThreadPoolExecutor(1, "layerzero")  # its thread starts with the first cell that is compiled there
 WINNERS = (PLANNED, LOSSLESS, INDUCTOR, EAGER)
 
 
@@ -255,6 +259,7 @@ def _race(session: Session, run: Callable[..., Any], written: Sequence[int] | No
 class PlannedModel(nn.Module):
     """A model that runs by a stored plan: one compiled graph for each cell, compiled when its first call comes; never planned.
 
+    That call waits, which the log says; with the option `compile_in_background` it waits for the trace only.
     Inference only: no gradient flows, and weights are those of a cell's first call. `adapted` counts inputs that were
     converted, and calls outside of the plan, by case.
     """
@@ -273,6 +278,9 @@ class PlannedModel(nn.Module):
         check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")
         self.adapted: dict[str, int] = {}
         self._cells: dict[int, tuple[Program, Callable[..., Any]]] = {}
+        self._building: dict[int, Future[Callable[..., Any]]] = {}
+        if self.options.compile_in_background and self.options.graphs:
+            raise OptionError("compile_in_background: CUDA graphs belong to the thread that makes them. Use lz.warmup, or leave them out.")
         setup()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -280,16 +288,28 @@ class PlannedModel(nn.Module):
         if tuple(named) != self.plan.arguments:
             raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(self.plan.arguments)}.")
         index = self._cell(named)
-        if index is None:
+        fitted = None if index is None else self._fitted(named)
+        if index is None or fitted is None:
             return self.model(*args, **kwargs)
-        named = self._fitted(named)
-        if index not in self._cells:
-            log.warning("compiling the plan's cell %s in this call; lz.warmup does so ahead of time", self.plan.cells[index].ranges)
-            self._cells[index] = self._prepare(index, named)
+        if self._building:
+            self._collect()
+        if index not in self._cells and not self._prepare(index, fitted):
+            return self.model(*args, **kwargs)
         program, run = self._cells[index]
         with torch.no_grad():
-            outputs = run(*_flat(program, named))
+            outputs = run(*_flat(program, fitted))
         return pytree.tree_unflatten(outputs, program.out_spec)
+
+    def wait(self) -> None:
+        """Wait for the cell that compiles in the background, if there is one; raises what went wrong there."""
+        self._collect(wait=True)
+
+    def _collect(self, wait: bool = False) -> None:
+        """Take over what was compiled in the background."""
+        for index, building in [(i, f) for i, f in self._building.items() if wait or f.done()]:
+            self._cells[index] = self._cells[index][0], building.result()
+            del self._building[index]
+            log.warning("the plan's cell %s is compiled: calls run it from now on", self.plan.cells[index].ranges)
 
     def _cell(self, named: Mapping[str, Any]) -> int | None:
         sizes: dict[str, int] = {}
@@ -302,26 +322,52 @@ class PlannedModel(nn.Module):
         if found is None:
             ends = ", ".join(f"{s} 1..{e[-1]}" for s, e in self.plan.buckets.items())
             given = ", ".join(f"{s}={n}" for s, n in sizes.items())
-            self._adapt(f"{given} is outside of the plan ({ends})", "the call runs uncompiled")
+            beyond = ", ".join(s for s, n in sizes.items() if not 1 <= n <= self.plan.buckets[s][-1])
+            self._adapt(f"{given} is outside of the plan ({ends})", UNCOMPILED, f"{beyond} outside of the plan")
         return found
 
-    def _prepare(self, index: int, named: Mapping[str, Any]) -> tuple[Program, Callable[..., Any]]:
-        cell = self.plan.cells[index]
-        program = export.export_program(self.model, named, self.plan.dynamic, cell.ranges)
-        if fingerprint(program.gm) != cell.fingerprint:
-            raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
-        session = session_for(program, self.options, open_store(self.options.cache_dir))
-        return program, compile_cell(session, program, cell)[0]
+    def _prepare(self, index: int, named: Mapping[str, Any]) -> bool:
+        """Compile a cell for its first call, or have that done in the background; the log says how long the call waited.
+
+        False, and nothing is done, where that is to be in the background but something else compiles: torch traces one at a time.
+        """
+        cell, background = self.plan.cells[index], self.options.compile_in_background
+        lock, start = torch_private.compile_lock(), time.perf_counter()
+        if not background:
+            log.warning("compiling the plan's cell %s in this call; lz.warmup does so ahead of time", cell.ranges)
+        if not lock.acquire(blocking=not background):
+            return False
+        try:
+            program = export.export_program(self.model, named, self.plan.dynamic, cell.ranges)
+            if fingerprint(program.gm) != cell.fingerprint:
+                raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
+            self._cells[index] = program, program.gm.forward if background else self._compiled(program, cell)
+        finally:
+            lock.release()
+        what = "is traced, and compiles in the background while calls run its graph" if background else "is compiled"
+        log.warning("the plan's cell %s %s: this call waited %.1f s", cell.ranges, what, time.perf_counter() - start)
+        if background:
+            self._building[index] = BACKGROUND.submit(self._compiled, program, cell)
+        return True
+
+    def _compiled(self, program: Program, cell: CellPlan) -> Callable[..., Any]:
+        with torch_private.compile_lock():
+            session = session_for(program, self.options, open_store(self.options.cache_dir))
+            return compile_cell(session, program, cell)[0]
 
     def _fitted(self, named: Mapping[str, Any]) -> Any:
-        """The arguments in the dtype, device and dimension order in which they were planned."""
+        """The arguments in the dtype, device and dimension order in which they were planned; None where a size is another."""
         leaves, spec = pytree.tree_flatten(dict(named))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if _constants(leaves) != self.plan.constants:
             raise PlanError(f"the plan is for the constants {', '.join(self.plan.constants)}; given: {', '.join(_constants(leaves))}.")
         found, expected = [tuple(leaves[i].shape) for i in places], [planned.shape for planned in self.plan.tensors]
         if len(found) != len(expected) or not all(p.fits(leaves[i]) for i, p in zip(places, self.plan.tensors, strict=True)):
-            raise PlanError(f"the plan is for tensors of sizes {expected} (-1 varies); given: {found}.")
+            what = f"the plan is for tensors of sizes {expected} (-1 varies); given: {found}"
+            if [len(sizes) for sizes in found] != [len(sizes) for sizes in expected]:
+                raise PlanError(f"{what}.")
+            self._adapt(what, UNCOMPILED, "sizes that do not vary in the plan")
+            return None
         for i, planned in zip(places, self.plan.tensors, strict=True):
             why = planned.misfit(leaves[i])
             if why:
@@ -329,12 +375,14 @@ class PlannedModel(nn.Module):
                 leaves[i] = planned.converted(leaves[i])
         return pytree.tree_unflatten(leaves, spec)
 
-    def _adapt(self, what: str, effect: str) -> None:
+    def _adapt(self, what: str, effect: str, case: str = "") -> None:
+        """An error in strict, else a warning, one for each case (`what` if not given), which is counted."""
+        case = case or what
         if self.options.layout_mode == "strict":
             raise PlanError(f"{what}. Give what was planned, or compile with layout_mode='adapt'.")
-        if what not in self.adapted:
+        if case not in self.adapted:
             warnings.warn(f"LayerZero: {what}: {effect}", stacklevel=6)
-        self.adapted[what] = self.adapted.get(what, 0) + 1
+        self.adapted[case] = self.adapted.get(case, 0) + 1
 
 
 def _environment(device: str) -> dict[str, str]:

@@ -18,7 +18,8 @@ from typing import Any
 
 import sympy
 
-ENDLESS = 1 << 62
+from .export import ENDLESS
+
 POINTS = 50_000  # sizes that are tried one by one where a polynomial's coefficients do not decide
 
 Box = dict[str, tuple[int, int]]  # axis (a symbol, or a dimension of fixed size) -> lowest and highest size
@@ -58,11 +59,12 @@ def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list
     walk = _Walk(axes(manifest["inputs"]))
     ends = walk.run(functions["forward"].body, [Path(dict.fromkeys(walk.axes.values(), (0, ENDLESS)), {})])
     paths = walk.ended + [replace(p, error=True) for p in ends]  # falling off the end returns nothing: an error too
-    declared: Box = {s: (1, e[-1]) for s, e in manifest["buckets"].items()}
-    declared |= {f"{n}.shape[{d}]": (s, s) for n, shape in manifest["inputs"].items() for d, s in enumerate(shape) if isinstance(s, int)}
+    fixed: Box = {f"{n}.shape[{d}]": (s, s) for n, shape in manifest["inputs"].items() for d, s in enumerate(shape) if isinstance(s, int)}
+    declared: Box = {s: (1, e[-1]) for s, e in manifest["buckets"].items()} | fixed
+    general = {f"general_{i}": ranges_of(cell) | fixed for i, cell in enumerate(manifest.get("general", ()))}
     found = walk.findings
     for path in paths:
-        found += _ending(path, declared)
+        found += _ending(path, declared, general)
     for one, other in itertools.combinations([p for p in paths if p.cells], 2):
         common = intersection(one.box, other.box)
         if common and one.cells != other.cells:
@@ -78,18 +80,41 @@ def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list
         found += _against(name, hull, cell)
         if name in functions:
             found += [("constraint", f"{name}: {why}") for why in _Body(walk.axes, hull, packed).check(functions[name])]
+    for index, cell in enumerate(manifest.get("general", ())):
+        for path in (p for p in paths if f"general_{index}" in p.cells):
+            found += _against(f"general_{index}", path.box, cell)
+        found += _unasked(f"general_{index}", cell.get("asked", ()), functions["forward"])
     return list(dict.fromkeys(found)), paths
 
 
-def _ending(path: Path, declared: Box) -> Iterator[Finding]:
+def _unasked(name: str, texts: Sequence[str], forward: ast.FunctionDef) -> Iterator[Finding]:
+    """What `forward` has to ask of sizes before it calls a general cell, and does not."""
+    tests = [
+        ast.unparse(n.test) for n in ast.walk(forward) if isinstance(n, ast.If) and ast.unparse(n.body[-1]).startswith(f"out = {name}(")
+    ]
+    for text in texts:
+        if not any(ast.unparse(ast.parse(text, mode="eval")) in test for test in tests):
+            yield "constraint", f"{name} is for {text}, which is not asked before it is called"
+
+
+def ranges_of(cell: Mapping[str, Any]) -> Box:
+    """The sizes for which the manifest says that a cell was made; null is no end."""
+    return {s: (low, ENDLESS if high is None else high) for s, (low, high) in cell["ranges"].items()}
+
+
+def _ending(path: Path, declared: Box, general: Mapping[str, Box]) -> Iterator[Finding]:
     inside = intersection(path.box, declared)
     if path.error:
-        if inside and not path.unsure:
-            yield "gap", f"{_text(inside)}: no cell, an error"
+        for box in (inside, *(intersection(path.box, g) for g in general.values())):
+            if box and not path.unsure:
+                yield "gap", f"{_text(box)}: no cell, an error"
     elif not path.cells:
         yield "gap", f"{_text(path.box)}: no cell is called"
     elif len(path.cells) > 1:
         yield "overlap", f"{_text(path.box)}: {' and '.join(path.cells)}"
+    elif path.cells[0] in general:
+        if inside:
+            yield "overlap", f"{_text(inside)}: {path.cells[0]}, but a cell was made for it"
     else:
         yield from _excess(path.box, declared, f"{path.cells[0]} is called for {{}}, outside of the declared {{}}", "outside")
 
@@ -97,14 +122,13 @@ def _ending(path: Path, declared: Box) -> Iterator[Finding]:
 def _against(name: str, hull: Box, cell: Mapping[str, Any]) -> Iterator[Finding]:
     """A cell's box against the sizes for which the manifest says that it was compiled."""
     kernels = ", ".join(k for k in cell["kernels"] if k not in ("call", "view", "inductor.loop"))
-    holds: Box = {s: (low, high) for s, (low, high) in cell["ranges"].items()}
+    holds = ranges_of(cell)
     yield from _excess(hull, holds, f"{name} ({kernels}) is called for {{}}, compiled for {{}}", "constraint")
     for limit in cell["limits"]:
         box = {limit["symbol"]: (limit["low"], limit["high"])}
         yield from _excess(hull, box, f"{name}: {limit['kernel']} is called for {{}}, but holds for {{}}", "constraint")
     for text in cell["assumed"]:
-        shifted, ranges = _shifted({s: hull[s] for s in holds})
-        if not _always(ast.parse(text, mode="eval").body, shifted, ranges):
+        if not always(text, {s: hull[s] for s in holds}):
             yield "constraint", f"{name}: {text} does not hold, or is not proved, for all of {_text({s: hull[s] for s in holds})}"
 
 
@@ -177,7 +201,7 @@ class _Walk:
                 for name in (n.id for n in ast.walk(target) if isinstance(n, ast.Name)):
                     names.pop(name, None)
                 names |= self._sizes(target, statement.value, path.names)
-        return replace(path, names=names, cells=path.cells + tuple(n for n in called if n.startswith("cell_")))
+        return replace(path, names=names, cells=path.cells + tuple(n for n in called if n.startswith(("cell_", "general_"))))
 
     def _sizes(self, target: ast.expr, value: ast.expr, names: Mapping[str, str]) -> dict[str, str]:
         if isinstance(target, ast.Name):
@@ -300,6 +324,11 @@ def _value(node: ast.expr, env: Mapping[str, Any]) -> Any:
         case ast.Call(ast.Name("max" | "min" as name), arguments):
             return (sympy.Max if name == "max" else sympy.Min)(*(_value(a, env) for a in arguments))
     raise KeyError(ast.unparse(node))
+
+
+def always(text: str, box: Box) -> bool:
+    """Whether a comparison of sizes, as Python, is proved for all of a box."""
+    return _always(ast.parse(text, mode="eval").body, *_shifted(box))
 
 
 def _always(test: ast.expr, env: Mapping[str, Any], ranges: Mapping[Any, int]) -> bool:

@@ -117,10 +117,11 @@ def _planned(target: PlannedModel, args: Sequence[Any], kwargs: Mapping[str, Any
     with torch.no_grad():
         for index, cell in enumerate(plan.cells, 1):
             example = export.resized(named, plan.dynamic, {s: high for s, (_, high) in cell.ranges.items()})
-            for _ in range(calls):
+            for _ in range(calls + target.options.compile_in_background):
                 target(**pytree.tree_map_only(torch.Tensor, torch.clone, example))
                 for buffer, value in zip(target.model.buffers(), kept, strict=True):
                     buffer.copy_(value)
+                target.wait()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             yield index
