@@ -38,7 +38,9 @@ class Cudnn:
     name = "cudnn"
     devices: tuple[str, ...] = ("cuda",)
     # cudnn_convolution_relu and _add_relu ask cuDNN for any algorithm, whatever torch's flags say (ATen/native/cudnn/ConvShared.cpp).
-    kernels: Mapping[str, Kernel] = {k.name: k for k in (Kernel("cudnn.conv", _conv, _fold),)}
+    kernels: Mapping[str, Kernel] = {
+        k.name: k for k in (Kernel("cudnn.conv", _conv, _fold, packs=lambda p: ("folded", p["affine"], p["dtype"])),)
+    }
 
     def version(self) -> str:
         return "torch"  # built into it, and torch's version is part of every target

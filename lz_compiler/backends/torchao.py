@@ -47,7 +47,9 @@ def _quantized(emit: Emitter, t: Values, p: Values) -> Values:
 class TorchAO(LibraryBackend):
     name = "torchao"
     devices: tuple[str, ...] = ("cpu",)
-    kernels: Mapping[str, Kernel] = {"torchao.int8_linear": Kernel("torchao.int8_linear", _linear, _quantized)}
+    kernels: Mapping[str, Kernel] = {
+        "torchao.int8_linear": Kernel("torchao.int8_linear", _linear, _quantized, packs=lambda p: ("stacked", "int8"))
+    }
     library = LIBRARY
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
