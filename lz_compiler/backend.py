@@ -260,7 +260,7 @@ class Session:
         self.record.times, self.record.winner, self.record.decided = dict(verdict["times"]), winner, True
         self.record.error = verdict.get("error")
         stored = [plan_from_dict(p) for p in verdict["plans"]]
-        self.known = [*stored, *map(plan_from_dict, verdict.get("lossless", ()))]
+        self.known = [*stored, *map(plan_from_dict, verdict.get("lossless", ())), *self.given]
         self.collective = bool(verdict.get("collective"))
         self.written = verdict.get("written")
         self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []

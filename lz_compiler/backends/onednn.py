@@ -161,6 +161,8 @@ class OneDNN:
             dtypes.append("bfloat16")
         for dtype in dtypes:
             for name in fit:
+                if name == "onednn.linear" and dtype != x.dtype and "w" in ctx.frozen:
+                    continue  # it would convert the weight in each call
                 yield self._candidate(ctx, name, dtype)
                 if ctx.options.any_rows and self.kernels[name].packs and not ctx.params["dynamic_rows"]:
                     yield self._candidate(ctx, name, dtype, any_rows=True)

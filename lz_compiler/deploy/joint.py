@@ -54,8 +54,10 @@ class Joint:
     solver: str
 
     def __str__(self) -> str:
-        more = self.objective - self.separate
-        return f"one format of each weight for all cells: {self.weights} could have several; it costs {more / 1e6:.3f} ms over all cells"
+        return (
+            f"one format of each weight in all cells: {self.objective / 1e6:.3f} ms predicted over all of them, {self.status} by "
+            f"{self.solver} (bound {self.bound / 1e6:.3f} ms); {self.separate / 1e6:.3f} ms with formats of each cell's own"
+        )
 
 
 def reads(view: GraphView, candidate: Candidate) -> Reads:
@@ -198,7 +200,8 @@ def plan_cells(cells: Sequence[Posed], options: Options) -> tuple[list[Plan], Jo
     each = (time.perf_counter() - start) / len(cells)
     log.info("%d cells together: %s; %.2f s", len(cells), note, each * len(cells))
     done = [replace(posed, problem=problem, seconds=posed.seconds + each) for posed, problem in zip(cells, problems, strict=True)]
-    return [decode(posed, solution, (note,)) for posed, solution in zip(done, solutions, strict=True)], result
+    notes = (note,) if result is None else ()
+    return [decode(posed, solution, notes) for posed, solution in zip(done, solutions, strict=True)], result
 
 
 def _together(cells: Sequence[Posed], table: Sequence[Sequence[Reads]], options: Options) -> tuple[list[Problem], Solution]:
