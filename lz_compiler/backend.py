@@ -369,7 +369,8 @@ class Session:
         def run(graph: fx.Graph, is_inference: bool) -> None:
             frozen = self._frozen(graph, is_inference)
             self.collective |= has_collectives(graph)
-            follow = self.follows or bool(self.given)
+            # A program's second trace, as the lossless plan's is, can name nodes otherwise: then it is planned by itself.
+            follow = self.follows or (bool(self.given) and options.error_budget == self.options.error_budget)
             plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, follow))
             for kernel, names in called_as(graph).items():
                 self.breaker.calls.setdefault(kernel, set()).update(names)

@@ -163,3 +163,17 @@ def test_a_baked_folder_holds_each_weight_once(policy: Any, tmp_path: Path) -> N
     if policy:  # all three cells are to pack: one packing each, which fits one row and many; the lookup reads the table beside it
         products = [dict(c.candidate.params) for p in plan.cells[0].plans for c in p.choices if c.candidate.region.op == "linear"]
         assert (len(loaded), [p["any_rows"] for p in products]) == (2, [True, True])
+
+
+def test_where_no_format_serves_all_cells_each_has_its_own() -> None:
+    """A policy that locks the cell of one row to MKL's packing, which no other cell can read."""
+    torch.manual_seed(0)
+    rules = [
+        {"op": "linear", "kernel": "mkl.linear_packed", "rows": "1"},
+        {"op": "linear", "kernel": "onednn.linear_packed", "rows": "> 1"},
+    ]
+    given: dict[str, Any] = {"dynamic": {"ids": {1: "n"}}, "buckets": {"n": [16]}, "freeze": True, "race": False, "cost_model": "roofline"}
+    plan = lz.solve(Head().eval(), (torch.randint(96, (1, 12)),), **given, policy={"lock": rules})
+    kernels = [{c.candidate.kernel for p in cell.plans for c in p.choices if c.candidate.region.op == "linear"} for cell in plan.cells]
+    assert (plan.joint, kernels) == (None, [{"mkl.linear_packed"}, {"onednn.linear_packed"}])
+    assert all("no plan with one format was found" in str(p.notes) for cell in plan.cells for p in cell.plans)

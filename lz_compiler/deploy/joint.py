@@ -175,8 +175,8 @@ def split(problems: Sequence[Problem], whole: Solution) -> list[Solution]:
 
 
 def plan_cells(cells: Sequence[Posed], options: Options) -> tuple[list[Plan], Joint | None]:
-    """A plan for each cell, so that each weight has one form, and what that costs. Where no such plan exists (a policy locks kernels that
-    pack alike in no two cells), or none is found in time, each cell has its own plan, and None."""
+    """A plan for each cell, so that each weight has one form, and what that costs. Where the cells' own plans agree, they are it.
+    Where no such plan exists (a policy locks what packs otherwise in each cell), or is found in time: each cell's own plan, and None."""
     pairs = [solved(posed) for posed in cells]
     cells, own = [posed for posed, _ in pairs], [solution for _, solution in pairs]
     table = [[reads(posed.view, k) for k in posed.problem.candidates] for posed in cells]
@@ -211,7 +211,8 @@ def _together(cells: Sequence[Posed], table: Sequence[Sequence[Reads]], options:
 
     def solve(given: Sequence[Problem]) -> Solution:
         whole = solve_within(join(given, table), options, given[0].error_budget, len(given))
-        wrong = [line for problem, part in zip(given, split(given, whole), strict=True) for line in planner.check(problem, part)]
+        untied = [replace(problem, candidate_class=(), tensor_class={}) for problem in given]  # as the whole may have had to be solved
+        wrong = [line for problem, part in zip(untied, split(given, whole), strict=True) for line in planner.check(problem, part)]
         assert not wrong, f"a cell's part of the joint plan breaks its own rules: {wrong[:5]}"
         return whole
 

@@ -10,7 +10,7 @@ import math
 import os
 import reprlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,10 +173,12 @@ def solve(
     solved = []
     state: list[tuple[set[str], set[str]]] = []  # of each cell: the buffers that it reads, and those of them that it writes into
     store, boxes = open_store(chosen.cache_dir), export.cells(buckets)
-    programs = [export.export_program(model, named, dynamic, ranges) for ranges in boxes]
-    together = chosen.freeze and one_format and len(boxes) > 1
-    plans, result = _jointly(programs, chosen, store) if together else ([[] for _ in boxes], None)
-    for ranges, program, decided in zip(boxes, programs, plans, strict=True):
+    plans: list[list[Plan]] = [[] for _ in boxes]
+    result = None
+    if chosen.freeze and one_format and len(boxes) > 1:
+        plans, result = _jointly((export.export_program(model, named, dynamic, ranges) for ranges in boxes), chosen, store)
+    for ranges, decided in zip(boxes, plans, strict=True):
+        program = export.export_program(model, named, dynamic, ranges)  # anew: names in a second trace of the same can differ
         traced = fingerprint(program.gm)
         session = session_for(program, chosen, store, decided)
         run, written, _ = compile_cell(session, program)
@@ -205,7 +207,7 @@ def solve(
     )  # fmt: skip
 
 
-def _jointly(programs: Sequence[Program], options: Options, store: TimingStore) -> tuple[list[list[Plan]], Joint | None]:
+def _jointly(programs: Iterable[Program], options: Options, store: TimingStore) -> tuple[list[list[Plan]], Joint | None]:
     """The plans of each program, with an error budget the lossless one too; and what all of them together are."""
     options = dataclasses.replace(options, any_rows=True)
     posed = []
@@ -213,7 +215,7 @@ def _jointly(programs: Sequence[Program], options: Options, store: TimingStore) 
         with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
             posed.append(session_for(program, options, store).pose())
     if not all(posed):  # a graph without an operator has nothing to plan
-        return [[] for _ in programs], None
+        return [[] for _ in posed], None
     made = [plan_cells(cells, options) for cells in zip(*posed, strict=True)]  # for each budget
     return [list(plans) for plans in zip(*(plans for plans, _ in made), strict=True)], made[0][1]
 
