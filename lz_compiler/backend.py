@@ -14,6 +14,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from .passes.keep_attention import keep_attention_pass
 from .passes.output_strides import output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
 from .plan_io import plan_from_dict, plan_to_dict, verdict_or_none
-from .planning import DILUTION, make_plan
+from .planning import DILUTION, Posed, make_plan, pose
 from .problem import narrower
 from .target import detect, environment
 from .timings import TimingStore, open_store
@@ -107,12 +108,17 @@ def _device(example_inputs: Sequence[Any], gm: fx.GraphModule) -> str:
     return "cuda" if "cuda" in found else "cpu"
 
 
+class _Posed(BaseException):
+    """Ends a compilation that has come to the planning. No Exception: Inductor would wrap it."""
+
+
 class Session:
-    """The compilation of one graph. `real`: for each placeholder the tensor behind it, and whether it is a weight of the model."""
+    """The compilation of one graph. `real`: for each placeholder the tensor behind it, and whether it is a weight of the model.
+    `plans`: what was decided for it already, for each error budget; nothing else is planned then, but raced and stored as theirs."""
 
     def __init__(
         self, gm: fx.GraphModule, inputs: list[Any], options: Options, store: TimingStore, device: str,
-        real: Sequence[tuple[Tensor | None, bool]], team: ranks.Team | None = None,
+        real: Sequence[tuple[Tensor | None, bool]], team: ranks.Team | None = None, plans: Sequence[Plan] = (),
     ) -> None:  # fmt: skip
         self.team = team
         if team is not None:
@@ -124,6 +130,7 @@ class Session:
         env += Trust(store, environment(device)).marks()
         env += ["ranks"] if team is not None else []
         grad = f"grad={torch.is_grad_enabled()}"
+        env += [_content(plan) for plan in plans]
         self.key = fingerprint(gm, (options.key(), __version__, grad, *env))
         owned = [t for t, is_owned in self.real if is_owned and t is not None] or list(gm.parameters())
         self.record = GraphRecord(
@@ -132,7 +139,8 @@ class Session:
         self.finalists: tuple[str, ...] = (PLANNED,)
         self.lossless: list[Plan] = []  # instead of the record's, should its error be over the budget
         self.written: list[int] | None = None
-        self.known: list[Plan] = []  # of an earlier verdict: applied where they fit, so that nothing is planned again
+        self.given = list(plans)
+        self.known: list[Plan] = self.given  # or of an earlier verdict: applied where they fit, so that nothing is planned again
         self.follows = False  # a stored plan: nothing may be planned
         self.dropped = 0  # masks
         self.collective = False  # whether a planned graph contains collectives
@@ -273,7 +281,7 @@ class Session:
         self.record.times, self.record.winner, self.record.decided = dict(verdict["times"]), winner, True
         self.record.error = verdict.get("error")
         stored = [plan_from_dict(p) for p in verdict["plans"]]
-        self.known = [*stored, *map(plan_from_dict, verdict.get("lossless", ()))]
+        self.known = [*stored, *map(plan_from_dict, verdict.get("lossless", ())), *self.given]
         self.collective = bool(verdict.get("collective"))
         self.written = verdict.get("written")
         self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []
@@ -312,7 +320,7 @@ class Session:
         self.record.error = error
         if error > self.options.error_budget:
             predicted = max(plan.epsilon for plan in self.record.plans)
-            self.over = self.tightened < TIGHTEN and error < float("inf")
+            self.over = self.tightened < TIGHTEN and error < float("inf") and not self.given
             if self.over:
                 self.dilution, self.tightened = self.dilution * MARGIN * error / predicted, self.tightened + 1
             self.record.notes.append(
@@ -364,30 +372,52 @@ class Session:
             ),
         }  # fmt: skip
 
+    def pose(self) -> list[Posed]:
+        """The problem of an inference graph, and with an error budget the lossless one too. Nothing is compiled."""
+        found: list[Posed] = []
+
+        def stop(graph: fx.Graph, is_inference: bool) -> None:
+            frozen, target = self._frozen(graph, is_inference), detect(self.device, self.store, self.options.graphs)
+            for budget in dict.fromkeys((self.options.error_budget, 0.0)):
+                options = replace(self.options, error_budget=0.0 if has_collectives(graph) else budget)
+                key = _identity(graph, frozen)
+                found.append(pose(GraphView(graph, frozen), options, target, self.store, fingerprint=key, kind="inference"))
+            raise _Posed
+
+        with suppress(_Posed):
+            self._lowered(torch_private.graph_pass(stop, lambda: None))
+        return found
+
     def _planned(self, options: Options, plans: list[Plan], cached: str | None = None) -> Callable[..., Any]:
         """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
-        gm = keep_attention_pass(torch_private.copy_graph_module(self.gm))
         target = detect(self.device, self.store, options.graphs)
         known = [p for p in self.known if p.epsilon <= options.error_budget]
 
         def run(graph: fx.Graph, is_inference: bool) -> None:
             frozen = self._frozen(graph, is_inference)
             self.collective |= has_collectives(graph)
-            plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, self.follows, self.dilution))
+            # A program's second trace, as the lossless plan's is, can name nodes otherwise: then it is planned by itself.
+            follow = self.follows or (bool(self.given) and options.error_budget == self.options.error_budget)
+            plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, follow, self.dilution))
             for kernel, names in called_as(graph).items():
                 self.breaker.calls.setdefault(kernel, set()).update(names)
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
         uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"
-        patches = self._patches(drop_masks=True)
-        patches["post_grad_custom_pre_pass"] = torch_private.graph_pass(run, lambda: uuid)
-        if not torch.is_grad_enabled():
-            patches["layout_optimization"] = False  # layouts are the plan's decision
-        with torch_private.cudagraph_skips(lambda why: self.record.notes.append(f"runs without CUDA graphs: {why}")):
-            compiled = torch_private.compile_with_inductor(gm, self.inputs, patches)
+        compiled = self._lowered(torch_private.graph_pass(run, lambda: uuid))
         told = torch_private.written_inputs(len(self.inputs))
         self.written = self.written if told is None else told
         return compiled
+
+    def _lowered(self, planning: Any) -> Callable[..., Any]:
+        """TorchInductor with the pass that plans."""
+        gm = keep_attention_pass(torch_private.copy_graph_module(self.gm))
+        patches = self._patches(drop_masks=True)
+        patches["post_grad_custom_pre_pass"] = planning
+        if not torch.is_grad_enabled():
+            patches["layout_optimization"] = False  # layouts are the plan's decision
+        with torch_private.cudagraph_skips(lambda why: self.record.notes.append(f"runs without CUDA graphs: {why}")):
+            return torch_private.compile_with_inductor(gm, self.inputs, patches)
 
     def _drop_masks(self, graph: fx.Graph) -> None:
         dropped = drop_masks_pass(graph)
@@ -443,10 +473,7 @@ def plan_and_apply(
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
     backward = any(name.startswith("tangents") for name in names)
     kind = "inference" if is_inference else "backward" if backward else "forward"
-    module = graph.owning_module
-    assert module is not None
-    # A plan speaks of nodes by name, and of weights as frozen or not.
-    key = fingerprint(module, [*(n.name for n in graph.nodes), *(f"frozen {n.name}" for n in frozen)])
+    key = _identity(graph, frozen)
     plan = next((p for p in known if p.fingerprint == key and p.kind == kind), None)
     if follow and plan is None:
         raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
@@ -462,12 +489,25 @@ def plan_and_apply(
     return plan
 
 
+def _identity(graph: fx.Graph, frozen: Mapping[fx.Node, Tensor]) -> str:
+    """A plan speaks of nodes by name, and of weights as frozen or not."""
+    module = graph.owning_module
+    assert module is not None
+    return fingerprint(module, [*(n.name for n in graph.nodes), *(f"frozen {n.name}" for n in frozen)])
+
+
 def _changes(plan: Plan) -> bool:
     """Whether a plan does anything that Inductor alone would not."""
     return any(not dict(c.candidate.params).get("as_is") and c.candidate.region.op in _REGIONS for c in plan.choices)
 
 
 _REGIONS = ("linear", "merged_linear", "gated_linear", "bmm", "conv", "attention", "paged_attention")
+
+
+def _content(plan: Plan) -> str:
+    import xxhash
+
+    return f"plan {xxhash.xxh3_64_hexdigest(repr([c.candidate for c in plan.choices]).encode())}"
 
 
 def _digest(plans: Sequence[Plan]) -> str:

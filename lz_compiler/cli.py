@@ -163,6 +163,7 @@ def solve(
     bundle: Annotated[str | None, typer.Option(metavar="DIR", help="The model's folder: the plan is for its tokenizer and config.")] = None,
     option: Option = None, as_json: Json = False,
     problems: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where each graph's problem goes, for explain --what-if.")] = None,
+    one_format: Annotated[bool, typer.Option(help="With freeze, each weight has one format in all cells.")] = True,
 ) -> None:  # fmt: skip
     """Plan what MODULE:FACTORY returns for ranges of shapes; `lz_compiler.compile(model, plan=FILE)` runs by it."""
     from .deploy import offline
@@ -175,7 +176,7 @@ def solve(
     if problems is not None:
         options["problems"] = _made_folder(problems)
     model, args, kwargs = load_factory(factory)
-    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, bundle=bundle, **options)
+    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, bundle=bundle, one_format=one_format, **options)
     plan.save(file)
     if as_json:
         cells = [{"ranges": c.ranges, "winner": c.winner, "times": dict(c.times)} for c in plan.cells]

@@ -69,6 +69,7 @@ class Options:
     problems: str | None = _option(
         None, "folder for each graph's problem as planned, one FILE.problem.json a graph; a stored verdict is then not used", plans=False
     )
+    any_rows: bool = _option(False, "weights are to have one format for other shapes too: set by lz.solve", plans=False, own=False)
     mode: str = _option("default", "torch.compile's `mode`", choices=MODES, own=False)
 
     def __post_init__(self) -> None:

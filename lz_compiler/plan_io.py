@@ -178,11 +178,11 @@ def problem_from_dict(d: Mapping[str, Any]) -> Problem:
         tuple(map(_cost, d["conversion_costs"])), frozenset((str(t), _format(f)) for t, f in d["sources"]),
         tuple((str(t), _format(f)) for t, f in d["sinks"]), float(d["error_budget"]),
         None if d["memory_limit"] is None else int(d["memory_limit"]), tuple(map(int, d["candidate_class"])),
-        {str(t): int(c) for t, c in d["tensor_class"].items()},
+        {str(t): int(c) for t, c in d["tensor_class"].items()}, tuple(map(int, d.get("part", ()))),
     )  # fmt: skip
     sizes = len(problem.candidates), len(problem.conversions)
-    if (len(problem.costs), len(problem.conversion_costs)) != sizes or len(problem.candidate_class) not in (0, sizes[0]):
-        raise ValueError("as many costs as candidates and conversions are needed, and a class for each candidate or for none")
+    if (len(problem.costs), len(problem.conversion_costs)) != sizes or {len(problem.candidate_class), len(problem.part)} - {0, sizes[0]}:
+        raise ValueError("as many costs as candidates and conversions are needed, and a class and a part for each candidate or for none")
     for c in problem.candidates:
         if (len(c.in_formats), len(c.out_formats)) != (len(c.region.inputs), len(c.region.outputs)) or not c.region.nodes:
             raise ValueError(f"a candidate of {c.kernel} needs nodes, and one format for each input and output")

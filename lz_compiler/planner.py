@@ -13,7 +13,7 @@ Variables, all 0 or 1:
 (2) availability  x_k <= a_tf <= p_tf + sum_g y_tgf, for each (t, f) that k reads                 `_availability_rows`
 (3) conversion    y_tfg <= p_tf: never from a merely converted format                             `_conversion_rows`
 (4) sinks         1 <= p_tf + sum_g y_tgf, for each sink (t, f)                                   `_sink_rows`
-(5) numerics      sum_k epsilon_k^2 x_k <= error_budget^2                                         `_budget_rows`
+(5) numerics      sum_k epsilon_k^2 x_k <= error_budget^2, for each part                          `_budget_rows`
 (6) memory        x_k = 0 where workspace_k > memory_limit; likewise where epsilon_k > budget     `read` (solvers.py)
 (7) order         sum of x_k over a cycle of n candidates <= n - 1                                `_cycle_cuts`
 (8) ties          x_k = x_l, y_tfg = y_ufg inside a class: one variable, with the summed cost     `read` (solvers.py)
@@ -175,9 +175,10 @@ def _sink_rows(inst: Instance, rows: _Rows) -> None:
 
 def _budget_rows(inst: Instance, rows: _Rows) -> None:
     """(5), in integers; see `WEIGHT_SCALE`."""
-    terms = tuple((d, w) for d, w in enumerate(inst.weight) if w)
-    if sum(w for _, w in terms) > WEIGHT_SCALE:
-        rows[(terms, WEIGHT_SCALE)] = None
+    for part in dict.fromkeys(inst.part):
+        terms = tuple((d, w) for d, w in enumerate(inst.weight) if w and inst.part[d] == part)
+        if sum(w for _, w in terms) > WEIGHT_SCALE:
+            rows[(terms, WEIGHT_SCALE)] = None
 
 
 def _cycle_cuts(inst: Instance, used: Iterable[int], rows: _Rows) -> None:
@@ -539,9 +540,12 @@ def _check_formats(problem: Problem, solution: Solution) -> list[str]:
 def _check_limits(problem: Problem, solution: Solution) -> list[str]:
     wrong = []
     used = [problem.candidates[k] for k in solution.chosen]
-    error = math.sqrt(math.fsum(k.epsilon**2 for k in used))
-    if not error <= problem.error_budget * (1 + 1e-6):  # relative: float noise at the boundary, not a second budget
-        wrong.append(f"the error {error:g} is above the budget {problem.error_budget:g}")
+    squares: dict[int, list[float]] = {}
+    for index, k in zip(solution.chosen, used, strict=True):
+        squares.setdefault(problem.part[index] if problem.part else 0, []).append(k.epsilon**2)
+    for error in map(math.sqrt, map(math.fsum, squares.values())):
+        if not error <= problem.error_budget * (1 + 1e-6):  # relative: float noise at the boundary, not a second budget
+            wrong.append(f"the error {error:g} is above the budget {problem.error_budget:g}")
     if problem.memory_limit is not None:
         for k in used:
             if k.workspace > problem.memory_limit:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Set
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import backends, planner, torch_private
@@ -31,14 +31,42 @@ log = logging.getLogger(__name__)
 DILUTION = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Posed:
+    """A graph's integer program, and what it takes to make a plan of a solution. `dilution`: what the whole plan's relative error is taken
+    to be, over the root of the sum of its kernels' squared ones."""
+
+    view: GraphView
+    options: Options
+    target: Target
+    fingerprint: str
+    kind: str
+    model: CostModel
+    found: Enumeration
+    problem: Problem
+    dilution: float
+    seconds: float = 0.0  # that solving it took
+
+
 def make_plan(
     view: GraphView, options: Options, target: Target, store: TimingStore, *, fingerprint: str, kind: str, dilution: float = DILUTION,
 ) -> Plan:  # fmt: skip
-    """Plan one functional ATen graph (`kind`: inference, forward or backward) for a target.
-
-    `dilution`: what the whole plan's relative error is taken to be, over the root of the sum of its kernels' squared ones.
-    """
+    """Plan one functional ATen graph (`kind`: inference, forward or backward) for a target."""
     start = time.perf_counter()
+    posed, solution = solved(pose(view, options, target, store, fingerprint=fingerprint, kind=kind, dilution=dilution))
+    plan = decode(posed, solution)
+    log.info(
+        "%s graph: %d candidates, %d conversions, %s by %s, %.3f ms predicted, enumerated and priced in %.2f s, solved in %.2f s",
+        kind, len(posed.problem.candidates), len(posed.problem.conversions), solution.status, solution.solver,
+        solution.objective / 1e6, time.perf_counter() - start - posed.seconds, posed.seconds,
+    )  # fmt: skip
+    return plan
+
+
+def pose(
+    view: GraphView, options: Options, target: Target, store: TimingStore, *, fingerprint: str, kind: str, dilution: float = DILUTION,
+) -> Posed:  # fmt: skip
+    """Recognise, enumerate and price: all but the choice."""
     model = cost_model(options.cost_model, target, store, options.measure_budget_s)
     roofline = Roofline(target)
     trust, broken = Trust(store, target.environment), Quarantine(store, target.device)
@@ -47,55 +75,51 @@ def make_plan(
         view, options, model,
         lambda ctx, candidate: trust.refusal(ctx, candidate) or broken.refusal(candidate) or small(ctx, candidate),
     )  # fmt: skip
-    priced = time.perf_counter()
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
-    problem = build(view, found, options, roofline)
-    budget = options.error_budget / dilution
+    problem = replace(build(view, found, options, roofline), error_budget=options.error_budget / dilution)
     if options.problems is not None:
-        save_problem(replace(problem, error_budget=budget), Path(options.problems) / problem_name(fingerprint, kind, budget > 0))
+        save_problem(problem, Path(options.problems) / problem_name(fingerprint, kind, problem.error_budget > 0))
+    return Posed(view, options, target, fingerprint, kind, model, found, problem, dilution)
+
+
+def solved(posed: Posed) -> tuple[Posed, Solution]:
+    """The graph's own plan, with prices refined where the cost model does so. PolicyError where a policy leaves none."""
+    start = time.perf_counter()
     try:
-        problem, solution = _refined(problem, options, budget, model)
+        problem, solution = refined(posed, posed.problem, lambda p: solve_within(p, posed.options, p.error_budget))
     except SolverError:
-        conflict = _conflict(view, found, options, budget, roofline)
+        conflict = _conflict(posed.view, posed.found, posed.options, posed.problem.error_budget, Roofline(posed.target))
         if conflict is None:
             raise
         raise PolicyError(conflict) from None
-    seconds = time.perf_counter() - priced
-    plan = _decode(view, problem, solution, found, options, fingerprint, kind, target, seconds, dilution)
-    torch_private.counters()["plans"] += 1
-    log.info(
-        "%s graph: %d candidates, %d conversions, %s by %s, %.3f ms predicted, enumerated and priced in %.2f s, solved in %.2f s",
-        kind, len(problem.candidates), len(problem.conversions), solution.status, solution.solver,
-        solution.objective / 1e6, priced - start, seconds,
-    )  # fmt: skip
-    return plan
+    return replace(posed, problem=problem, seconds=time.perf_counter() - start), solution
 
 
-def _refined(problem: Problem, options: Options, budget: float, model: CostModel) -> tuple[Problem, Solution]:
-    if isinstance(model, RefiningCostModel):
-        return model.refine(problem, lambda p: solve_within(p, options, budget))
-    return problem, solve_within(problem, options, budget)
+def refined(posed: Posed, problem: Problem, solve: Callable[[Problem], Solution]) -> tuple[Problem, Solution]:
+    """`solve`'s answer, with what its prices turned out to be where the cost model measures only what matters for it."""
+    if isinstance(posed.model, RefiningCostModel):
+        return posed.model.refine(problem, solve)
+    return problem, solve(problem)
 
 
-def solve_within(problem: Problem, options: Options, budget: float) -> Solution:
-    """Solve, and check the result independently of the solver."""
+def solve_within(problem: Problem, options: Options, budget: float, graphs: int = 1) -> Solution:
+    """Solve, and check the result independently of the solver. `graphs`: how many are planned together, each has its time."""
     problem = replace(problem, error_budget=budget)
-    solution = planner.solve(problem, options.solver, options.solve_budget_s)
+    solution = planner.solve(problem, options.solver, options.solve_budget_s * graphs)
     if not solution.chosen and problem.sinks:
-        solution = planner.solve(problem, "cp_sat", options.solve_budget_s)
+        solution = planner.solve(problem, "cp_sat", options.solve_budget_s * graphs)
         if not solution.chosen and solution.status == "infeasible":
             if problem.candidate_class:  # repeated blocks that cannot all take the same decision
-                return solve_within(replace(problem, candidate_class=(), tensor_class={}), options, budget)
+                return solve_within(replace(problem, candidate_class=(), tensor_class={}), options, budget, graphs)
             raise SolverError(f"no valid plan: {solution.status} with solver={options.solver!r} and with 'cp_sat'.")
     violations = planner.check(problem, solution)
     assert not violations, f"the solver's plan breaks the problem's rules: {violations[:5]}"
     return solution
 
 
-def _decode(
-    view: GraphView, problem: Problem, solution: Solution, found: Enumeration, options: Options, fingerprint: str, kind: str,
-    target: Target, seconds: float, dilution: float,
-) -> Plan:  # fmt: skip
+def decode(posed: Posed, solution: Solution, notes: tuple[str, ...] = ()) -> Plan:
+    view, problem, found, target = posed.view, posed.problem, posed.found, posed.target
+    torch_private.counters()["plans"] += 1
     place = {node.name: i for i, node in enumerate(view.nodes)}
     chosen = sorted(solution.chosen, key=lambda i: min(place[n] for n in problem.candidates[i].region.outputs))
     overlapping: dict[str, list[tuple[Candidate, Cost]]] = {}
@@ -117,13 +141,13 @@ def _decode(
             others = tuple(_alternatives(candidate, overlapping))
             rejected = tuple(_rejections(candidate, found.rejections))
         choices.append(Choice(candidate, cost, others, rejected, *found.work.get(index, (0, 0)), tuple(sorted(after))))
-    epsilon = dilution * sum(problem.candidates[i].epsilon ** 2 for i in chosen) ** 0.5
+    epsilon = posed.dilution * sum(problem.candidates[i].epsilon ** 2 for i in chosen) ** 0.5
     conversions = tuple((problem.conversions[i], problem.conversion_costs[i]) for i in solution.converted)
     return Plan(
-        fingerprint=fingerprint, kind=kind, environment=dict(target.environment), choices=tuple(choices),
+        fingerprint=posed.fingerprint, kind=posed.kind, environment=dict(target.environment), choices=tuple(choices),
         conversions=conversions, objective=solution.objective, bound=solution.bound, status=solution.status,
-        solver=solution.solver, epsilon=epsilon, plan_s=seconds, notes=_effects(options, found), barred=_barred(found),
-        peaks={"bandwidth": target.bandwidth, **{k: v for k, v in target.flops.items() if k != "transcendental"}},
+        solver=solution.solver, epsilon=epsilon, plan_s=posed.seconds, notes=(*notes, *_effects(posed.options, found)),
+        barred=_barred(found), peaks={"bandwidth": target.bandwidth, **{k: v for k, v in target.flops.items() if k != "transcendental"}},
     )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ class Instance:
     members: tuple[tuple[int, ...], ...]  # candidates or conversions of a decision
     cost: tuple[int, ...]  # of a decision: its members' sum
     weight: tuple[int, ...]  # of a decision: its members' squared epsilons, in units of budget^2 / WEIGHT_SCALE
+    part: tuple[int, ...]  # of a decision: the graph whose error budget that is
     makers: tuple[tuple[int, ...], ...]  # usable candidates that produce a pair
     into: tuple[tuple[int, ...], ...]  # conversions that make a pair
     covering: tuple[tuple[int, ...], ...]  # usable candidates that cover a node
@@ -139,6 +140,7 @@ def read(problem: Problem) -> Instance:
         cost=tuple(sum(price[m].weighed for m in ms) for price, ms in zip(prices, members, strict=True)),
         weight=tuple(sum(_weight(problem, candidates[m].epsilon) for m in ms) if d < nx else 0
                      for d, ms in enumerate(members)),
+        part=tuple(problem.part[ms[0]] if d < nx and problem.part else 0 for d, ms in enumerate(members)),
         makers=_inverse(((k, outs[k]) for k in usable), len(pair)),
         into=_inverse(((c, (p,)) for c, p in enumerate(dst)), len(pair)),
         covering=_inverse(((k, nodes[k]) for k in usable), len(node)),
@@ -177,7 +179,10 @@ def settle(inst: Instance, used: Iterable[int], allowed: frozenset[int] | None =
 
 
 def over_budget(inst: Instance, used: Iterable[int]) -> bool:
-    return sum(inst.weight[d] for d in used) > WEIGHT_SCALE
+    spent: Counter[int] = Counter()
+    for d in used:
+        spent[inst.part[d]] += inst.weight[d]
+    return any(weight > WEIGHT_SCALE for weight in spent.values())
 
 
 def contracted(inst: Instance, used: Iterable[int]) -> dict[int, dict[int, int]]:
@@ -252,12 +257,12 @@ def sweep(inst: Instance, single_nodes: bool, rank: Sequence[float] | None = Non
         formats[inst.tensor[p]].add(p)
     covered: set[int] = set()
     used: set[int] = set()
-    room = WEIGHT_SCALE
+    room = dict.fromkeys(inst.part, WEIGHT_SCALE)
 
     def fits(k: int) -> bool:
         d = inst.decision[k]
         spots = [n for m in inst.members[d] for n in inst.nodes[m]]
-        if len(set(spots)) < len(spots) or not covered.isdisjoint(spots) or inst.weight[d] > room:
+        if len(set(spots)) < len(spots) or not covered.isdisjoint(spots) or inst.weight[d] > room[inst.part[d]]:
             return False
         if single_nodes and len(spots) > len(inst.members[d]):
             return False
@@ -275,7 +280,7 @@ def sweep(inst: Instance, single_nodes: bool, rank: Sequence[float] | None = Non
         if options:
             d = min(options, key=share)
             used.add(d)
-            room -= inst.weight[d]
+            room[inst.part[d]] -= inst.weight[d]
             for m in inst.members[d]:
                 covered.update(inst.nodes[m])
                 for p in inst.outs[m]:
@@ -426,7 +431,8 @@ class _Search:
         spots = self.spots[d]
         if len(set(spots)) < len(spots) or not self.covered.isdisjoint(spots):
             return False
-        return math.fsum([self.squares[d], *(self.squares[u] for u in self.used)]) <= self.limit
+        part = self.inst.part
+        return math.fsum([self.squares[d], *(self.squares[u] for u in self.used if part[u] == part[d])]) <= self.limit
 
     def visit(self, demands: list[tuple[int, bool]], cost: int) -> None:
         self.steps += 1

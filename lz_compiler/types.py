@@ -118,7 +118,9 @@ class Problem:
     `costs` runs parallel to `candidates`, `conversion_costs` to `conversions`. `sources` are (tensor, format) pairs that
     exist at no cost, `sinks` those that must exist at the end. `candidate_class` and `tensor_class` tie what repeats:
     members of one class (a transformer's identical layers) take the same decision. Empty means nothing is tied.
-    `error_budget` bounds the root of the sum of squared epsilons of the used candidates (independent rounding errors).
+    `error_budget` bounds the root of the sum of squared epsilons of the used candidates (independent rounding errors). `part`: of each
+    candidate, the graph that it stands in, where several graphs are planned together: each has the budget for itself. Members of a
+    class are of one part; empty means one graph.
     """
 
     candidates: tuple[Candidate, ...]
@@ -131,6 +133,7 @@ class Problem:
     memory_limit: int | None = None
     candidate_class: tuple[int, ...] = ()
     tensor_class: Mapping[str, int] = field(default_factory=dict)
+    part: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

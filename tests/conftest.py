@@ -14,6 +14,7 @@ os.environ["LAYERZERO_CACHE_DIR"] = tempfile.mkdtemp(prefix="layerzero-tests-")
 
 import pytest
 import torch
+from machine import plant
 
 atexit.register(shutil.rmtree, os.environ["LAYERZERO_CACHE_DIR"], ignore_errors=True)
 
@@ -22,6 +23,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Modules that turn Triton into its interpreter when they are imported, for the whole process: not beside a GPU's tests."""
     interpreted = collection_path.name.startswith("test_triton")
     return True if interpreted and config.getoption("markexpr") == "gpu" else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_peaks() -> None:
+    plant(os.environ["LAYERZERO_CACHE_DIR"])
 
 
 @pytest.fixture(autouse=True)

@@ -107,7 +107,7 @@ def test_commands_and_their_options_exist() -> None:
                     break
                 assert word in command.commands, (page, words)
                 command = command.commands[word]
-            known = {option for parameter in command.params for option in parameter.opts}
+            known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
             missing = [w for w in words[1:] if re.match(r"--?[a-z]", w) and w.partition("=")[0] not in known | {"--help"}]
         assert not missing, (page, words)
     assert seen > 50

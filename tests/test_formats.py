@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from convnet import convnet
+from machine import plant
 from torch import nn
 
 import lz_compiler as lz
-from lz_compiler.backend import RECORDS, open_store
+from lz_compiler.backend import RECORDS
 from lz_compiler.cost_models.roofline import Roofline
 from lz_compiler.planning import solve_within
-from lz_compiler.target import environment
 from lz_compiler.types import Candidate, Cost, Format, Plan, Problem, Region, Target, TensorSpec
 
 
@@ -129,6 +129,7 @@ def test_a_plan_over_its_budget_is_not_used(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 64)).eval()
     cancel(model)
     x = torch.randn(8, 512)
+    plant(str(tmp_path))
     plan, y = planned(model, x, error_budget=2e-2, freeze=True, cache_dir=str(tmp_path))
     record = RECORDS[-1]
     assert (record.error or 0) > 2e-2
@@ -143,6 +144,8 @@ def test_a_plan_over_its_budget_is_tightened(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(*(nn.Linear(512, 512) for _ in range(5)), nn.Linear(512, 64)).eval(), torch.randn(8, 512)
     cancel(model, 0.1)
+    for folder in ("whole", "tight"):
+        plant(str(tmp_path / folder))
     planned(model, x, error_budget=0.5, freeze=True, cache_dir=str(tmp_path / "whole"))
     whole = RECORDS[-1].error
     assert whole
@@ -164,10 +167,8 @@ def test_a_plan_over_its_budget_is_tightened(tmp_path: Path) -> None:
 def test_a_stored_verdict_is_checked_against_the_weights_at_hand(freeze: bool, tmp_path: Path) -> None:
     """Weights are not in a verdict's key: a plan that was within its budget with one model's may be over it with another's."""
     torch.manual_seed(0)
-    # A machine of known peaks, for which narrow products pay even with weights that are converted in each call.
-    key = "|".join(f"{k}={v}" for k, v in sorted(environment("cpu").items()))
-    flops = {"float32": 1e11, "bfloat16": 8e11, "float16": 1e10, "transcendental": 1e9}
-    open_store(str(tmp_path)).put_record("peaks", key, {"bandwidth": 2e10, "flops": flops, "launch_ns": 1000})
+    # Narrow products pay even with weights that are converted in each call.
+    plant(str(tmp_path), flops={"float32": 1e11, "bfloat16": 8e11, "float16": 1e10, "transcendental": 1e9}, launch_ns=1000)
     x = torch.randn(1024, 512)
     options = {"error_budget": 2e-2, "freeze": freeze, "cache_dir": str(tmp_path)}
     models = [nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 64)).eval() for _ in range(2)]

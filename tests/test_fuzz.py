@@ -54,7 +54,8 @@ def bake(model: nn.Module, folder: Path, *args: Tensor, **declared: Any) -> Path
 def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model, args, _ = make()
-    return bake(model, tmp_path_factory.mktemp("fuzz") / "out", *args, dynamic={"x": {0: "rows"}}, buckets={"rows": [4, 32]}, freeze=True)
+    declared: dict[str, Any] = {"dynamic": {"x": {0: "rows"}}, "buckets": {"rows": [4, 32]}, "freeze": True, "one_format": False}
+    return bake(model, tmp_path_factory.mktemp("fuzz") / "out", *args, **declared)
 
 
 def edited(baked: Path, to: Path, *changes: tuple[str, str]) -> Path:

@@ -122,13 +122,23 @@ def test_key_holds_what_changes_plans() -> None:
         "cost_model": "roofline", "solver": "highs", "layout_mode": "strict", "error_budget": 0.1, "freeze": True,
         "backends": ("aten",), "cudagraphs": True, "measure_budget_s": 1.0, "solve_budget_s": 1.0, "memory_limit": 1,
         "deterministic": True, "race": False, "cache_dir": "x", "problems": "y", "mode": "max-autotune",
-        "ranks": False, "rank_timeout_s": 1.0, "compile_in_background": True,
+        "ranks": False, "rank_timeout_s": 1.0, "compile_in_background": True, "any_rows": True,
         "policy": {"deny": [{"kernel": "aten.mm"}]},
     }  # fmt: skip
     assert set(other) == {f.name for f in dataclasses.fields(Options)}
     keys = {name: Options(**{name: value}).key() for name, value in other.items()}  # type: ignore[arg-type]
     same = {name for name, key in keys.items() if key == Options().key()}
-    assert same == {"measure_budget_s", "solve_budget_s", "cache_dir", "problems", "ranks", "rank_timeout_s", "compile_in_background"}
+    unplanned = {
+        "measure_budget_s",
+        "solve_budget_s",
+        "cache_dir",
+        "problems",
+        "ranks",
+        "rank_timeout_s",
+        "compile_in_background",
+        "any_rows",
+    }
+    assert same == unplanned
     assert len(set(keys.values())) == len(keys) - len(same) + 1
     assert Options(backends=("a", "b")).key() == Options(backends=("b", "a")).key()
     assert Options(error_budget=0).key() == Options(error_budget=-0.0).key() == Options().key()
@@ -139,7 +149,7 @@ def test_key_holds_what_changes_plans() -> None:
 
 def test_table_lists_each_option() -> None:
     rows = {name: rest for name, *rest in option_table()}
-    assert set(rows) == {f.name for f in dataclasses.fields(Options)} - {"mode"}
+    assert set(rows) == {f.name for f in dataclasses.fields(Options)} - {"mode", "any_rows"}
     assert rows["solver"][:2] == [
         "cp_sat | highs | greedy | dynamic | exhaustive | lp_rounding | one_layout | priority | local_search",
         "cp_sat",

@@ -6,7 +6,7 @@ The same function is measured, checked against the region's reference, and place
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class Kernel:
     version: int = 1
     setup: Callable[[], object] | None = None  # makes the kernel's operator exist, where a compiled graph is loaded from a cache
     deterministic: bool = True  # the same inputs always give the same bits on one machine; a descriptor's word goes before
+    packs: Callable[[Values], Hashable] | None = None  # parameters -> what packed weights depend on, equal: the same bytes; None: on all
     compiled: bool = False  # exists only inside a graph that TorchInductor compiles, and is measured so
 
 

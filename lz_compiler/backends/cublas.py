@@ -106,10 +106,10 @@ class Cublas(BuiltIn):
     devices: tuple[str, ...] = ("cuda",)
     kernels = by_name(
         Kernel("cublas.addmm_activation", _activated),
-        Kernel("cublas.merged", _merged, _merge),
-        Kernel("cublas.conv1x1", _conv1x1, _patch_weight),
-        Kernel("cublas.im2col", _im2col, _patch_weight, compiled=True),
-        Kernel("cublas.fp8_rowwise", _fp8, _fp8_weight, compiled=True),
+        Kernel("cublas.merged", _merged, _merge, packs=lambda p: ("stacked", "")),
+        Kernel("cublas.conv1x1", _conv1x1, _patch_weight, packs=lambda p: ("patches", p["affine"], p["dtype"])),
+        Kernel("cublas.im2col", _im2col, _patch_weight, packs=lambda p: ("patches", p["affine"], p["dtype"]), compiled=True),
+        Kernel("cublas.fp8_rowwise", _fp8, _fp8_weight, packs=lambda p: ("stacked", "float8_e4m3fn"), compiled=True),
     )
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:

@@ -38,7 +38,7 @@ class Cudnn(BuiltIn):
     name = "cudnn"
     devices: tuple[str, ...] = ("cuda",)
     # cudnn_convolution_relu and _add_relu ask cuDNN for any algorithm, whatever torch's flags say (ATen/native/cudnn/ConvShared.cpp).
-    kernels = by_name(Kernel("cudnn.conv", _conv, _fold))
+    kernels = by_name(Kernel("cudnn.conv", _conv, _fold, packs=lambda p: ("folded", p["affine"], p["dtype"])))
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         fit, refused = fitting(self, ctx)

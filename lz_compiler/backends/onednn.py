@@ -4,7 +4,7 @@ packed weights, in float32 and bfloat16, 1x1 convolutions as products, batch nor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -52,14 +52,23 @@ def _frozen_bias(emit: Emitter, value: Any, p: Values) -> Any:
     return None if value is None else emit.constant(lambda b: b.to(semantics.torch_dtype(p["dtype"])), value)
 
 
+def _rows(p: Values) -> int | None:
+    """The number of rows that a weight is packed for. What is packed for any (None) can be read with any."""
+    return None if p["dynamic_rows"] or p.get("any_rows") else p["rows"]
+
+
+def _size(p: Values) -> list[int] | None:
+    return None if p["dynamic_rows"] or p.get("any_rows") else list(p["size"])
+
+
 def _pack_linear(emit: Emitter, t: Values, p: Values) -> Values:
-    rows = None if p["dynamic_rows"] else p["rows"]
+    rows = _rows(p)
     weight = emit.constant(lambda w: torch.ops.mkldnn._reorder_linear_weight(_dense(w, p), rows), t["w"])
     return {**t, "w": weight, "bias": _frozen_bias(emit, t.get("bias"), p)}
 
 
 def _pack_merged(emit: Emitter, t: Values, p: Values) -> Values:
-    count, rows = p["count"], None if p["dynamic_rows"] else p["rows"]
+    count, rows = p["count"], _rows(p)
 
     def pack(*weights: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(torch.cat([_dense(w, p) for w in weights]), rows)
@@ -79,8 +88,7 @@ def _merged(emit: Emitter, t: Values, p: Values) -> tuple[Any, ...]:
 def _pack_conv(emit: Emitter, t: Values, p: Values) -> Values:
     def pack(weight: torch.Tensor) -> torch.Tensor:
         weight = weight.contiguous(memory_format=torch.channels_last)
-        size = None if p["dynamic_rows"] else list(p["size"])
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, p["padding"], p["stride"], p["dilation"], p["groups"], size)
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, p["padding"], p["stride"], p["dilation"], p["groups"], _size(p))
 
     return fold_constants(emit, t, p, pack)
 
@@ -113,15 +121,23 @@ def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(aten.permute.default, y, [0, 3, 1, 2])
 
 
+def _linear_packs(p: Values) -> Hashable:
+    return "onednn.linear", p["dtype"], _rows(p)
+
+
+def _conv_packs(p: Values) -> Hashable:
+    return "onednn.conv", p["dtype"], p["affine"], p["padding"], p["stride"], p["dilation"], p["groups"], str(_size(p))
+
+
 class OneDNN(BuiltIn):
     name = "onednn"
     devices: tuple[str, ...] = ("cpu",)
     kernels = by_name(
         Kernel("onednn.linear", _linear, _plain),
-        Kernel("onednn.linear_packed", _linear, _pack_linear),
-        Kernel("onednn.merged_linear_packed", _merged, _pack_merged),
+        Kernel("onednn.linear_packed", _linear, _pack_linear, packs=_linear_packs),
+        Kernel("onednn.merged_linear_packed", _merged, _pack_merged, packs=_linear_packs),
         Kernel("onednn.conv", _conv, _fold),
-        Kernel("onednn.conv_packed", _conv, _pack_conv),
+        Kernel("onednn.conv_packed", _conv, _pack_conv, packs=_conv_packs),
         Kernel("onednn.conv1x1", _conv1x1, _fold_1x1),
     )
 
@@ -139,10 +155,14 @@ class OneDNN(BuiltIn):
             dtypes.append("bfloat16")
         for dtype in dtypes:
             for name in fit:
+                if name == "onednn.linear" and dtype != x.dtype and "w" in ctx.frozen:
+                    continue  # it would convert the weight in each call
                 yield self._candidate(ctx, name, dtype)
+                if ctx.options.any_rows and self.kernels[name].packs and not ctx.params["dynamic_rows"]:
+                    yield self._candidate(ctx, name, dtype, any_rows=True)
 
-    def _candidate(self, ctx: SelectionContext, name: str, dtype: str) -> Candidate:
-        kernel, extra = self.kernels[name], {"vector_dtype": ctx.specs[0].dtype}
+    def _candidate(self, ctx: SelectionContext, name: str, dtype: str, **more: bool) -> Candidate:
+        kernel, extra = self.kernels[name], dict[str, Any](vector_dtype=ctx.specs[0].dtype, **more)
         if ctx.region.op != "conv":
             frozen = {r: "packed" for r in ctx.roles if r[0] == "w"} if name != "onednn.linear" else None
             return ctx.candidate(kernel, dtype, frozen, **extra)

@@ -47,7 +47,7 @@ def _quantized(emit: Emitter, t: Values, p: Values) -> Values:
 class TorchAO(LibraryBackend):
     name = "torchao"
     devices: tuple[str, ...] = ("cpu",)
-    kernels = by_name(Kernel("torchao.int8_linear", _linear, _quantized))
+    kernels = by_name(Kernel("torchao.int8_linear", _linear, _quantized, packs=lambda p: ("stacked", "int8")))
     library = LIBRARY
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:

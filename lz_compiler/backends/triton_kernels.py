@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -100,13 +100,17 @@ def _split_variants(batch: int, kv_heads: int, rows: int, length: int, head: int
         yield tuple({**first, "splits": splits}.items())
 
 
+def _packs(p: Values) -> Hashable:
+    return "stacked", p["weight_dtype"]
+
+
 class Triton:
     name = "triton"
     devices: tuple[str, ...] = ("cuda",)
     kernels = by_name(
-        Kernel("triton.gemv", _gemv, _prepared),
-        Kernel("triton.gemv_merged", _gemv_merged, _pack),
-        Kernel("triton.gemv_gated", _gemv, _pack),
+        Kernel("triton.gemv", _gemv, _prepared, packs=_packs),
+        Kernel("triton.gemv_merged", _gemv_merged, _pack, packs=_packs),
+        Kernel("triton.gemv_gated", _gemv, _pack, packs=_packs),
         Kernel("triton.depthwise_conv", _depthwise, _depthwise_weight),
         Kernel("triton.decode_attention", _decode),
         Kernel("triton.attention", _attention),

@@ -296,7 +296,8 @@ class _Writer:
         loaded = sum(count * self.weights[name].nbytes for name, count in layouts.items())
         several = sum(count > 1 for count in layouts.values())
         more = f", {several} of them in more than one layout" if several else ""
-        return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}."
+        planned = "" if self.plan.joint is None else f"\nPlanned with {_text(str(self.plan.joint))}."
+        return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}.{planned}"
 
     def _checks(self, constants: Mapping[str, Any]) -> str:
         """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""

@@ -11,7 +11,7 @@ import os
 import reprlib
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +31,10 @@ from ..problem import CALL, LOOP, VIEW
 from ..target import environment
 from ..timings import TimingStore, open_store
 from ..trust.capabilities import descriptor
-from ..types import Plan
+from ..types import Plan, Status
 from . import export
 from .export import Argument, Dynamic, Program, Ranges
+from .joint import Joint, plan_cells
 from .model_fingerprint import fingerprint as fingerprint_folder
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class ModelPlan:
     constants: tuple[str, ...]  # what is no tensor among the arguments' leaves, as text: compiled in
     cells: tuple[CellPlan, ...]
     bundle: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the model's folder: group -> hash (model_fingerprint)
+    joint: Joint | None = None  # where the cells were planned together
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON: whole or not at all."""
@@ -121,6 +123,7 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         tuple(map(str, data["arguments"])),
         tuple(map(_argument, data["tensors"])),
         tuple(map(str, data["constants"])), cells, {str(k): str(v) for k, v in data.get("bundle", {}).items()},
+        _joint(data.get("joint")),
     )  # fmt: skip
     known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
     for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
@@ -131,6 +134,13 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
     if not least <= len(plan.cells) <= most or [c.ranges for c in plan.cells] != export.cells(plan.buckets):
         raise PlanError(f"the plan's cells are not those of its buckets {reprlib.repr(dict(plan.buckets))}")
     return plan
+
+
+def _joint(data: Mapping[str, Any] | None) -> Joint | None:
+    if data is None:
+        return None
+    weights, objective, bound, separate = (int(data[name]) for name in ("weights", "objective", "bound", "separate"))
+    return Joint(weights, objective, bound, separate, Status(data["status"]), str(data["solver"]))
 
 
 def _argument(data: Mapping[str, Any]) -> Argument:
@@ -149,13 +159,14 @@ def _winner(name: str) -> str:
 def solve(
     model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
     buckets: Mapping[str, Sequence[int]] | None = None, dynamic: Dynamic | None = None,
-    bundle: str | os.PathLike[str] | None = None, **options: Any,
+    bundle: str | os.PathLike[str] | None = None, one_format: bool = True, **options: Any,
 ) -> ModelPlan:  # fmt: skip
     """Plan a model's inference for ranges of shapes, and race the plans on the given arguments.
 
     `dynamic` names the dimensions that vary, as in torch.export: {argument: {dimension: symbol}}; `buckets` gives each symbol's
     upper ends, the first bucket starting at 1. A cell (one bucket of each symbol) is planned and raced at its upper ends.
-    `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`).
+    `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`). With `freeze`, the cells are one
+    integer program in which each weight has one format (`deploy.joint`); `one_format=False`: each cell packs as suits it.
     """
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
@@ -165,10 +176,15 @@ def solve(
     setup()
     solved = []
     state: list[tuple[set[str], set[str]]] = []  # of each cell: the buffers that it reads, and those of them that it writes into
-    for ranges in export.cells(buckets):
-        program = export.export_program(model, named, dynamic, ranges)
+    store, boxes = open_store(chosen.cache_dir), export.cells(buckets)
+    plans: list[list[Plan]] = [[] for _ in boxes]
+    result = None
+    if chosen.freeze and one_format and len(boxes) > 1:
+        plans, result = _jointly((export.export_program(model, named, dynamic, ranges) for ranges in boxes), chosen, store)
+    for ranges, decided in zip(boxes, plans, strict=True):
+        program = export.export_program(model, named, dynamic, ranges)  # anew: names in a second trace of the same can differ
         traced = fingerprint(program.gm)
-        session = session_for(program, chosen, open_store(chosen.cache_dir))
+        session = session_for(program, chosen, store, decided)
         run, written, _ = compile_cell(session, program)
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
         if written is not None:
@@ -191,8 +207,21 @@ def solve(
             for leaf in pytree.tree_leaves(v)
             if isinstance(leaf, Tensor)
         ),
-        _constants(pytree.tree_leaves(named)), tuple(solved), folder,
+        _constants(pytree.tree_leaves(named)), tuple(solved), folder, result,
     )  # fmt: skip
+
+
+def _jointly(programs: Iterable[Program], options: Options, store: TimingStore) -> tuple[list[list[Plan]], Joint | None]:
+    """The plans of each program, with an error budget the lossless one too; and what all of them together are."""
+    options = dataclasses.replace(options, any_rows=True)
+    posed = []
+    for program in programs:
+        with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
+            posed.append(session_for(program, options, store).pose())
+    if not all(posed):  # a graph without an operator has nothing to plan
+        return [[] for _ in posed], None
+    made = [plan_cells(cells, options) for cells in zip(*posed, strict=True)]  # for each budget
+    return [list(plans) for plans in zip(*(plans for plans, _ in made), strict=True)], made[0][1]
 
 
 def _as_data(options: Options) -> dict[str, Any]:
@@ -213,11 +242,11 @@ def _constants(leaves: Sequence[Any]) -> tuple[str, ...]:
     return tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
 
 
-def session_for(program: Program, options: Options, store: TimingStore) -> Session:
+def session_for(program: Program, options: Options, store: TimingStore, plans: Sequence[Plan] = ()) -> Session:
     real = [(w, w is not None) for w in program.weights]
     device = "cuda" if any(isinstance(v, Tensor) and v.is_cuda for v in program.inputs) else "cpu"
     with torch.no_grad():
-        return Session(program.gm, program.inputs, options, store, device, real)
+        return Session(program.gm, program.inputs, options, store, device, real, plans=plans)
 
 
 def compile_cell(

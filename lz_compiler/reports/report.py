@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,9 +241,10 @@ def explain_model_plan(plan: ModelPlan) -> Report:
     env = ", ".join(f"{k} {v}" for k, v in plan.environment.items())
     data = {
         "model": plan.model, "environment": dict(plan.environment), "options": dict(plan.options), "arguments": list(plan.arguments),
-        "cells": [describe_cell(c) for c in plan.cells],
+        "joint": None if plan.joint is None else asdict(plan.joint), "cells": [describe_cell(c) for c in plan.cells],
     }  # fmt: skip
-    lines = (f"solved on {env}", *(line for cell in plan.cells for line in _cell_lines(cell)))
+    together = () if plan.joint is None else (str(plan.joint),)
+    lines = (f"solved on {env}", *together, *(line for cell in plan.cells for line in _cell_lines(cell)))
     return Report(f"LayerZero: plan of {plan.model}, {len(plan.cells)} cell{'s' if len(plan.cells) != 1 else ''}", data, lines)
 
 
