@@ -288,9 +288,6 @@ def register_lowerings() -> None:
         linear, mkldnn._linear_pointwise.default,
         lambda put, x, w, b, attr, algorithm: (put.contiguous(x), w, b, attr, [], algorithm),
     )  # fmt: skip
-    if torch.backends.mkl.is_available():
-        vendor = torch.ops.mkl._mkl_linear.default
-        lower(mkl_linear, vendor, lambda put, x, packed, w, b, rows: (put.contiguous(x), packed, w, b, rows))
     lower(
         linear_binary, mkldnn._linear_pointwise.binary,
         lambda put, x, other, w, b, attr: (put.contiguous(x), put.contiguous(other), w, b, attr),
