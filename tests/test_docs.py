@@ -53,6 +53,7 @@ def assumed() -> dict[str, Any]:
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=relative)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, which is also the module `my_model` that pages speak of."""
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # pages are read beside a clone
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAYERZERO_MEASURE_BUDGET_S", "1")
     module = types.ModuleType("my_model")
@@ -73,7 +74,7 @@ def test_examples_of_files_are_read(tmp_path: Path) -> None:
         for block in blocks(page, "yaml"):
             (tmp_path / "policy.yaml").write_text(block["text"])
             assert load_policy(tmp_path / "policy.yaml", "docs").rules
-        for block in blocks(page, "json"):
+        for block in blocks(page, "json") if page.name == "backends.md" else ():
             (tmp_path / "mine.json").write_text(block["text"])
             assert read(tmp_path / "mine.json", "mine").kernels
 
