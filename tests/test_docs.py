@@ -59,9 +59,13 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     module = types.ModuleType("my_model")
     monkeypatch.setitem(sys.modules, "my_model", module)
     vars(module).update(assumed())
-    for block in blocks(page, "python"):
-        if not block["why"]:
-            exec(compile(block["text"], relative(page), "exec"), vars(module))
+    texts = [block["text"] for block in blocks(page, "python") if not block["why"]]
+    if any("register(" in text for text in texts):  # what it adds is there for the whole process
+        done = subprocess.run([sys.executable, "-c", "\n".join(texts)], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return
+    for text in texts:
+        exec(compile(text, relative(page), "exec"), vars(module))
 
 
 def test_few_blocks_are_not_run() -> None:
