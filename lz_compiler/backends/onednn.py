@@ -158,7 +158,9 @@ class OneDNN(BuiltIn):
                 if name == "onednn.linear" and dtype != x.dtype and "w" in ctx.frozen:
                     continue  # it would convert the weight in each call
                 yield self._candidate(ctx, name, dtype)
-                if ctx.options.any_rows and self.kernels[name].packs and not ctx.params["dynamic_rows"]:
+                # For one row oneDNN packs as for its matrix-vector product, which is often the slower one.
+                one = ctx.region.op != "conv" and ctx.params["rows"] == 1
+                if (ctx.options.any_rows or one) and self.kernels[name].packs and not ctx.params["dynamic_rows"]:
                     yield self._candidate(ctx, name, dtype, any_rows=True)
 
     def _candidate(self, ctx: SelectionContext, name: str, dtype: str, **more: bool) -> Candidate:
