@@ -17,9 +17,11 @@ from test_planner import A, B, agree, kernel, problem, problems
 from torch import nn
 
 import lz_compiler as lz
+from lz_compiler import backends
 from lz_compiler.deploy.joint import PLAIN, Form, Reads, forms, held, join, split
 from lz_compiler.planner import check, solve
-from lz_compiler.types import Problem, Solution, Status
+from lz_compiler.trust import canary_regions
+from lz_compiler.types import Candidate, Problem, Solution, Status
 
 FORMS: tuple[Form, ...] = ((PLAIN, ()), ("packed 16", ()), ("packed", ("u", "v")))
 CELL: Any = problems(low=2, high=4, groups=1)
@@ -177,3 +179,15 @@ def test_where_no_format_serves_all_cells_each_has_its_own() -> None:
     kernels = [{c.candidate.kernel for p in cell.plans for c in p.choices if c.candidate.region.op == "linear"} for cell in plan.cells]
     assert (plan.joint, kernels) == (None, [{"mkl.linear_packed"}, {"onednn.linear_packed"}])
     assert all("no plan with one format was found" in str(p.notes) for cell in plan.cells for p in cell.plans)
+
+
+@pytest.mark.parametrize(("rows", "offered"), [(1, True), (17, False)])
+def test_one_row_may_read_what_is_packed_for_many(rows: int, offered: bool) -> None:
+    """oneDNN's packing for a single row is often the slower one; for more rows the two are alike, and one is enough."""
+    regions = [
+        c for _, c in canary_regions.contexts("linear", "float32", "cpu") if c.default and "w" in c.frozen and c.params["rows"] == rows
+    ]
+    assert regions
+    for ctx in regions:
+        answers = [a for a in backends.answers(ctx) if isinstance(a, Candidate) and a.kernel == "onednn.linear_packed"]
+        assert any(dict(a.params).get("any_rows") for a in answers) is offered
