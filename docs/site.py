@@ -38,7 +38,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         path = (source.parent / target).resolve()
         place = known.get(path) or (path.relative_to(ROOT / "docs").as_posix() if path.is_relative_to(ROOT / "docs") else None)
         if place is None:
-            return text
+            named = path.relative_to(ROOT).as_posix()
+            return f"`{named}`" if text.strip("`") in named else f"{text} (`{named}`)"
         return f"[{text}]({'../' * uri.count('/')}{place}{anchor})"
 
     return LINK.sub(link, markdown)

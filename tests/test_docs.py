@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from typer.main import get_command
 
 import lz_compiler as lz
 from lz_compiler.cli import app
+from lz_compiler.options import Options
 from lz_compiler.trust.descriptors import read
 from lz_compiler.trust.policy import load_policy
 from lz_compiler.zoo import LlamaConfig, llama
@@ -27,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")]
 PAGES += sorted(ROOT.glob("docs/*.md"))
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.DOTALL)
+MISSPELT = {"FREZE"}  # by intent, where a page shows the message
 NOT_RUN = 1  # Python blocks that say why they are not run
 
 
@@ -56,6 +60,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # pages are read beside a clone
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAYERZERO_MEASURE_BUDGET_S", "1")
+    monkeypatch.setenv("LAYERZERO_RACE", "0")  # nothing else is compiled beside the plan
     module = types.ModuleType("my_model")
     monkeypatch.setitem(sys.modules, "my_model", module)
     vars(module).update(assumed())
@@ -132,6 +137,23 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
     assert not links + [p for p in named if not any(ROOT.glob(p.rstrip("/")))]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_names_of_the_package_exist(page: Path) -> None:
+    """`lz.solve(...)` and `lz_compiler.planner.solve` in prose, extras of pip, and options as environment variables."""
+    text = page.read_text(encoding="utf-8")
+    wrong = []
+    for name in re.findall(r"`(?:lz|lz_compiler)((?:\.\w+)+)(?=[`(\s])", BLOCK.sub("", text)):
+        try:
+            pkgutil.resolve_name(f"lz_compiler{name}")
+        except (ImportError, AttributeError):
+            wrong.append(name)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wrong += [extra for group in re.findall(r"lz-compiler\[([\w,-]+)\]", text) for extra in group.split(",") if extra not in extras]
+    options = set(re.findall(r"LAYERZERO_([A-Z_]+[A-Z])", text)) - MISSPELT
+    wrong += [name for name in options if name.lower() not in Options.__dataclass_fields__]
+    assert not wrong
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(
@@ -140,3 +162,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     assert (tmp_path / "index.html").exists()
     assert "LayerZero chooses" in (tmp_path / "index.html").read_text()
+    for page in tmp_path.rglob("*.html"):  # nothing is loaded from a network; links may lead there
+        assert not re.findall(r'(?:src="|<link[^>]+(?:stylesheet|preload)[^>]+href=")(?:https?:)?//[^"]*', page.read_text(encoding="utf-8"))
