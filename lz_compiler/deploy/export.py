@@ -109,7 +109,9 @@ class Argument:
             return f"is {value.dtype}, planned as torch.{self.dtype}"
         if value.device.type != self.device:
             return f"is on {value.device}, planned on {self.device}"
-        return "" if value.stride() == self._strides(value) else f"has strides {value.stride()}, planned as {self._strides(value)}"
+        planned = self._strides(value)
+        same = all(n == 1 or s == p for n, s, p in zip(value.shape, value.stride(), planned, strict=True))  # a size of 1 takes no step
+        return "" if same else f"has strides {value.stride()}, planned as {planned}"
 
     def converted(self, value: Tensor) -> Tensor:
         """`value` as planned: dense, and itself if it is so already."""
