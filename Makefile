@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VERSION ?= 2.13.0
+WORKERS ?= 2
 
 .PHONY: demo test lint docs opinfo test-torch bench clean
 
@@ -12,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lz demo
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
