@@ -1,13 +1,13 @@
 """What a baked plan costs: choosing a cell, a cold start, and its steady state, for the zoo's Llama.
 
-    python benchmarks/baked.py [--device cuda] [--processes 5] [--rounds 40] [--json FILE]
+    python benchmarks/baked.py [--device cuda] [--parts selection,steady,cold,first] [--processes 5] [--rounds 40] [--json FILE]
 
 In float32 on a CPU, in bfloat16 on a GPU (calls without CUDA graphs).
 
 1. Selection: `forward` of a baked file with 16 buckets over two dimensions, its cells replaced by one that returns its argument,
    beside a call of that cell; and Dynamo's guards for the same function compiled with dynamic shapes.
 2. Cold start: fresh processes from their start to the first output. Baked; torch.compile with empty caches; Inductor and
-   `lz.compile(plan=...)` with warm ones.
+   `lz.compile(plan=...)` with warm ones; and what every such process pays: torch imported, one number on the device.
 3. Steady state: the baked file and `lz.compile(plan=...)`, calls in turn, each cell at its upper end.
 4. First call after `lz.warmup`, each cell in fresh processes of its own: beside the median of its calls 90 to 110, which find the
    processor's caches as they left them, and beside later calls that each follow one of another cell, which do not. Processes that did not
@@ -37,6 +37,7 @@ START = {
     "torch.compile, caches empty": "BACKEND = 'inductor'",
     "torch.compile, caches warm": "BACKEND = 'inductor'",
     "LayerZero's plan, caches warm": "PLAN = True",
+    "nothing but torch": "import sys, torch; torch.zeros(1, device=sys.argv[2]).item()",
 }
 FIRST = """
 import json, sys, time, torch
@@ -116,7 +117,7 @@ def cold_starts(folder: Path, processes: int, device: str) -> dict[str, list[flo
 
     found: dict[str, list[float]] = {}
     for name, code in START.items():
-        code = code if name == "baked" else COMPILED.format(plan="PLAN" in code)
+        code = code if code.startswith("import") else COMPILED.format(plan="PLAN" in code)
         with tempfile.TemporaryDirectory() as warm:
             for i in range(processes + 1):
                 with tempfile.TemporaryDirectory() as cold:
@@ -182,6 +183,7 @@ def steady(model: Any, plan: Any, module: Any, rounds: int, device: str) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="selection,steady,cold,first")
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--fresh", type=int, default=10, help="processes for the first calls of each cell")
@@ -200,41 +202,41 @@ def main() -> None:
     print(
         f"python benchmarks/baked.py --device {args.device} --buckets {args.buckets} --processes {args.processes} --rounds {args.rounds}\n"
     )
+    wanted = args.parts.split(",")
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        chosen = selection(Path(folder) / "small")
-        print(f"| {' | '.join(chosen)} |\n|{'---|' * len(chosen)}")
-        print(f"| {' | '.join(f'{v:.2f}' for v in chosen.values())} |  (microseconds a call)\n")
+        if "selection" in wanted:
+            found["selection_us"] = chosen = selection(Path(folder) / "small")
+            print(f"| {' | '.join(chosen)} |\n|{'---|' * len(chosen)}")
+            print(f"| {' | '.join(f'{v:.2f}' for v in chosen.values())} |  (microseconds a call)\n")
         model, given, kwargs = zoo.llama(length=64)
         model.eval().to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
         given, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(args.device), (given, kwargs))
-        plan = lz.solve(
-            model,
-            given,
-            kwargs,
-            buckets={"seq": [int(end) for end in args.buckets.split(",")]},
-            dynamic={"input_ids": {1: "seq"}},
-            freeze=True,
-        )
+        buckets = {"seq": [int(end) for end in args.buckets.split(",")]}
+        plan = lz.solve(model, given, kwargs, buckets=buckets, dynamic={"input_ids": {1: "seq"}}, freeze=True)
         plan.save(Path(folder) / "plan.json")
         out = Path(folder) / "llama"
         lz.bake(plan, out, model, given, kwargs)
-        rows = steady(model, plan, load(out), args.rounds, args.device)
-        print("| cell | won the race | baked, ms | lz.compile(plan=...), ms | ratio | largest difference |\n|---|---|---|---|---|---|")
-        for row, cell in zip(rows, plan.cells, strict=True):
-            print(f"| {row[0]} | {cell.winner} | {row[1]:.3f} | {row[2]:.3f} | {row[2] / row[1]:.2f}x | {row[3]:.1e} |")
-        starts = cold_starts(out, args.processes, args.device)
-        print("\n| first output of a fresh process | s, median | of baked |\n|---|---|---|")
-        for name, seconds in starts.items():
-            print(f"| {name} | {median(seconds):.2f} | {median(seconds) / median(starts['baked']):.2f}x |")
-        first = first_calls(out, [cell.ranges["seq"][1] for cell in plan.cells], args.fresh, args.device)
-        print(
-            "\n| cell's upper end | first call after lz.warmup, ms | calls 90 to 110, ms | ratio | calls after another cell's, ms | ratio "
-            "| processes dropped |\n|---|---|---|---|---|---|---|"
-        )
-        for end, ms, late, after, dropped in first:
-            print(f"| {end} | {ms:.2f} | {late:.2f} | {ms / late:.2f} | {after:.2f} | {ms / after:.2f} | {dropped} |")
+        if "steady" in wanted:
+            found["steady"] = rows = steady(model, plan, load(out), args.rounds, args.device)
+            print("| cell | won the race | baked, ms | lz.compile(plan=...), ms | ratio | largest difference |\n|---|---|---|---|---|---|")
+            for row, cell in zip(rows, plan.cells, strict=True):
+                print(f"| {row[0]} | {cell.winner} | {row[1]:.3f} | {row[2]:.3f} | {row[2] / row[1]:.2f}x | {row[3]:.1e} |")
+        if "cold" in wanted:
+            found["cold_s"] = starts = cold_starts(out, args.processes, args.device)
+            print("\n| first output of a fresh process | s, median | of baked |\n|---|---|---|")
+            for name, seconds in starts.items():
+                print(f"| {name} | {median(seconds):.2f} | {median(seconds) / median(starts['baked']):.2f}x |")
+        if "first" in wanted:
+            found["first_ms"] = first = first_calls(out, [cell.ranges["seq"][1] for cell in plan.cells], args.fresh, args.device)
+            print(
+                "\n| cell's upper end | first call after lz.warmup, ms | calls 90 to 110, ms | ratio | calls after another cell's, ms "
+                "| ratio | processes dropped |\n|---|---|---|---|---|---|---|"
+            )
+            for end, ms, late, after, dropped in first:
+                print(f"| {end} | {ms:.2f} | {late:.2f} | {ms / late:.2f} | {after:.2f} | {ms / after:.2f} | {dropped} |")
     if args.json:
-        args.json.write_text(json.dumps({"selection_us": chosen, "steady": rows, "cold_s": starts, "first_ms": first}))
+        args.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

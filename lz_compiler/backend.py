@@ -31,6 +31,7 @@ from .passes.drop_masks import drop_masks_pass
 from .passes.keep_attention import keep_attention_pass
 from .passes.output_strides import output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
+from .patterns import Recogniser
 from .plan_io import plan_from_dict, plan_to_dict, verdict_or_none
 from .planning import DILUTION, Posed, make_plan, pose
 from .problem import narrower
@@ -478,6 +479,10 @@ def plan_and_apply(
     if follow and plan is None:
         raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
     torch_private.counters()["known_plans"] += plan is not None
+    if follow and plan is not None:
+        failed = Trust(store, target.environment).of_plan(plan, lambda: Recogniser(view, options).regions())
+        if failed is not None:
+            raise PlanError(f"the stored plan uses what failed here: {failed}. Solve again.")
     plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind, dilution=dilution)
     collected = torch_private.collected()
     if collected is not None:

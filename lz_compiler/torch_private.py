@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .errors import LayerZeroError, TorchVersionError
+
 log = logging.getLogger(__name__)
 
 SUPPORTED = ((2, 11), (2, 15))
@@ -25,8 +27,6 @@ SUPPORTED = ((2, 11), (2, 15))
 
 def check_version() -> None:
     """Raise TorchVersionError outside the range that this module was written against."""
-    from .errors import TorchVersionError
-
     low, high = SUPPORTED
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if not low <= found <= high:
@@ -44,8 +44,12 @@ def mode_patches(mode: str) -> dict[str, Any]:
 
 
 def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
-    """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration."""
+    """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration.
+
+    What our own passes raise on purpose comes out as it is; Inductor would wrap it.
+    """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.exc import InductorError
 
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         token = _is_inference.set(bool(kwargs.get("is_inference")))
@@ -59,7 +63,12 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], pat
             generated.constants |= compiled.constants or {}  # type: ignore[attr-defined]
         return compiled
 
-    return compile_fx(gm, list(example_inputs), config_patches=dict(patches), inner_compile=inner)  # type: ignore[return-value,arg-type]
+    try:
+        return compile_fx(gm, list(example_inputs), config_patches=dict(patches), inner_compile=inner)  # type: ignore[return-value,arg-type]
+    except InductorError as error:
+        if isinstance(error.inner_exception, LayerZeroError):
+            raise error.inner_exception from None
+        raise
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import lz_compiler as lz
 from lz_compiler import backends, cli
 from lz_compiler.backend import RECORDS
-from lz_compiler.errors import CapabilityError, OptionError
+from lz_compiler.errors import CapabilityError, OptionError, PlanError
 from lz_compiler.target import environment
 from lz_compiler.timings import TimingStore
 from lz_compiler.trust import canary_regions, capabilities
@@ -206,6 +206,16 @@ def test_what_failed_is_not_used_by_the_next_plan(ran: Any, cache: Path, tmp_pat
     assert refused["float32"] is None  # its other dtype passed
     assert refused["bfloat16"] is not None
     assert "wrong" in refused["bfloat16"].detail
+
+
+def test_a_stored_plan_does_not_bring_it_back(ran: Any, cache: Path, tmp_path: Path) -> None:
+    """A plan that was solved where nobody had run the canary."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(32, 48), nn.ReLU()).bfloat16(), torch.randn(6, 32, dtype=torch.bfloat16)
+    plan = lz.solve(model, (x,), backends=["faulty"], cost_model="roofline", race=False, cache_dir=str(tmp_path))
+    assert [c.candidate.kernel for cell in plan.cells for p in cell.plans for c in p.choices if "faulty" in c.candidate.kernel]
+    with pytest.raises(PlanError, match=r"uses what failed here: faulty\.lies failed in the canary at .*Solve again"):
+        lz.compile(model, plan=plan, cache_dir=str(cache))(x)
 
 
 def test_the_difference_to_the_last_run(ran: Any, cache: Path, installed: Path) -> None:

@@ -76,5 +76,7 @@ class Aten(BuiltIn):
                 continue
             mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""} if name == "aten.sdpa" else {}
             yield ctx.candidate(kernel, as_is=True, **mask)
-            if name == "aten.conv" and ctx.options.layout_mode == "adapt" and natural_layout(ctx.spec("x")) == "strided":
+            x = ctx.specs[0]
+            keeps = (x.device, x.dtype) != ("cuda", "float64")  # there the result is contiguous whatever comes in
+            if name == "aten.conv" and keeps and ctx.options.layout_mode == "adapt" and natural_layout(x) == "strided":
                 yield ctx.candidate(kernel, layouts={"x": "channels_last", "w": "channels_last"}, out_layout="channels_last")

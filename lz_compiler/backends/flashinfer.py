@@ -28,14 +28,17 @@ def _like_query(q: Tensor, *_: Any) -> Tensor:
 
 
 def _single_run(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, left: int) -> Tensor:
-    """One batch entry; keys and values in whichever order they stand in memory."""
+    """One batch entry; a decode step reads keys and values in whichever order they stand in memory."""
     library = LIBRARY.load()
-    turned = all(x.transpose(1, 2).is_contiguous() for x in (k, v))
-    k, v = ((x[0].transpose(0, 1) if turned else x[0].contiguous()) for x in (k, v))
-    options = {"kv_layout": "NHD" if turned else "HND", "sm_scale": scale, "window_left": left}
+    turned = [x[0].transpose(0, 1) for x in (k, v)]
     if q.shape[2] == 1:
-        return library.single_decode_with_kv_cache(q[0, :, 0].contiguous(), k, v, **options)[None, :, None]
-    y = library.single_prefill_with_kv_cache(q[0].transpose(0, 1).contiguous(), k, v, causal=causal, **options)
+        layout = "NHD" if all(x.is_contiguous() for x in turned) else "HND"
+        k, v = turned if layout == "NHD" else (x[0].contiguous() for x in (k, v))
+        y = library.single_decode_with_kv_cache(q[0, :, 0].contiguous(), k, v, kv_layout=layout, sm_scale=scale, window_left=left)
+        return y[None, :, None]
+    # Views in the order NHD: with HND, 0.6.13's kernel for Hopper takes the length for the number of heads. Steps of 16 bytes.
+    k, v = (x if all(step % 8 == 0 for step in x.stride()[:2]) else x.contiguous() for x in turned)
+    y = library.single_prefill_with_kv_cache(q[0].transpose(0, 1).contiguous(), k, v, causal=causal, sm_scale=scale, window_left=left)
     return y.transpose(0, 1)[None]
 
 

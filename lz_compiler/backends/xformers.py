@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,7 +55,9 @@ class XFormers(LibraryBackend):
     library = LIBRARY
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
-        if sees_last_keys(ctx):
+        if not getattr(sys.modules.get("xformers._cpp_lib"), "_built_with_cuda", True):
+            yield ctx.reject(name, "library_import", "its CUDA kernels do not load: built for another torch (python -m xformers.info)")
+        elif sees_last_keys(ctx):
             yield ctx.candidate(self.kernels[name])
         else:
             yield ctx.reject(name, "mask", "a causal mask or window must end at the last key")

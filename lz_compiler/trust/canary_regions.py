@@ -22,7 +22,7 @@ LAYOUTS = ("contiguous", "channels_last", "rows", "strided")  # rows: only the l
 # The first of each is odd on purpose: where trying takes long, it is the only one.
 PRODUCTS = ((17, 33, 47), (16, 64, 32), (8, 128, 64), (1, 16, 16), (1, 1, 1), (129, 31, 65))  # rows, inner, width
 IMAGES = ((2, 16, 9, 5), (1, 1, 1, 1), (1, 3, 7, 7), (2, 32, 14, 14))
-ATTENTIONS = ((2, 4, 17, 33, 64), (1, 2, 16, 16, 16), (2, 4, 1, 40, 64), (1, 2, 65, 65, 128), (1, 1, 1, 1, 8))  # B, H, Q, K, D
+ATTENTIONS = ((2, 4, 17, 33, 64), (1, 2, 16, 16, 16), (1, 4, 1, 40, 64), (1, 2, 65, 65, 128), (1, 1, 1, 1, 8))  # B, H, Q, K, D
 PAGES = ((1, 2, 1, 16, 4, 64), (2, 4, 1, 16, 3, 128), (2, 4, 3, 8, 5, 64))  # B, H, Q, page size, pages each, D
 
 
@@ -121,7 +121,8 @@ class _Maker:
                        (dtypes or {}).get(role, self.dtype), self.device)
             for role, shape in inputs.items()
         ]  # fmt: skip
-        out_layout = "channels_last" if self.op == "conv" and self.layout == "channels_last" else "contiguous"
+        plain = self.device == "cuda" and self.dtype == "float64"  # not by cuDNN, and what torch uses instead keeps no channels last
+        out_layout = "channels_last" if self.op == "conv" and self.layout == "channels_last" and not plain else "contiguous"
         outs = tuple(TensorSpec(tuple(shape), strides(shape, out_layout), self.dtype, self.device) for shape in outputs)
         region = Region(self.op, ("node",), tuple(inputs), tuple(f"out{i}" for i in range(len(outs))))
         constants = frozenset(r for r in inputs if r not in _FLOWING) if frozen else frozenset()

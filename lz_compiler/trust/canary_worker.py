@@ -191,6 +191,7 @@ def _slow(backend: Backend, candidate: Candidate) -> bool:
 def _child(name: str, device: str, after: Place, emit: Emit) -> None:
     """Try every region from the given place on, in a process of its own."""
     torch.set_num_threads(min(2, torch.get_num_threads()))  # the regions are small
+    torch.backends.cudnn.allow_tf32 = False  # which torch allows for convolutions unless told otherwise: float32 means float32 here
     backend = backends.all_backends()[name]
     known = descriptor(backend)
     assert known is not None

@@ -9,14 +9,14 @@ one look-up.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import backends
 from ..backends.base import Backend, SelectionContext
 from ..timings import TimingStore
-from ..types import Candidate, Rejection
+from ..types import Candidate, Plan, Rejection
 from .canary_regions import capability_of
 from .capabilities import descriptor
 
@@ -98,3 +98,14 @@ class Trust:
             return None
         why = self.failed.get(capability_of(ctx, candidate))
         return Rejection(candidate.kernel, "quarantined", why) if why else None
+
+    def of_plan(self, plan: Plan, regions: Callable[[], Iterable[SelectionContext]]) -> str | None:
+        """The first choice of a plan made elsewhere or earlier that the canary forbids here, in words."""
+        if not self.failed:
+            return None
+        contexts = {ctx.region: ctx for ctx in regions()}
+        for candidate in (c.candidate for c in plan.choices if c.candidate.region in contexts):
+            refused = self.refusal(contexts[candidate.region], candidate)
+            if refused is not None:
+                return f"{candidate.kernel} {refused.detail}"
+        return None
