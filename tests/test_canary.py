@@ -241,6 +241,18 @@ def test_the_difference_to_the_last_run(ran: Any, cache: Path, installed: Path) 
     assert Trust(store, environment("cpu")).marks() == ()  # the index says that nothing of the newest run failed
 
 
+def test_a_row_that_the_end_cuts_off_is_not_blamed(installed: Path, tmp_path: Path) -> None:
+    (installed / "faulty" / "faulty.json").write_text(json.dumps({**FAULTY, "kernels": {"faulty.hang": FAULTY["kernels"]["faulty.hang"]}}))
+    _forget()
+    try:
+        (run,) = canary(["faulty"], cache_dir=str(tmp_path), row_s=60, total_s=8).runs
+        assert run.incomplete == "stopped after 8 s"
+        assert not run.bad
+    finally:
+        (installed / "faulty" / "faulty.json").write_text(json.dumps(FAULTY))
+        _forget()
+
+
 def test_a_new_version_is_not_judged_by_the_old_one(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, env, backend = TimingStore.open(tmp_path), environment("cpu"), backends.all_backends()["faulty"]
     name = "faulty.good|linear|float32|contiguous|bias"

@@ -234,6 +234,8 @@ def watch(name: str, device: str, row_s: float, total_s: float, out: IO[str]) ->
         if status == "end":
             emit({"end": ""})
             return
+        if status == "stopped":  # all the time is over: nothing is known of the row that was running
+            break
         if "at" not in last:
             emit({"end": f"{status} before the first region: {detail}"})
             return
@@ -248,7 +250,7 @@ def watch(name: str, device: str, row_s: float, total_s: float, out: IO[str]) ->
 
 
 def _one_child(name: str, device: str, after: Place, row_s: float, end: float, emit: Emit) -> tuple[dict[str, Any], str, str]:
-    """(last line, `end`, `crashed` or `timed_out`, what is known of it) of a forked child that begins at a place."""
+    """(last line, `end`, `crashed`, `timed_out` or `stopped`, what is known of it) of a forked child that begins at a place."""
     read, write = os.pipe()
     with tempfile.TemporaryFile() as errors:
         child = os.fork()
@@ -266,7 +268,7 @@ def _one_child(name: str, device: str, after: Place, row_s: float, end: float, e
         status = "crashed"
         for message in lines(read, limit):
             if message is None:
-                status = "timed_out"
+                status = "timed_out" if time.monotonic() < end else "stopped"
                 os.kill(child, signal.SIGKILL)
             elif "end" in message:
                 status = "end"
