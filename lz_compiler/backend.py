@@ -119,7 +119,7 @@ class Session:
 
     def __init__(
         self, gm: fx.GraphModule, inputs: list[Any], options: Options, store: TimingStore, device: str,
-        real: Sequence[tuple[Tensor | None, bool]], team: ranks.Team | None = None, plans: Sequence[Plan] = (),
+        real: Sequence[tuple[Tensor | None, bool]], team: ranks.Team | None = None, plans: Sequence[Plan] = (), dilution: float = DILUTION,
     ) -> None:  # fmt: skip
         self.team = team
         if team is not None:
@@ -145,7 +145,7 @@ class Session:
         self.follows = False  # a stored plan: nothing may be planned
         self.dropped = 0  # masks
         self.collective = False  # whether a planned graph contains collectives
-        self.dilution, self.tightened = DILUTION, 0  # of the estimated error; how often it was mended by a measured one
+        self.dilution, self.tightened = dilution, 0  # of the estimated error; how often it was mended by a measured one
         self.over = False  # whether this plan's error was over the budget, so that the next process tightens it
         self.breaker = Breaker(store, device, gm.forward, self.record.compile_id)
         torch_private.counters()["graphs"] += 1
@@ -322,7 +322,7 @@ class Session:
         if error > self.options.error_budget:
             predicted = max(plan.epsilon for plan in self.record.plans)
             self.over = self.tightened < TIGHTEN and error < float("inf") and not self.given
-            if self.over:
+            if self.over or (self.given and error < float("inf")):  # given plans are made anew by who gave them
                 self.dilution, self.tightened = self.dilution * MARGIN * error / predicted, self.tightened + 1
             self.record.notes.append(
                 f"the plan's measured error {error:.2e} is over the budget {self.options.error_budget:g}: lossless plan used"
@@ -382,7 +382,8 @@ class Session:
             for budget in dict.fromkeys((self.options.error_budget, 0.0)):
                 options = replace(self.options, error_budget=0.0 if has_collectives(graph) else budget)
                 key = _identity(graph, frozen)
-                found.append(pose(GraphView(graph, frozen), options, target, self.store, fingerprint=key, kind="inference"))
+                view = GraphView(graph, frozen)
+                found.append(pose(view, options, target, self.store, fingerprint=key, kind="inference", dilution=self.dilution))
             raise _Posed
 
         with suppress(_Posed):

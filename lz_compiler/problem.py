@@ -289,11 +289,16 @@ def build(view: GraphView, found: Enumeration, options: Options, roofline: Roofl
                     costs.append(roofline.conversion(view.spec(_first_tensor(node)), src, dst, cold=node.op != "call_function"))
     colours = _colours(view)
     classes: dict[object, int] = {}
-    tied = tuple(classes.setdefault(_kind(c, colours), len(classes)) for c in found.candidates)
+    alike: Counter[object] = Counter()  # two of one region exclude each other, and must not be tied
+    tied = []
+    for c in found.candidates:
+        kind = _kind(c, colours)
+        tied.append(classes.setdefault((kind, alike[kind, c.region]), len(classes)))
+        alike[kind, c.region] += 1
     return Problem(
         candidates=tuple(found.candidates), costs=tuple(found.costs), conversions=tuple(conversions),
         conversion_costs=tuple(costs), sources=frozenset(sources), sinks=tuple(sinks), error_budget=options.error_budget,
-        memory_limit=options.memory_limit, candidate_class=tied, tensor_class=colours,
+        memory_limit=options.memory_limit, candidate_class=tuple(tied), tensor_class=colours,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,36 @@ def test_a_plan_over_its_budget_is_tightened(tmp_path: Path) -> None:
     assert narrow[0] == 0  # over the budget: the lossless plan runs at once
     assert 0 < narrow[1] < 6  # in the next process as many as the budget bears
     assert narrow[2] == narrow[1]
+
+
+def test_packings_of_one_product_are_not_tied(tmp_path: Path) -> None:
+    """One row has two packings that differ in a parameter alone: taken for a repeated block, neither could be chosen."""
+    plant(str(tmp_path))
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3))).eval()
+    plan, _ = planned(model, torch.randn(1, 512), error_budget=0.5, freeze=True, cache_dir=str(tmp_path))
+    assert dtypes(plan) == ["bfloat16"] * 3
+
+
+@pytest.mark.parametrize("one_format", [True, False])
+def test_a_solved_plan_over_its_budget_is_tightened(one_format: bool, tmp_path: Path) -> None:
+    """`lz.solve` goes on until the error that it measures is within the budget, for cells that share their weights and for others."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(512, 512) for _ in range(5)), nn.Linear(512, 64)).eval(), torch.randn(8, 512)
+    cancel(model, 0.1)
+    for folder in ("whole", "tight"):
+        plant(str(tmp_path / folder))
+    options: dict[str, Any] = {"cost_model": "roofline", "race": False, "freeze": True, "one_format": one_format}
+    options |= {"buckets": {"rows": [8]}, "dynamic": {"input": {0: "rows"}}}
+    plan = lz.solve(model, (x,), **options, error_budget=0.5, cache_dir=str(tmp_path / "whole"))
+    whole = max(cell.error or 0.0 for cell in plan.cells)
+    for _ in range(2):
+        plan = lz.solve(model, (x,), **options, error_budget=0.75 * whole, cache_dir=str(tmp_path / "tight"))
+        assert [cell.winner for cell in plan.cells] == ["layerzero"] * len(plan.cells)
+        for cell in plan.cells:
+            assert cell.error is not None
+            assert cell.error <= 0.75 * whole
+            assert 0 < sum(dtypes(p).count("bfloat16") for p in cell.plans) < 6
 
 
 @pytest.mark.parametrize("freeze", [True, False])

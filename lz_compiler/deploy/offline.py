@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import __version__, backends, torch_private
-from ..backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, Session, setup
+from ..backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, TIGHTEN, Session, setup
 from ..capture import fingerprint
 from ..errors import OptionError, PlanError, unknown
 from ..options import Options
 from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited
+from ..planning import DILUTION
 from ..problem import CALL, LOOP, VIEW
 from ..target import environment
 from ..timings import TimingStore, open_store
@@ -174,32 +175,22 @@ def solve(
     chosen = Options.resolve(options)
     backends.check_names(chosen)
     setup()
-    solved = []
-    state: list[tuple[set[str], set[str]]] = []  # of each cell: the buffers that it reads, and those of them that it writes into
-    store, boxes = open_store(chosen.cache_dir), export.cells(buckets)
-    plans: list[list[Plan]] = [[] for _ in boxes]
-    result = None
-    if chosen.freeze and one_format and len(boxes) > 1:
-        plans, result = _jointly((export.export_program(model, named, dynamic, ranges) for ranges in boxes), chosen, store)
-    for ranges, decided in zip(boxes, plans, strict=True):
-        program = export.export_program(model, named, dynamic, ranges)  # anew: names in a second trace of the same can differ
-        traced = fingerprint(program.gm)
-        session = session_for(program, chosen, store, decided)
-        run, written, _ = compile_cell(session, program)
-        kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
-        if written is not None:
-            state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
-        _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
-        record = session.record
-        solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
-        log.info("solved %s: %s", ranges, record.winner)
+    store, boxes, dilution = open_store(chosen.cache_dir), export.cells(buckets), DILUTION
+    for left in reversed(range(1 + TIGHTEN)):
+        joint = chosen.freeze and one_format and len(boxes) > 1
+        solved, sessions, state, result = _solved(model, named, dynamic, boxes, chosen, store, dilution, joint)
+        over = [s.dilution for s in sessions if (s.record.error or 0.0) > chosen.error_budget and s.dilution > dilution]
+        if not over or not left:
+            break
+        dilution = max(over)
+        log.info("planning anew: measured errors were %.1f times the estimate", dilution / DILUTION)
     changing = {name for _, some in state for name in some}
     for read, some in state:
         if chosen.freeze and changing & read - some:
             names = ", ".join(sorted(changing & read - some))
             raise PlanError(f"freeze=True, but {names} is written for some sizes and taken as constant for others. Solve without freeze.")
     return ModelPlan(
-        type(model).__qualname__, _environment(session.device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
+        type(model).__qualname__, _environment(sessions[0].device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
         {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
         tuple(
             Argument.of(leaf, dynamic.get(name, ()))
@@ -211,13 +202,39 @@ def solve(
     )  # fmt: skip
 
 
-def _jointly(programs: Iterable[Program], options: Options, store: TimingStore) -> tuple[list[list[Plan]], Joint | None]:
+def _solved(
+    model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, boxes: Sequence[Ranges], options: Options,
+    store: TimingStore, dilution: float, joint: bool,
+) -> tuple[list[CellPlan], list[Session], list[tuple[set[str], set[str]]], Joint | None]:  # fmt: skip
+    """Each cell planned and raced; its session; the buffers that it reads, and those of them that it writes into."""
+    plans: list[list[Plan]] = [[] for _ in boxes]
+    result = None
+    if joint:
+        plans, result = _jointly((export.export_program(model, named, dynamic, ranges) for ranges in boxes), options, store, dilution)
+    solved, sessions, state = [], [], []
+    for ranges, decided in zip(boxes, plans, strict=True):
+        program = export.export_program(model, named, dynamic, ranges)  # anew: names in a second trace of the same can differ
+        traced = fingerprint(program.gm)
+        session = session_for(program, options, store, decided, dilution)
+        run, written, _ = compile_cell(session, program)
+        kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
+        if written is not None:
+            state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
+        _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
+        record = session.record
+        solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
+        sessions.append(session)
+        log.info("solved %s: %s", ranges, record.winner)
+    return solved, sessions, state, result
+
+
+def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, dilution: float) -> tuple[list[list[Plan]], Joint | None]:
     """The plans of each program, with an error budget the lossless one too; and what all of them together are."""
     options = dataclasses.replace(options, any_rows=True)
     posed = []
     for program in programs:
         with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
-            posed.append(session_for(program, options, store).pose())
+            posed.append(session_for(program, options, store, dilution=dilution).pose())
     if not all(posed):  # a graph without an operator has nothing to plan
         return [[] for _ in posed], None
     made = [plan_cells(cells, options) for cells in zip(*posed, strict=True)]  # for each budget
@@ -242,11 +259,11 @@ def _constants(leaves: Sequence[Any]) -> tuple[str, ...]:
     return tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
 
 
-def session_for(program: Program, options: Options, store: TimingStore, plans: Sequence[Plan] = ()) -> Session:
+def session_for(program: Program, options: Options, store: TimingStore, plans: Sequence[Plan] = (), dilution: float = DILUTION) -> Session:
     real = [(w, w is not None) for w in program.weights]
     device = "cuda" if any(isinstance(v, Tensor) and v.is_cuda for v in program.inputs) else "cpu"
     with torch.no_grad():
-        return Session(program.gm, program.inputs, options, store, device, real, plans=plans)
+        return Session(program.gm, program.inputs, options, store, device, real, plans=plans, dilution=dilution)
 
 
 def compile_cell(
