@@ -203,6 +203,11 @@ class Session:
             return functools.partial(run)
         return guarded(run, lambda error, args: self._rescue(PLANNED, error, args), self._reference())
 
+    def _watched_backward(self, run: Callable[..., Any]) -> functools.partial[Any]:
+        """What autograd calls. Its inputs may be written over (donated buffers), so that no other plan could repeat the call."""
+        stop = "the backward pass uses up what the forward pass kept"
+        return guarded(run, lambda error, args: self._rescue(PLANNED, error, args, stop), None)
+
     def _barred(self) -> set[str]:
         """The finalists that the policy forbids for this graph."""
         return {name for plan in (*self.record.plans, *self.lossless) for name in plan.barred}
@@ -216,13 +221,13 @@ class Session:
             return "the graph contains collectives, and the other ranks would not repeat them"
         return "the policy forbids the reference plan" if EAGER in self._barred() else None
 
-    def _rescue(self, name: str, error: Exception, args: tuple[Any, ...]) -> Any:
-        """The call by eager, after a finalist raised (circuit.Breaker); raises where that cannot be."""
+    def _rescue(self, name: str, error: Exception, args: tuple[Any, ...], stop: str | None = None) -> Any:
+        """The call by eager, after a finalist raised (circuit.Breaker); raises where that cannot be, or for the reason `stop`."""
         if name in (INDUCTOR, EAGER):
             raise error
         record, plans = self.record, [*self.record.plans, *self.lossless]
         try:
-            out = self.breaker.rescue(error, args, plans, self.written, self._stop())
+            out = self.breaker.rescue(error, args, plans, self.written, stop or self._stop())
         finally:
             if self.breaker.tripped is not None and self.breaker.tripped not in record.notes:
                 torch_private.counters()["broken"] += 1
@@ -419,7 +424,7 @@ class Session:
         if not torch.is_grad_enabled():
             patches["layout_optimization"] = False  # layouts are the plan's decision
         with torch_private.cudagraph_skips(lambda why: self.record.notes.append(f"runs without CUDA graphs: {why}")):
-            return torch_private.compile_with_inductor(gm, self.inputs, patches)
+            return torch_private.compile_with_inductor(gm, self.inputs, patches, self._watched_backward)
 
     def _drop_masks(self, graph: fx.Graph) -> None:
         dropped = drop_masks_pass(graph)

@@ -43,10 +43,13 @@ def mode_patches(mode: str) -> dict[str, Any]:
     return {} if mode == "default" else dict(list_mode_options(mode))
 
 
-def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any], backward: Callable[[Any], Any] = lambda run: run
+) -> Callable[..., Any]:
     """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration.
 
-    What our own passes raise on purpose comes out as it is; Inductor would wrap it.
+    What our own passes raise on purpose comes out as it is; Inductor would wrap it. `backward` is given what a compiled backward
+    graph runs, and returns what it shall run; one from AOTAutograd's cache is not seen.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.exc import InductorError
@@ -57,6 +60,8 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], pat
             compiled = compile_fx_inner(gm, inputs, **kwargs)
         finally:
             _is_inference.reset(token)
+        if kwargs.get("is_backward"):
+            compiled.current_callable = backward(compiled.current_callable)  # type: ignore[attr-defined]
         generated = _generated.get()
         if generated is not None:
             generated.sources.append(compiled.source_code)  # type: ignore[attr-defined]

@@ -37,6 +37,7 @@ from lz_compiler.types import Plan
 FIXED = {"race": False, "cost_model": "roofline"}
 TINY = zoo.LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=4, intermediate=96, vocab=128, max_len=64, tied=True)
 ACME = {"prefer": [{"kernel": "acme.linear", "factor": 0.001}], "deny": [{"kernel": "acme.atomic"}]}
+PRODUCTS = {"prefer": [{"kernel": "acme.product", "factor": 0.001}]}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     (info / "entry_points.txt").write_text("[lz_compiler.backends]\nacme = acme:Acme\n")
     monkeypatch.syspath_prepend(str(info.parent))
     forget()
-    acme.licence.update(valid=True, calls=0)
+    acme.licence.update(valid=True, calls=0, products=True)
     for cached in (backends.all_backends, backends.owners, backends.kernel):
         cached.cache_clear()
     yield
@@ -552,6 +553,21 @@ def test_training_falls_back_in_the_forward() -> None:
     model.zero_grad()
     model(x).sum().backward()
     torch.testing.assert_close(found, [p.grad for p in model.parameters()])
+
+
+def test_a_kernel_that_raises_in_the_backward_is_not_planned_again() -> None:
+    """The step cannot be repeated, and says so; the next one runs without the kernel."""
+    model, x = linear(16, 16), torch.randn(3, 16, requires_grad=True)
+    fast = compiled(model, policy=PRODUCTS)
+    y = fast(x)
+    acme.licence["products"] = False
+    with pytest.raises(KernelError, match=r"acme\.product raised .*no licence.* cannot be repeated: the backward pass.*not planned again"):
+        y.sum().backward()
+    assert [value["kernel"] for value in quarantined().values()] == ["acme.product"]
+    compiled(model, policy=PRODUCTS)(x).sum().backward()
+    assert "acme.product" not in kernels()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, model[0].weight.sum(0).expand(3, 16))
 
 
 class Counting(nn.Module):
