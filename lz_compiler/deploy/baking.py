@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ class _Writer:
         self.weights: dict[str, Tensor] = {}  # as stored
         self.stored: dict[tuple[str, tuple[int, ...]], str] = {}  # contents and strides -> the name in `weights`
         self.globals: dict[str, str] = {}  # a weight's name in the file -> the expression that loads it
+        self.late: set[str] = set()  # stored weights that only general cells read as they are
         self.loops: dict[Loop, str] = {}  # a kernel -> its name in the file
         self.state: set[str] = set()  # buffers that some cell writes into
         self.cuda = plan.environment["device"] == "cuda"
@@ -134,7 +135,7 @@ class _Writer:
         cells = [self._function(f"cell_{i}", _comment(p), g) for i, (p, g) in enumerate(zip(self.plan.cells, generated, strict=True))]
         generals = self._generals({g.program.names[i] for g in generated for i in g.written})
         self.beyond = [(g.program.ranges, g.asked) for g in generals]
-        cells += [self._function(f"general_{i}", _general_comment(g), g) for i, g in enumerate(generals)]
+        cells += [self._function(f"general_{i}", _general_comment(g), g, late=True) for i, g in enumerate(generals)]
         for loop, name in self.loops.items():
             if loop.language == "cpp":
                 shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{name}.so")
@@ -200,7 +201,8 @@ class _Writer:
             made.append(Generated(program, body, torch_private.Generated(), places, asked))
         return made
 
-    def _function(self, name: str, comment: Sequence[str], made: Generated) -> str:
+    def _function(self, name: str, comment: Sequence[str], made: Generated, late: bool = False) -> str:
+        """A cell's source. `late`: weights that no cell before it reads are loaded when it first runs."""
         text, program = "\n".join(made.body.lines), made.program
         for call, plain in PLAIN.items():
             text = text.replace(call, plain)
@@ -210,20 +212,28 @@ class _Writer:
             raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with backends=... that leave it out.")
         read = set(re.findall(r"\b[A-Za-z_]\w*\b", text))
         names, leaves, arguments = {}, iter(self.named), set()
+        loads: dict[str, str] = {}
         for i, (argument, value, target) in enumerate(zip(made.body.arguments, program.weights, program.names, strict=True)):
             if value is None:
                 names[argument] = next(leaves)
                 arguments |= {names[argument]} if i in made.written else set()
             elif argument in read:
-                names[argument] = self._weight(target, value)
+                stored = self._store(target, value)
+                if late and f"_weight({stored!r})" not in self.globals.values() and stored not in self.state:
+                    names[argument] = _identifier("w", stored, {*loads, *self.globals})
+                    loads[names[argument]] = f"    {names[argument]} = _late({stored!r})"
+                    self.late.add(stored)
+                else:
+                    names[argument] = self._load("w", stored, f"_weight({stored!r})")
         names |= {name: self._constant(name, tensor, made.code) for name, tensor in made.code.constants.items() if name in read}
         names |= {name: self._loop(name, loop) for name, loop in made.body.loops.items() if name in read}
         text = re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text)
         fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments else []
         self.written |= arguments
-        function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *comment, *(f"    {line}" for line in text.splitlines())])
-        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed"}
+        lines = [*comment, *loads.values(), *(f"    {line}" for line in text.splitlines())]
+        function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *lines])
+        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late"}
         assert not missing, f"the generated code reads {missing}"
         return function
 
@@ -254,9 +264,7 @@ class _Writer:
         return self._load("packed", stored, f"_packed({call})")
 
     def _load(self, kind: str, name: str, expression: str) -> str:
-        identifier = f"{kind}_{re.sub(r'[^A-Za-z0-9]+', '_', name.removeprefix('plain.').removeprefix('constant.'))}"
-        while self.globals.get(identifier, expression) != expression:
-            identifier += "_"
+        identifier = _identifier(kind, name, {known for known, loads in self.globals.items() if loads != expression})
         self.globals[identifier] = expression
         return identifier
 
@@ -292,11 +300,13 @@ class _Writer:
     def _memory(self) -> str:
         """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
         layouts = Counter(re.findall(r"'([^']*)'", expression)[0] for expression in self.globals.values())
-        stored = sum(self.weights[name].nbytes for name in layouts)
         loaded = sum(count * self.weights[name].nbytes for name, count in layouts.items())
+        later = sum(self.weights[name].nbytes for name in self.late)
         several = sum(count > 1 for count in layouts.values())
         more = f", {several} of them in more than one layout" if several else ""
+        more += f"; {later / 1e6:.1f} MB more once a general cell runs" if later else ""
         planned = "" if self.plan.joint is None else f"\nPlanned with {_text(str(self.plan.joint))}."
+        stored = sum(weight.nbytes for weight in self.weights.values())
         return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}.{planned}"
 
     def _checks(self, constants: Mapping[str, Any]) -> str:
@@ -443,6 +453,14 @@ def _general_comment(made: Generated) -> list[str]:
 def _general_holds(made: Generated) -> dict[str, Any]:
     ranges = {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in made.program.ranges.items()}
     return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
+
+
+def _identifier(kind: str, name: str, taken: Collection[str]) -> str:
+    """A name in the file for what is stored as `name`."""
+    identifier = f"{kind}_{re.sub(r'[^A-Za-z0-9]+', '_', name.removeprefix('plain.').removeprefix('constant.'))}"
+    while identifier in taken:
+        identifier += "_"
+    return identifier
 
 
 def _text(words: str) -> str:

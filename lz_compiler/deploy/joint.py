@@ -56,7 +56,7 @@ class Joint:
     def __str__(self) -> str:
         return (
             f"one format of each weight in all cells: {self.objective / 1e6:.3f} ms predicted over all of them, {self.status} by "
-            f"{self.solver} (bound {self.bound / 1e6:.3f} ms); {self.separate / 1e6:.3f} ms with formats of each cell's own"
+            f"{self.solver} (bound {self.bound / 1e6:.3f} ms); {self.separate / 1e6:.3f} ms with own formats for each cell"
         )
 
 
