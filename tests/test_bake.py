@@ -19,8 +19,9 @@ from test_offline import FAST, SEQ, Counting, ids, llama
 from torch import Tensor, nn
 
 import lz_compiler as lz
+from lz_compiler import torch_private
 from lz_compiler.deploy import export, general
-from lz_compiler.deploy.baking import read_generated
+from lz_compiler.deploy.baking import Loop, read_generated
 from lz_compiler.errors import PlanError
 
 BLOCKED = "import sys; [sys.modules.__setitem__(m, None) for m in ('lz_compiler', 'networkx', 'ortools')]; "
@@ -403,3 +404,45 @@ class Runner:
     assert body.loops["k"].language == "triton"
     assert body.loops["k"].detail == ("kernel",)
     compile("\n".join(("def f(a, b):", *(f"    {line}" for line in body.lines))), "f", "exec")
+
+
+def test_triton_kernels_are_stored_compiled_with_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for a GPU that is not here: the cubin, and a launch with the grid and the arguments that it takes."""
+    from torch._inductor.runtime import triton_helpers
+
+    monkeypatch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
+    source = """
+import triton
+import triton.language as tl
+from torch._inductor.runtime import triton_heuristics
+from torch._inductor.runtime.hints import DeviceProperties
+
+@triton_heuristics.pointwise(
+    size_hints={'x': 1024}, filename=__file__, min_elem_per_thread=0,
+    triton_meta={'signature': {'x': '*fp32', 'y': '*fp32', 'scale': 'fp32', 'xnumel': 'i32', 'XBLOCK': 'constexpr'},
+        'device': DeviceProperties(type='cuda', index=0, multi_processor_count=132, cc=90, major=9, regs_per_multiprocessor=65536,
+            max_threads_per_multi_processor=2048, warp_size=32),
+        'constants': {}, 'configs': [{(0,): [['tt.divisibility', 16]], (1,): [['tt.divisibility', 16]]}]},
+    inductor_meta={'grid_type': 'Grid1D', 'kernel_name': 'scaled', 'mutated_arg_names': [], 'autotune_pointwise': AUTOTUNE,
+        'autotune_local_cache': False, 'autotune_remote_cache': False, 'max_autotune': False, 'max_autotune_pointwise': False,
+        'tiling_scores': {}},
+)
+@triton.jit
+def scaled(x, y, scale, xnumel, XBLOCK: tl.constexpr):
+    at = tl.program_id(0) * XBLOCK + tl.arange(0, XBLOCK)
+    tl.store(y + at, tl.load(x + at, at < xnumel) * scale, at < xnumel)
+"""
+    assert torch_private.compiled_triton("scaled", source.replace("AUTOTUNE", "True")) is None  # which configuration is unknown
+    source = source.replace("AUTOTUNE", "False")
+    compiled = torch_private.compiled_triton("scaled", source)
+    assert compiled is not None
+    assert compiled.cubin.startswith(b"\x7fELF")
+    text = Loop("triton", ("scaled",), source).text("scaled_3", compiled)
+    launched: list[Any] = []
+    space = {"launch": lambda *given: launched.append(given), "_cubin": lambda *told: lambda run: (told, run)}
+    exec(text, space)
+    told, run = space["scaled_3"]
+    assert told == ("scaled", compiled.shared, source)
+    run("function", "x", "y", 0.5, 1000, stream=7)
+    (block,) = (int(n) for n in re.findall(r"// -\((\d+)\)", text))
+    assert launched == [("function", -(-1000 // block), 1, 1, compiled.warps, 0, "OOfiOO", ("x", "y", 0.5, 1000, None, None), 7)]

@@ -6,8 +6,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +23,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
-from lz_compiler import backends, measure, ops, torch_private
+import lz_compiler as lz
+from lz_compiler import backends, measure, ops, torch_private, zoo
 from lz_compiler.backend import RECORDS
 from lz_compiler.backends.base import SelectionContext
 from lz_compiler.types import Candidate, Rejection
@@ -315,3 +319,43 @@ def test_paged_attention(
 
 def test_attention_kernels_are_compiled() -> None:
     assert not os.environ.get("TRITON_INTERPRET"), "Triton runs as an interpreter in this process"
+
+
+# --- baked files ------------------------------------------------------------------------------------------------------------
+
+BAKED = """
+import sys
+for name in ("lz_compiler", "networkx", "ortools"):
+    sys.modules[name] = None
+import torch, _layerzero_plan as p
+# With CUDA graphs the three calls are run, captured, replayed.
+torch.save([p.forward(x.cuda()).cpu() for x in torch.load("inputs.pt") for _ in range(3)], "outputs.pt")
+print("torch._inductor" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_baked_triton_kernels_need_no_inductor(mode: str, tmp_path: Path) -> None:
+    """Bit for bit as `lz.compile` with the plan, from cubins alone; without a cubin its kernel's source is compiled."""
+    model, given, _ = zoo.llama(length=64)
+    model = model.eval().to(DEVICE, torch.bfloat16)
+    args = (given[0].to(DEVICE),)
+    dynamic: Any = {"input_ids": {1: "seq"}}
+    plan = lz.solve(model, args, buckets={"seq": [1, 64]}, dynamic=dynamic, freeze=True, race=False, mode=mode, **FAST)
+    folder = lz.bake(plan, tmp_path / "baked", model, args).parent
+    cubins = sorted((folder / "kernels").glob("*.cubin"))
+    text = (folder / "_layerzero_plan.py").read_text()
+    assert len(cubins) == text.count("@_cubin(") > 5
+    assert " = _compiled(" not in text
+    inputs = [torch.randint(8000, (1, n)) for n in (1, 2, 37, 64)]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    with torch.no_grad():
+        run = lz.compile(model, plan=plan)
+        expected = [run(x.to(DEVICE)).cpu() for x in inputs]
+    for asks_inductor in (False, True):
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}){BAKED}"]
+        told = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        assert told.strip() == str(asks_inductor)
+        found = torch.load(tmp_path / "outputs.pt")
+        assert all(torch.equal(x, expected[i // 3]) for i, x in enumerate(found))
+        cubins[0].unlink(missing_ok=True)

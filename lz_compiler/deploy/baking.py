@@ -13,6 +13,7 @@ import keyword
 import logging
 import os
 import re
+import runpy
 import shutil
 import tempfile
 from collections import Counter
@@ -46,7 +47,7 @@ PLAIN = {
     **{f"extern_kernels.{name}(": f"torch.{name}(" for name in ("mm", "bmm", "addmm", "baddbmm")},
 }  # fmt: skip
 # Names of the template, and of its part for GPUs.
-KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor", "empty_strided_cuda", "get_raw_stream"}
+KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor", "empty_strided_cuda", "get_raw_stream", "launch"}
 DROPPED = re.compile(r"assert_\w+\(|args\.clear|del arg|#")
 STREAM = "stream0 = get_raw_stream(0)"
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -59,6 +60,22 @@ class Loop:
     language: str
     detail: tuple[str, ...]
     source: str
+
+    def text(self, name: str, compiled: torch_private.CompiledTriton | None) -> str:
+        """The kernel as a global of the file."""
+        if self.language == "cpp":
+            return f"{name} = _loop({name!r}, {list(self.detail)!r}, r'''{self.source}''')"
+        if compiled is None:
+            return f"{name} = _compiled({self.detail[0]!r}, r'''{self.source}''')"
+        call = [f"_kernel, {', '.join(compiled.grid)}, {compiled.warps}, {compiled.shared}, {compiled.types!r}"]
+        call += [f"({', '.join(compiled.passed)},), stream"]
+        lines = [
+            f"@_cubin({self.detail[0]!r}, {compiled.shared}, r'''{self.source}''')",
+            f"def {name}(_kernel, {', '.join(compiled.parameters)}, stream):",
+            *(f"    {line}" for line in compiled.lines),
+            f"    launch({', '.join(call)})",
+        ]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +137,7 @@ class _Writer:
         self.globals: dict[str, str] = {}  # a weight's name in the file -> the expression that loads it
         self.late: set[str] = set()  # stored weights that only general cells read as they are
         self.loops: dict[Loop, str] = {}  # a kernel -> its name in the file
+        self.cubins: dict[str, torch_private.CompiledTriton] = {}  # by a kernel's name in the file
         self.state: set[str] = set()  # buffers that some cell writes into
         self.cuda = plan.environment["device"] == "cuda"
         self.graphs = self.cuda and (plan.options["cudagraphs"] or plan.options["mode"] in WITHOUT_GRAPHS)
@@ -144,6 +162,9 @@ class _Writer:
         save_file({name: w.contiguous() for name, w in self.weights.items()}, self.out / "weights.safetensors")
         (self.out / "weights.safetensors").chmod(0o644)
         (self.out / FILE).write_text(self._text(cells))
+        if any(loop.language == "triton" for loop in self.loops):
+            self._cubins()
+            (self.out / FILE).write_text(self._text(cells))
         files = {str(p.relative_to(self.out)): _hash(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
         shapes = {
             name: [self.plan.dynamic.get(name, {}).get(dim, size) for dim, size in enumerate(planned.shape)]
@@ -156,6 +177,17 @@ class _Writer:
             "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def _cubins(self) -> None:
+        """Store the Triton kernels compiled. The file is run once with their sources, since which of its configurations Inductor takes
+        for a kernel is known when it has run."""
+        for _ in runpy.run_path(str(self.out / FILE))["warmup"](calls=1):
+            pass
+        for loop, name in self.loops.items():
+            compiled = torch_private.compiled_triton(loop.detail[0], loop.source)
+            if compiled is not None:
+                (self.out / "kernels" / f"{name}.cubin").write_bytes(compiled.cubin)
+                self.cubins[name] = compiled
 
     def _generated(self, cell: CellPlan) -> Generated:
         program = export.export_program(self.model, self.named, self.plan.dynamic, cell.ranges)
@@ -228,6 +260,8 @@ class _Writer:
         names |= {name: self._constant(name, tensor, made.code) for name, tensor in made.code.constants.items() if name in read}
         names |= {name: self._loop(name, loop) for name, loop in made.body.loops.items() if name in read}
         text = re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text)
+        for loop_name in self.loops.values():
+            text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments else []
         self.written |= arguments
@@ -270,11 +304,7 @@ class _Writer:
 
     def _text(self, cells: list[str]) -> str:
         constants = {n: v for n, v in self.named.items() if n not in self.inputs}
-        loops = [
-            f"{name} = _triton({loop.detail[0]!r}, r'''{loop.source}''')" if loop.language == "triton"
-            else f"{name} = _loop({name!r}, {list(loop.detail)!r}, r'''{loop.source}''')"
-            for loop, name in self.loops.items()
-        ]  # fmt: skip
+        loops = [loop.text(name, self.cubins.get(name)) for loop, name in self.loops.items()]
         library = (
             'if not hasattr(torch.ops.lz, "attention_brgemm"):  # another file may have brought it\n'
             '    torch.ops.load_library(HERE / "kernels" / "attention_brgemm.so")'

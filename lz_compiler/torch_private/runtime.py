@@ -1,0 +1,143 @@
+"""What surrounds a running graph: modes, CUDA graphs, errors, stores of a job, locks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Leave fake-tensor, functional and tracing modes: what runs inside touches real memory."""
+    from torch._guards import tracing
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), tracing(None), torch.no_grad(), _no_autocast():
+        yield
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
+def cudagraph_skips(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell why Inductor does not use CUDA graphs for what is compiled inside, where it decides so."""
+    from torch._inductor.cudagraph_utils import cudagraphs_log
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tell(record.getMessage().splitlines()[0])
+
+    handler = Handler(logging.WARNING)
+    cudagraphs_log.addHandler(handler)
+    try:
+        yield
+    finally:
+        cudagraphs_log.removeHandler(handler)
+
+
+def capture(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `run` called several times; raises RuntimeError where it synchronises or cannot be captured.
+
+    Warmed up on a side stream first, as torch asks for.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(calls):
+            run()
+    return graph
+
+
+@functools.cache
+def kernel_errors() -> tuple[type[Exception], ...]:
+    """What a kernel that cannot run here may raise."""
+    errors: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return errors
+    return (*errors, TritonError)
+
+
+def counters() -> Any:
+    """torch._dynamo.utils.counters, where backends count what they did."""
+    from torch._dynamo.utils import counters as dynamo_counters
+
+    return dynamo_counters["layerzero"]
+
+
+def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:
+    """Put a text into TORCH_TRACE (tlparse); free when tracing is off."""
+    from torch._logging import trace_structured  # type: ignore[attr-defined]
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+@functools.lru_cache(maxsize=1)
+def _connection(store: Any) -> Any:
+    return store.clone()
+
+
+def job_store(prefix: str) -> Any:
+    """The key-value store that the default process group met in, under a prefix: a second connection to it, since a wait
+    blocks the first one for the group's own watchdogs."""
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return PrefixStore(prefix, _connection(_get_default_store()))
+
+
+@contextmanager
+def backward_at_once() -> Iterator[None]:
+    """Lower a backward graph together with its forward graph, not when it is first run."""
+    import torch._functorch.config as functorch
+
+    with functorch.patch(force_non_lazy_backward_lowering=True):
+        yield
+
+
+def ensure_fake(vendor: Any, fake: Callable[..., Any]) -> None:
+    """Give a vendor operator a shape rule where torch has none (Inductor runs it once on fake tensors)."""
+    name = vendor.name()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+        _implementations(vendor.namespace).impl(vendor, fake, "Meta")
+
+
+@functools.cache
+def _implementations(namespace: str) -> torch.library.Library:
+    return torch.library.Library(namespace, "IMPL")
+
+
+def compile_lock() -> Any:
+    """Held by whoever traces or compiles: torch replaces methods of nn.Module meanwhile, for all threads."""
+    from torch._dynamo.convert_frame import compile_lock as lock
+
+    return lock
+
+
+def compile_id() -> str:
+    """Dynamo's name of the running compilation, such as `0/1`."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return str(current) if current is not None else "?"
+
+
+def multi_grad_hook(tensors: Sequence[torch.Tensor], fn: Callable[[], None]) -> Any:
+    """Call `fn` once all gradients of `tensors` that the running backward computes are there."""
+    from torch.autograd.graph import register_multi_grad_hook
+
+    return register_multi_grad_hook(tensors, lambda grads: fn(), mode="all")
