@@ -252,7 +252,8 @@ def _parsed_dynamic(texts: list[str]) -> dict[str, dict[int, str]]:
 def canary(
     backend: Annotated[list[str] | None, typer.Option(help="Only this kernel library; repeatable.")] = None, as_json: Json = False,
     diff: Annotated[bool, typer.Option("--diff", help="Show what changed since the last stored run.")] = False,
-    row_s: Annotated[float, typer.Option(help="Seconds for one kernel on one shape.")] = 60.0, cache_dir: CacheDir = None,
+    row_s: Annotated[float, typer.Option(help="Seconds for one kernel on one shape.")] = 60.0,
+    jobs: Annotated[int, typer.Option(help="Processes at once.")] = 1, cache_dir: CacheDir = None,
 ) -> None:  # fmt: skip
     """Try every declared capability of the kernel libraries on this machine. Exit code 1 if something failed."""
     from rich.progress import Progress
@@ -267,7 +268,7 @@ def canary(
                 tasks[label] = bar.add_task(label)
             bar.update(tasks[label], completed=done, total=total)
 
-        report = run(backend, cache_dir=cache_dir, row_s=row_s, progress=advance)
+        report = run(backend, cache_dir=cache_dir, row_s=row_s, jobs=jobs, progress=advance)
     out.print(report.to_json() if as_json else report.diff() if diff else str(report), markup=False)
     if not report.ok:
         raise typer.Exit(1)

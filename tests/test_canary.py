@@ -218,6 +218,16 @@ def test_a_stored_plan_does_not_bring_it_back(ran: Any, cache: Path, tmp_path: P
         lz.compile(model, plan=plan, cache_dir=str(cache))(x)
 
 
+def test_jobs_share_the_regions(ran: Any, installed: Path, tmp_path: Path) -> None:
+    (alone,) = ran[1]["runs"]
+    (shared,) = canary(["faulty"], cache_dir=str(tmp_path), row_s=10, jobs=3).runs
+    found = {name: (verdict.status, verdict.tried) for name, verdict in shared.capabilities.items()}
+    assert found == {name: (verdict["status"], verdict["tried"]) for name, verdict in alone["capabilities"].items()}
+    assert not shared.incomplete
+    with pytest.raises(OptionError, match="jobs is 0"):
+        canary(["faulty"], jobs=0)
+
+
 def test_the_difference_to_the_last_run(ran: Any, cache: Path, installed: Path) -> None:
     """A new descriptor: what failed under the old one is not held against it, and the difference is shown."""
     kept = {name: entry for name, entry in FAULTY["kernels"].items() if name in ("faulty.good", "faulty.strided")}

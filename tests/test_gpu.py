@@ -334,14 +334,14 @@ print("torch._inductor" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_baked_triton_kernels_need_no_inductor(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cudagraphs", [False, True])
+def test_baked_triton_kernels_need_no_inductor(cudagraphs: bool, tmp_path: Path) -> None:
     """Bit for bit as `lz.compile` with the plan, from cubins alone; without a cubin its kernel's source is compiled."""
     model, given, _ = zoo.llama(length=64)
     model = model.eval().to(DEVICE, torch.bfloat16)
     args = (given[0].to(DEVICE),)
     dynamic: Any = {"input_ids": {1: "seq"}}
-    plan = lz.solve(model, args, buckets={"seq": [1, 64]}, dynamic=dynamic, freeze=True, race=False, mode=mode, **FAST)
+    plan = lz.solve(model, args, buckets={"seq": [1, 64]}, dynamic=dynamic, freeze=True, race=False, cudagraphs=cudagraphs, **FAST)
     folder = lz.bake(plan, tmp_path / "baked", model, args).parent
     cubins = sorted((folder / "kernels").glob("*.cubin"))
     text = (folder / "_layerzero_plan.py").read_text()

@@ -11,10 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,22 +113,25 @@ class CanaryReport:
 
 def canary(
     backends: Iterable[str] | None = None, *, cache_dir: str | None = None, row_s: float = ROW_S, total_s: float = TOTAL_S,
-    progress: Progress | None = None,
+    jobs: int = 1, progress: Progress | None = None,
 ) -> CanaryReport:  # fmt: skip
     """Try every declared capability of the named backends (default: all) on this machine, and keep the verdicts.
 
-    `row_s`, `total_s`: seconds for one kernel on one shape, and for one backend. `progress(label, done, regions)` is told as it goes.
+    `row_s`, `total_s`: seconds for one kernel on one shape, and for one backend; `jobs`: processes at once.
+    `progress(label, done, regions)` is told as it goes.
     OptionError for a backend that does not exist, CapabilityError for a descriptor that cannot be read.
     """
     known = all_backends()
     wanted = list(known) if backends is None else list(backends)
+    if jobs < 1:
+        raise OptionError(f"jobs is {jobs!r}. Give 1 or more.")
     for name in wanted:
         if name not in known:
             raise OptionError(unknown("backend", name, known))
     store, runs = open_store(cache_dir or Options.resolve().cache_dir), []
     for name in wanted:
         for device in known[name].devices:
-            run = _run(known[name], device, row_s, total_s, progress)
+            run = _run(known[name], device, row_s, total_s, jobs, progress)
             if not run.skipped:
                 env = environment(device)
                 before = last_run(store, known[name], env)
@@ -147,35 +152,52 @@ def _described(run: BackendRun) -> dict[str, Any]:
     return {**_fields(run), "capabilities": verdicts, "changes": list(run.changes), "counts": run.count()}
 
 
-def _run(backend: Backend, device: str, row_s: float, total_s: float, progress: Progress | None) -> BackendRun:
+def _run(backend: Backend, device: str, row_s: float, total_s: float, jobs: int, progress: Progress | None) -> BackendRun:
     known = descriptor(backend)
     why = "no device" if device == "cuda" and not torch.cuda.is_available() else backend.missing() or ""
     why = why or ("" if known else "no descriptor: nothing is declared")
     if why or known is None:
         return BackendRun(backend.name, device, "", known.digest if known else "", 0.0, {}, why)
     verdicts: dict[str, Verdict] = {}
-    start, incomplete = time.monotonic(), "the worker ended early"
-    command = [sys.executable, "-m", "lz_compiler.trust.canary_worker", backend.name, device, str(row_s), str(total_s)]
+    start, lock = time.monotonic(), threading.Lock()
+    done: set[int] = set()
     # The worker finds the same modules and entry points as this process, and no compiler pool outlives its children.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    regions = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, start_new_session=True) as worker:
+    env |= {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))} if jobs > 1 else {}  # or they wait for each other's cores
+
+    def begin(job: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "lz_compiler.trust.canary_worker", backend.name, device, str(row_s), str(total_s)]
+        return subprocess.Popen([*command, str(job), str(jobs)], stdout=subprocess.PIPE, env=env, start_new_session=True)
+
+    def listen(worker: subprocess.Popen[bytes]) -> str:
+        """Enter what a worker finds; returns why it did not come to its end, or nothing."""
+        incomplete, regions = "the worker ended early", 0
         assert worker.stdout is not None
-        try:
-            for message in lines(worker.stdout.fileno(), lambda: max(row_s, START_S) + 30):
-                if message is None:
-                    incomplete = "the worker does not answer"
-                elif "end" in message:
-                    incomplete = message["end"]
-                elif "regions" in message:
-                    regions = message["regions"]
-                else:
+        for message in lines(worker.stdout.fileno(), lambda: max(row_s, START_S) + 30):
+            if message is None:
+                incomplete = "the worker does not answer"
+            elif "end" in message:
+                incomplete = message["end"]
+            elif "regions" in message:
+                regions = message["regions"]
+            else:
+                with lock:
                     _enter(verdicts, message)
+                    done.add(message["at"][0])
                     if progress:
-                        progress(f"{backend.name} on {device}", message["at"][0] + 1, regions)
-        finally:
-            with suppress(ProcessLookupError):  # a child that hangs, a compiler that it started
-                os.killpg(worker.pid, signal.SIGKILL)
+                        progress(f"{backend.name} on {device}", len(done), regions)
+        return incomplete
+
+    def stop(worker: subprocess.Popen[bytes]) -> None:
+        with suppress(ProcessLookupError):  # a child that hangs, a compiler that it started
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+    with ThreadPoolExecutor(jobs) as pool, ExitStack() as running:
+        workers = [begin(job) for job in range(jobs)]
+        for worker in workers:
+            running.callback(stop, worker)
+        incomplete = "; ".join(dict.fromkeys(filter(None, pool.map(listen, workers))))
     return BackendRun(backend.name, device, backend.version(), known.digest, time.monotonic() - start, verdicts, "", incomplete)
 
 

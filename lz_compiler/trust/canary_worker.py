@@ -188,8 +188,9 @@ def _slow(backend: Backend, candidate: Candidate) -> bool:
     return backend.kernels[candidate.kernel].compiled or "variant" in dict(candidate.params)
 
 
-def _child(name: str, device: str, after: Place, emit: Emit) -> None:
-    """Try every region from the given place on, in a process of its own."""
+def _child(name: str, device: str, share: tuple[int, int], after: Place, emit: Emit) -> None:
+    """Try every region of a share (which of how many; of neighbours, that ask for the same kernels) from the given place on, in a
+    process of its own."""
     torch.set_num_threads(min(2, torch.get_num_threads()))  # the regions are small
     torch.backends.cudnn.allow_tf32 = False  # which torch allows for convolutions unless told otherwise: float32 means float32 here
     backend = backends.all_backends()[name]
@@ -198,8 +199,10 @@ def _child(name: str, device: str, after: Place, emit: Emit) -> None:
     found = list(regions(known, device))
     emit({"regions": len(found)})
     tried: set[tuple[str, str]] = set()
-    for number, region in enumerate(found):
+    job, jobs = share
+    for number in range(len(found) * job // jobs, len(found) * (job + 1) // jobs):
         if number >= after[0]:
+            region = found[number]
             _try_region(backend, known, region, (number, after[1] if number == after[0] else -1), tried, emit)
     emit({"end": ""})
 
@@ -221,8 +224,8 @@ def lines(fd: int, seconds: Callable[[], float]) -> Iterator[dict[str, Any] | No
             return
 
 
-def watch(name: str, device: str, row_s: float, total_s: float, out: IO[str]) -> None:
-    """Run children until all regions are done, or `total_s` seconds are over."""
+def watch(name: str, device: str, row_s: float, total_s: float, share: tuple[int, int], out: IO[str]) -> None:
+    """Run children until all regions of a share are done, or `total_s` seconds are over."""
     end, after = time.monotonic() + total_s, (0, -1)
 
     def emit(message: dict[str, Any]) -> None:
@@ -230,7 +233,7 @@ def watch(name: str, device: str, row_s: float, total_s: float, out: IO[str]) ->
         out.flush()
 
     while time.monotonic() < end:
-        last, status, detail = _one_child(name, device, after, row_s, end, emit)
+        last, status, detail = _one_child(name, device, share, after, row_s, end, emit)
         if status == "end":
             emit({"end": ""})
             return
@@ -249,7 +252,9 @@ def watch(name: str, device: str, row_s: float, total_s: float, out: IO[str]) ->
     emit({"end": f"stopped after {total_s:.0f} s"})
 
 
-def _one_child(name: str, device: str, after: Place, row_s: float, end: float, emit: Emit) -> tuple[dict[str, Any], str, str]:
+def _one_child(
+    name: str, device: str, share: tuple[int, int], after: Place, row_s: float, end: float, emit: Emit
+) -> tuple[dict[str, Any], str, str]:
     """(last line, `end`, `crashed`, `timed_out` or `stopped`, what is known of it) of a forked child that begins at a place."""
     read, write = os.pipe()
     with tempfile.TemporaryFile() as errors:
@@ -259,7 +264,7 @@ def _one_child(name: str, device: str, after: Place, row_s: float, end: float, e
             os.dup2(errors.fileno(), 1)  # libraries print
             os.dup2(errors.fileno(), 2)
             with os.fdopen(write, "w") as pipe:
-                _child(name, device, after, lambda message: print(json.dumps(message), file=pipe, flush=True))
+                _child(name, device, share, after, lambda message: print(json.dumps(message), file=pipe, flush=True))
             os._exit(0)
         os.close(write)
         last: dict[str, Any] = {}
@@ -287,4 +292,4 @@ def _one_child(name: str, device: str, after: Place, row_s: float, end: float, e
 
 
 if __name__ == "__main__":
-    watch(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]), sys.stdout)
+    watch(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]), (int(sys.argv[5]), int(sys.argv[6])), sys.stdout)
