@@ -13,6 +13,7 @@ from . import backends
 from .backend import RECORDS, GraphRecord, layerzero
 from .errors import OptionError
 from .options import Options
+from .reports.profiling import profile as profile_records
 from .reports.report import Report, explain_model_plan, explain_plan, explain_records
 from .target import detect
 from .timings import open_store
@@ -51,10 +52,12 @@ def compile(
     return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)  # type: ignore[return-value, call-overload]
 
 
-def explain(compiled: Any = None) -> Report:
+def explain(compiled: Any = None, profile: Callable[[], object] | None = None) -> Report:
     """What was decided for a compiled module or function, for a Plan or ModelPlan, or (no argument) in this whole process.
 
-    A compiled module is known by its parameters, a function by the source lines that its graphs were traced from.
+    A compiled module is known by its parameters, a function by the source lines that its graphs were traced from. `profile` calls what was
+    compiled, `lambda: compiled(x)`: then each region shows what its kernel takes inside that call, too (on a CPU).
+    OptionError where there is nothing to profile.
     """
     if isinstance(compiled, Plan):
         return explain_plan(compiled)
@@ -62,7 +65,10 @@ def explain(compiled: Any = None) -> Report:
 
     if isinstance(compiled, ModelPlan):
         return explain_model_plan(compiled)
-    return explain_records([r for r in list(RECORDS) if compiled is None or _belongs(r, compiled)])
+    records = [r for r in list(RECORDS) if compiled is None or _belongs(r, compiled)]
+    if profile is not None:
+        profile_records(records, profile)
+    return explain_records(records)
 
 
 def _belongs(record: GraphRecord, compiled: Any) -> bool:

@@ -13,7 +13,7 @@ import functools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -35,6 +35,7 @@ from .patterns import Recogniser
 from .plan_io import plan_from_dict, plan_to_dict, verdict_or_none
 from .planning import DILUTION, Posed, make_plan, pose
 from .problem import narrower
+from .reports.profiling import Profile
 from .target import detect, environment
 from .timings import TimingStore, open_store
 from .trust.circuit import Breaker, Quarantine, called_as, guarded
@@ -66,6 +67,8 @@ class GraphRecord:
     error: float | None = None  # measured relative error of a plan with an error budget
     notes: list[str] = field(default_factory=list)
     ranks: str = ""  # what the ranks of a job agreed on
+    calls: Mapping[str, Collection[str]] = field(default_factory=dict)  # kernel -> the names by which Inductor's code calls it
+    profile: Profile | None = None
 
 
 RECORDS: list[GraphRecord] = []  # of the compiled graphs that are still there
@@ -148,6 +151,7 @@ class Session:
         self.dilution, self.tightened = dilution, 0  # of the estimated error; how often it was mended by a measured one
         self.over = False  # whether this plan's error was over the budget, so that the next process tightens it
         self.breaker = Breaker(store, device, gm.forward, self.record.compile_id)
+        self.record.calls = self.breaker.calls
         torch_private.counters()["graphs"] += 1
 
     def compile(self, verdict: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -291,7 +295,7 @@ class Session:
         self.collective = bool(verdict.get("collective"))
         self.written = verdict.get("written")
         self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []
-        self.breaker.calls = {kernel: set(names) for kernel, names in verdict.get("calls", {}).items()}
+        self.record.calls = self.breaker.calls = {kernel: set(names) for kernel, names in verdict.get("calls", {}).items()}
         self.record.plans = stored
         failed = Quarantine(self.store, self.device).of_plans(stored) if self.follows and winner in (PLANNED, LOSSLESS) else None
         if failed is not None:

@@ -88,6 +88,7 @@ def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 def explain(
     what: Annotated[str, typer.Argument(metavar="MODULE:FACTORY|FILE.json", help="what to compile, or a plan or problem of `lz solve`")],
     as_json: Json = False, option: Option = None, calls: int = 40, html: Html = None,
+    profile: Annotated[bool, typer.Option(help="What each kernel takes inside a call, too: on a CPU.")] = False,
     what_if: Annotated[list[str] | None, typer.Option(
         "--what-if", metavar="RULE", help="With a plan or problem: deny=KERNEL_OR_BACKEND or lock=KERNEL_OR_BACKEND; repeatable.")] = None,
     problems: Annotated[str | None, typer.Option(metavar="FOLDER", help="A plan's problems, for --what-if [problems beside it].")] = None,
@@ -102,11 +103,11 @@ def explain(
     if what_if or what.endswith(".problem.json"):
         result = _what_if(what, what_if or [], parse_options(option), problems)
     elif what.endswith(".json"):
-        if option:
-            raise OptionError("a plan file holds its options: give no --option with it")
+        if option or profile:
+            raise OptionError("a plan file holds its options and runs nothing: give no --option and no --profile with it")
         result = api.explain(offline.load_plan(what))
     else:
-        result = _explain_factory(what, option, calls)
+        result = _explain_factory(what, option, calls, profile)
     _show(result, as_json, html)
 
 
@@ -141,7 +142,7 @@ def diff(before: str, after: str, as_json: Json = False, html: Html = None) -> N
     _show(compare_files(before, after), as_json, html)
 
 
-def _explain_factory(factory: str, option: list[str] | None, calls: int) -> Report:
+def _explain_factory(factory: str, option: list[str] | None, calls: int, profile: bool) -> Report:
     import torch
 
     from . import api
@@ -152,7 +153,7 @@ def _explain_factory(factory: str, option: list[str] | None, calls: int) -> Repo
         compiled = api.compile(model, **options)
         for _ in range(calls):
             compiled(*args, **kwargs)
-    return api.explain(compiled)
+        return api.explain(compiled, (lambda: compiled(*args, **kwargs)) if profile else None)
 
 
 @app.command()

@@ -119,9 +119,10 @@ def test_explain_and_bench(models: str, tmp_path: Path) -> None:
     assert plan["kind"] == "inference"
     assert plan["status"] == "optimal"
     assert "not_measured" in {r["code"] for r in region["rejections"]}
-    text = run("explain", f"{models}:tiny", "--calls", "1", *options)
+    text = run("explain", f"{models}:tiny", "--calls", "1", "--profile", "-o", "race=false", "-o", "cost_model=roofline", *options)
     assert text.exit_code == 0, text.output
     assert "inference graph" in text.stdout
+    assert " of a call of " in text.stdout
     assert region["kernel"] in text.stdout
 
     bench = run("bench", f"{models}:tiny", "--json", "--rounds", "3", *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from test_cli import fails, run
+from torch import nn
 
 import lz_compiler as lz
 from lz_compiler.errors import OptionError, PlanError
@@ -382,3 +385,34 @@ def test_solve_writes_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (choice,) = embedded((tmp_path / "page.html").read_text())["data"]["cells"][0]["plans"][0]["regions"]
     assert choice["floor_ns"] <= choice["cost_ns"]
     assert choice["flops"] == 2 * 4 * 8 * 8
+
+
+# --- profiled -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_gives_each_region_its_own_time() -> None:
+    """One operator for all products, which differ by size only: their order tells them apart."""
+    torch.manual_seed(0)
+    sizes = (64, 64, 1024, 1024, 64)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b)) for a, b in itertools.pairwise(sizes))).eval()
+    x = torch.randn(256, 64)
+    with torch.no_grad():
+        compiled = lz.compile(
+            model, freeze=True, race=False, cost_model="roofline", policy={"lock": [{"kernel": "mkl.linear_packed", "op": "linear"}]}
+        )
+        compiled(x)
+        with pytest.raises(OptionError, match="nothing to profile"):
+            lz.explain(nn.Linear(2, 2), profile=lambda: None)
+        report = lz.explain(compiled, profile=lambda: compiled(x))
+    (graph,) = report.data["graphs"]
+    (plan,) = graph["plans"]
+    timed = {r["nodes"][-1]: r["profiled_ns"] for r in plan["regions"]}
+    assert {r["kernel"] for r in plan["regions"]} == {"mkl.linear_packed"}
+    first, wide, largest, last = timed.values()
+    assert largest > 4 * max(wide, last) > 8 * first > 0  # 1, 16, 256 and 16 units of work
+    assert sum(timed.values()) == graph["profiled"]["kernels_ns"] < graph["profiled"]["call_ns"]
+    assert str(report).count("in a profiled call") == 4
+    assert "in a call" in in_terminal(report)
+    drawn = [r["profiled_ns"] for r in plan["rows"] if r["kind"] == "region"]
+    assert drawn == list(timed.values())
+    assert lz.explain(compiled).data["graphs"][0]["profiled"] == graph["profiled"]  # kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,12 @@ def drawing(plan: Plan, index: dict[Hashable, int]) -> list[dict[str, Any]]:
     for entry in entries.values():
         entry["from"] = sorted(entry["from"])
     return [_drawn(item, ids, entries) for item in folded]
+
+
+def unfolded(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a drawing, without its repeats."""
+    for row in rows:
+        yield from unfolded(row["rows"]) if "repeat" in row else (row,)
 
 
 def _rows(plan: Plan, index: dict[Hashable, int]) -> Iterator[Row]:

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PlanError
 from ..problem import LOOP
 from ..types import Candidate, Choice, Cost, Plan, Region
-from .drawing import drawing, identity
+from .drawing import drawing, identity, unfolded
+from .profiling import name_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ..backend import GraphRecord
     from ..deploy.offline import CellPlan, ModelPlan
+    from .profiling import Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +130,25 @@ def _grouped(choices: Sequence[Choice]) -> dict[Hashable, list[Choice]]:
     return groups
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
+def describe_plan(plan: Plan, profile: Profile | None = None) -> dict[str, Any]:
+    """`profile`: what the clock said inside a call, for `profiled_ns` of regions and rows; None where it said nothing."""
+    timed = {} if profile is None else profile.kernels.get(plan.fingerprint, {})
     loops = [c for c in plan.choices if c.candidate.kernel == LOOP]
     groups = _grouped(plan.choices)
     shown = sum(c.cost.ns for c in plan.choices) + sum(cost.ns for _, cost in plan.conversions)
+    regions = [describe_choice(members[0], len(members), plan.peaks) for members in groups.values()]
+    for region, members in zip(regions, groups.values(), strict=True):
+        times = [timed.get(name_of(choice)) for choice in members]
+        region["profiled_ns"] = None if None in times else round(sum(t for t in times if t is not None) / len(times))
+    rows = drawing(plan, {same: i for i, same in enumerate(groups)})
+    for row in unfolded(rows) if timed else ():
+        row["profiled_ns"] = sum(timed.get(name, 0) for name in row["names"]) or None
     return {
         "kind": plan.kind, "fingerprint": plan.fingerprint, "environment": dict(plan.environment),
         "status": str(plan.status), "solver": plan.solver, "predicted_ns": plan.predicted,
         "objective_ns": plan.objective, "bound_ns": plan.bound,
         "gap": plan.gap, "plan_s": plan.plan_s, "epsilon": plan.epsilon, "notes": list(plan.notes),
-        "regions": [describe_choice(members[0], len(members), plan.peaks) for members in groups.values()],
-        "rows": drawing(plan, {same: i for i, same in enumerate(groups)}), "peaks": dict(plan.peaks),
+        "regions": regions, "rows": rows, "peaks": dict(plan.peaks),
         "fused_nodes": len(loops), "loops_ns": sum(c.cost.ns for c in loops), "calls_ns": plan.predicted - shown,
         "conversions": {
             "count": len(plan.conversions), "cost_ns": sum(cost.ns for _, cost in plan.conversions),
@@ -147,8 +157,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plan_lines(plan: Plan) -> Iterator[str]:
-    d = describe_plan(plan)
+def _plan_lines(plan: Plan, profile: Profile | None = None) -> Iterator[str]:
+    d = describe_plan(plan, profile)
     yield (
         f"  {plan.kind} graph: {milliseconds(plan.predicted)} predicted, {plan.status} by {plan.solver} "
         f"(bound {milliseconds(plan.bound)}, gap {plan.gap:.1%}), planned in {plan.plan_s:.2f} s"
@@ -157,7 +167,8 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         epilogue = f" + {' + '.join(r['epilogue'])}" if r["epilogue"] else ""
         times = f"{r['count']}x " if r["count"] > 1 else ""
         cost = f"{milliseconds(r['cost_ns'])} ({r['source']}, +-{milliseconds(r['spread_ns'])}){_weighed(r['factor'])}"
-        yield f"    {times}{r['op']}{epilogue}: {r['kernel']}  {cost}"
+        clock = "" if r["profiled_ns"] is None else f", {milliseconds(r['profiled_ns'])} in a profiled call"
+        yield f"    {times}{r['op']}{epilogue}: {r['kernel']}  {cost}{clock}"
         if r["mask"]:
             yield f"        mask {r['mask']}"
         up = r["runner_up"]
@@ -186,8 +197,16 @@ def describe_record(record: GraphRecord) -> dict[str, Any]:
         "times_s": dict(record.times), "predicted_s": predicted, "measured_s": measured,
         "additive_error": (measured - predicted) / measured if measured else None,
         "ranks": record.ranks or None, "error": record.error, "error_budget": record.options.error_budget, "notes": list(record.notes),
-        "plans": [describe_plan(p) for p in record.plans],
+        "profiled": _profiled(record), "plans": [describe_plan(p, record.profile) for p in record.plans],
     }  # fmt: skip
+
+
+def _profiled(record: GraphRecord) -> dict[str, int] | None:
+    """Nanoseconds of a profiled call, and of this graph's kernels in it."""
+    if record.profile is None:
+        return None
+    kernels = sum(ns for plan in record.plans for ns in record.profile.kernels.get(plan.fingerprint, {}).values())
+    return {"call_ns": record.profile.call_ns, "kernels_ns": kernels}
 
 
 def _record_lines(record: GraphRecord) -> Iterator[str]:
@@ -200,13 +219,16 @@ def _record_lines(record: GraphRecord) -> Iterator[str]:
     if d["additive_error"] is not None:
         predicted, measured = d["predicted_s"] * 1e3, d["measured_s"] * 1e3
         yield f"  predicted {predicted:.3f} ms, measured {measured:.3f} ms: {d['additive_error']:+.1%} not explained by the prices"
+    if d["profiled"]:
+        kernels, call = (milliseconds(d["profiled"][name]) for name in ("kernels_ns", "call_ns"))
+        yield f"  profiled: this graph's kernels take {kernels} of a call of {call}; the rest is fused loops, calls and the profiler itself"
     if record.error is not None:
         yield f"  measured error {record.error:.2e}, budget {record.options.error_budget:g}"
     if record.ranks:
         yield f"  ranks: {record.ranks}"
     yield from (f"  note: {note}" for note in record.notes)
     for plan in record.plans:
-        yield from _plan_lines(plan)
+        yield from _plan_lines(plan, record.profile)
 
 
 def explain_records(records: Sequence[GraphRecord]) -> Report:

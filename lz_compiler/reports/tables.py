@@ -48,7 +48,8 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(
         f"{plan['kind']} graph: {_ms(plan['predicted_ns'])} ms predicted, {plan['status']} by {plan['solver']}, gap {plan['gap']:.1%}"
     )
-    table = _table(">", "region", "kernel", ">ms", ">floor", "price", "runner-up", ">+ms", ">refused")
+    profiled = any(r["profiled_ns"] for r in plan["regions"])
+    table = _table(">", "region", "kernel", ">ms", *([">in a call"] if profiled else []), ">floor", "price", "runner-up", ">+ms", ">refused")
     for r in plan["regions"]:
         up = r["runner_up"] or {"kernel": "", "cost_ns": None}
         floor = f"{min(1.0, r['floor_ns'] / r['cost_ns']):.0%}" if r["floor_ns"] and r["cost_ns"] else ""
@@ -60,6 +61,7 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
             what,
             Text(r["kernel"], "bold"),
             _ms(r["cost_ns"]),
+            *([_ms(r["profiled_ns"]) if r["profiled_ns"] else ""] if profiled else []),
             floor,
             Text(r["source"]),
             Text(up["kernel"], "dim"),

@@ -1,0 +1,99 @@
+"""What a plan's kernels take inside real calls, by torch's profiler: the clock beside each price.
+
+A profile knows operators by name and in time's order; a plan knows, for each kernel, by what names Inductor's code calls it. The calls of
+one name are given to the regions that use it in the graph's order. Where their numbers do not fit (a region that Inductor made a loop),
+these regions stay without a time. Loops have no operator: they are in what is left of the whole call.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import OptionError
+from ..problem import LOOP
+from ..types import LOSSLESS, PLANNED, Choice
+
+if TYPE_CHECKING:
+    from ..backend import GraphRecord
+
+WARM, CALLS = 3, 9
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Medians of `CALLS` calls: nanoseconds of one call while it is profiled, and of the kernels of each plan, by its fingerprint and
+    the name of a region."""
+
+    call_ns: int
+    kernels: Mapping[str, Mapping[str, int]]
+
+
+def name_of(choice: Choice) -> str:
+    return ", ".join(choice.candidate.region.outputs)
+
+
+def profile(records: Sequence[GraphRecord], run: Callable[[], object]) -> None:
+    """Profile `run`, which calls what was compiled (and its backward pass, if that was planned too), into the records whose plan runs.
+
+    OptionError where that would show nothing.
+    """
+    planned = [r for r in records if r.winner in (PLANNED, LOSSLESS)]
+    if not planned:
+        raise OptionError("nothing to profile: no graph of this module runs LayerZero's plan. print(lz.explain(compiled)) says what runs.")
+    if any(plan.environment.get("device") != "cpu" for r in planned for plan in r.plans):
+        raise OptionError("profile: so far on a CPU only. torch.profiler shows a GPU's kernels by their own names.")
+    users: dict[str, list[tuple[str, str]]] = {}  # operator -> (plan, region) of each call, in order
+    for record in planned:
+        for plan in record.plans:
+            for choice in plan.choices:
+                for operator in _operators(choice, record.calls) if choice.candidate.kernel != LOOP else ():
+                    users.setdefault(operator, []).append((plan.fingerprint, name_of(choice)))
+    for _ in range(WARM):
+        run()
+    found: dict[str, list[int]] = {}
+    whole: list[int] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(CALLS):
+            start = time.perf_counter_ns()
+            run()
+            whole.append(time.perf_counter_ns() - start)
+    for event in sorted(profiler.events() or (), key=lambda e: e.time_range.start):
+        if event.name in users and not _within(event, users):
+            found.setdefault(event.name, []).append(round(1e3 * event.time_range.elapsed_us()))
+    kernels: dict[str, dict[str, int]] = {plan.fingerprint: {} for record in planned for plan in record.plans}
+    for operator, regions in users.items():
+        each, odd = divmod(len(found.get(operator, ())), CALLS * len(regions))
+        if odd or not each:
+            continue
+        calls = [found[operator][i :: each * len(regions)] for i in range(each * len(regions))]
+        for i, times in enumerate(calls):
+            fingerprint, region = regions[i // each]
+            kernels[fingerprint][region] = kernels[fingerprint].get(region, 0) + round(median(times))
+    for record in planned:
+        record.profile = Profile(round(median(whole)), kernels)
+
+
+def _operators(choice: Choice, calls: Mapping[str, Collection[str]]) -> list[str]:
+    """As what a profile names the calls of a chosen kernel."""
+    candidate = choice.candidate
+    if dict(candidate.params).get("as_is"):  # a node of the graph is named after its operator
+        return [f"aten::{re.sub(r'(_default)?(_[0-9]+)?$', '', candidate.region.nodes[-1])}"]
+    names = {re.sub(r"^extern_kernels\.", "aten::", n.removeprefix("torch.ops.")) for n in calls.get(candidate.kernel, ())}
+    return sorted({n.replace(".", "::", 1) for n in names})
+
+
+def _within(event: Any, users: Mapping[str, object]) -> bool:
+    """Whether another counted operator made this call."""
+    parent = event.cpu_parent
+    while parent is not None:
+        if parent.name in users:
+            return True
+        parent = parent.cpu_parent
+    return False
