@@ -49,7 +49,8 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
         f"{plan['kind']} graph: {_ms(plan['predicted_ns'])} ms predicted, {plan['status']} by {plan['solver']}, gap {plan['gap']:.1%}"
     )
     profiled = any(r["profiled_ns"] for r in plan["regions"])
-    table = _table(">", "region", "kernel", ">ms", *([">in a call"] if profiled else []), ">floor", "price", "runner-up", ">+ms", ">refused")
+    clock = (">in a call",) if profiled else ()
+    table = _table(">", "region", "kernel", ">ms", *clock, ">floor", "price", "runner-up", ">+ms", ">refused")
     for r in plan["regions"]:
         up = r["runner_up"] or {"kernel": "", "cost_ns": None}
         floor = f"{min(1.0, r['floor_ns'] / r['cost_ns']):.0%}" if r["floor_ns"] and r["cost_ns"] else ""
