@@ -1,6 +1,6 @@
 """What a baked plan costs: choosing a cell, a cold start, and its steady state, for the zoo's Llama.
 
-    python benchmarks/baked.py [--device cuda] [--parts selection,steady,cold,first] [--processes 5] [--rounds 40] [--json FILE]
+    python benchmarks/baked.py [--device cuda] [--parts selection,steady,cold,first] [--processes 10] [--rounds 40] [--json FILE]
 
 In float32 on a CPU, in bfloat16 on a GPU (calls without CUDA graphs).
 
@@ -112,22 +112,22 @@ def selection(folder: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def cold_starts(folder: Path, processes: int, device: str) -> dict[str, list[float]]:
-    """Seconds from a process's start to its first output."""
+def cold_starts(folder: Path, processes: int, device: str, names: list[str]) -> dict[str, list[float]]:
+    """Seconds from a process's start to its first output; processes in turn, after one of each that warmed caches and files."""
     import time
 
-    found: dict[str, list[float]] = {}
-    for name, code in START.items():
-        code = code if code.startswith("import") else COMPILED.format(plan="PLAN" in code)
-        with tempfile.TemporaryDirectory() as warm:
-            for i in range(processes + 1):
+    found: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as caches:
+        for i in range(processes + 1):
+            for name in names:
+                code = START[name] if START[name].startswith("import") else COMPILED.format(plan="PLAN" in START[name])
                 with tempfile.TemporaryDirectory() as cold:
-                    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold if "empty" in name else warm}
+                    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold if "empty" in name else f"{caches}/{names.index(name)}"}
                     start = time.perf_counter()
                     subprocess.run([sys.executable, "-c", code, str(folder), device], env=env, check=True, capture_output=True)
-                    if i:  # the first process warms caches and files
-                        found.setdefault(name, []).append(time.perf_counter() - start)
-        print(f"{name}: {median(found[name]):.2f} s", file=sys.stderr)
+                    if i:
+                        found[name].append(time.perf_counter() - start)
+            print(f"{i} of {processes}: {', '.join(f'{n} {s[-1]:.2f} s' for n, s in found.items() if s)}", file=sys.stderr, flush=True)
     return found
 
 
@@ -185,7 +185,8 @@ def steady(model: Any, plan: Any, module: Any, rounds: int, device: str) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="selection,steady,cold,first")
-    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=10)
+    parser.add_argument("--starts", default="", help="only the cold starts with one of these in their names")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--fresh", type=int, default=10, help="processes for the first calls of each cell")
     parser.add_argument("--buckets", default="16,64,256", help="upper ends of the sequence's buckets")
@@ -224,7 +225,8 @@ def main() -> None:
             for row, cell in zip(rows, plan.cells, strict=True):
                 print(f"| {row[0]} | {cell.winner} | {row[1]:.3f} | {row[2]:.3f} | {row[2] / row[1]:.2f}x | {row[3]:.1e} |")
         if "cold" in wanted:
-            found["cold_s"] = starts = cold_starts(out, args.processes, args.device)
+            names = [name for name in START if any(part in name for part in args.starts.split(","))]
+            found["cold_s"] = starts = cold_starts(out, args.processes, args.device, names)
             print("\n| first output of a fresh process | s, median | of baked |\n|---|---|---|")
             for name, seconds in starts.items():
                 print(f"| {name} | {median(seconds):.2f} | {median(seconds) / median(starts['baked']):.2f}x |")

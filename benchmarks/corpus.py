@@ -1,6 +1,7 @@
 """Collect the corpora: problems and timings of many models, as files that `lz ablate` reads without a model or a device.
 
     python benchmarks/corpus.py --out benchmarks/corpora/cpu [--cases 'bert*'] [--seconds 1500] [--cache-dir DIR]
+    python benchmarks/corpus.py --out benchmarks/corpora/h200 --device cuda
     python benchmarks/corpus.py --out benchmarks/corpora/h200 --timings tests/data/h200_timings.jsonl
 
 Every case is planned once with everything measured, and then every kernel is measured a second time, independently: the
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +82,24 @@ def mlp(width: int, rows: int) -> Make:
     return make
 
 
-def whisper() -> tuple[nn.Module, Inputs]:
+def whisper(width: int = 384, heads: int = 6, positions: int = 200, batch: int = 1, layers: int = 4) -> tuple[nn.Module, Inputs]:
+    """Of the least spectrogram that fills all `positions`."""
     config = hf.WhisperConfig(
-        vocab_size=4000, num_mel_bins=80, d_model=384, encoder_layers=4, decoder_layers=4, encoder_ffn_dim=1536, encoder_attention_heads=6,
-        decoder_attention_heads=6, decoder_ffn_dim=1536, max_source_positions=200, use_cache=False, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=1,
+        vocab_size=4000, num_mel_bins=80, d_model=width, encoder_layers=layers, decoder_layers=layers, encoder_ffn_dim=4 * width,
+        encoder_attention_heads=heads, decoder_attention_heads=heads, decoder_ffn_dim=4 * width, max_source_positions=positions,
+        use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
-    inputs = {"input_features": torch.randn(1, 80, 400), "decoder_input_ids": torch.randint(4000, (1, 24))}
+    inputs = {"input_features": torch.randn(batch, 80, 2 * positions), "decoder_input_ids": torch.randint(4000, (batch, 24))}
     return hf.WhisperForConditionalGeneration(config).eval(), inputs
 
 
-def clip() -> tuple[nn.Module, Inputs]:
-    text_config = {**SMALL, "intermediate_size": 1024, "eos_token_id": 2}
-    config = hf.CLIPConfig(text_config=text_config, vision_config={**IMAGE, "image_size": 224, "patch_size": 32}, projection_dim=128)
-    return hf.CLIPModel(config).eval(), {"input_ids": torch.randint(4000, (4, 16)), "pixel_values": torch.randn(1, 3, 224, 224)}
+def clip(words: Inputs, pixels: Inputs, batch: int, length: int = 16, patch: int = 32) -> tuple[nn.Module, Inputs]:
+    """A batch of captions for each image."""
+    config = hf.CLIPConfig(
+        text_config={**words, "eos_token_id": 2}, vision_config={**pixels, "image_size": 224, "patch_size": patch}, projection_dim=128
+    )
+    ids = torch.randint(words["vocab_size"], (4 * batch, length))
+    return hf.CLIPModel(config).eval(), {"input_ids": ids, "pixel_values": torch.randn(batch, 3, 224, 224)}
 
 
 BERT = hf.BertConfig(**WIDE, intermediate_size=2048)
@@ -128,7 +134,7 @@ CPU: dict[str, tuple[str, Mapping[str, Any], Make]] = {
     "mistral_1x160": ("mistral", FREE, text(hf.MistralForCausalLM, decoder(hf.MistralConfig, sliding_window=64), 1, 160)),
     "mixtral_1x24": ("mixtral", FREE, text(hf.MixtralForCausalLM, decoder(hf.MixtralConfig, num_local_experts=4), 1, 24)),
     "whisper_1x400": ("whisper", FREE, whisper),
-    "clip_4x16": ("clip", FREE, clip),
+    "clip_4x16": ("clip", FREE, lambda: clip({**SMALL, "intermediate_size": 1024}, IMAGE, 1)),
     "mlp_512x8": ("mlp", FREE, mlp(512, 8)),
     "mlp_256x2": ("mlp", FREE, mlp(256, 2)),
     "mlp_1024x64_plain": ("mlp", {}, mlp(1024, 64)),
@@ -154,6 +160,73 @@ CPU: dict[str, tuple[str, Mapping[str, Any], Make]] = {
                                                                    groups_width=16), 1, 224)),
     "mobilenet_v2_1x224": ("mobilenet_v2", FREE, image(hf.MobileNetV2Model, hf.MobileNetV2Config(), 1, 224)),
     "segformer_1x128": ("segformer", FREE, image(hf.SegformerModel, hf.SegformerConfig(), 1, 128)),
+}  # fmt: skip
+
+# One GPU: two layers of models as they are used, in bfloat16, inside CUDA graphs; an error budget makes 8-bit kernels candidates.
+GRAPHS = {**FREE, "cudagraphs": True}
+EXACT = {**GRAPHS, "error_budget": 0.0}
+PLAIN = {"cudagraphs": True}
+BIG = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 2, "intermediate_size": 4096}
+LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 2, "intermediate_size": 4096, "image_size": 224}
+LLAMA8 = decoder(
+    hf.LlamaConfig, hidden_size=4096, intermediate_size=14336, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=32000, max_position_embeddings=8192,
+)  # fmt: skip
+
+
+def wide(config: type[Any], hidden: int, middle: int, heads: int, groups: int, **more: Any) -> Any:
+    return decoder(config, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=2, num_attention_heads=heads,
+                   num_key_value_heads=groups, vocab_size=32000, **more)  # fmt: skip
+
+
+CUDA: dict[str, tuple[str, Mapping[str, Any], Make]] = {
+    "llama_1x512": ("llama", GRAPHS, text(hf.LlamaForCausalLM, LLAMA8, 1, 512)),
+    "bert_64x128": ("bert", GRAPHS, padded(hf.BertModel, hf.BertConfig(**BIG), 64, 128)),
+    "vit_32x224": ("vit", GRAPHS, image(hf.ViTModel, hf.ViTConfig(**LARGE), 32, 224)),
+    "convnext_32x224": ("convnext", GRAPHS, image(hf.ConvNextModel, hf.ConvNextConfig(), 32, 224)),
+    "gpt2_8x512": ("gpt2", GRAPHS, text(
+        hf.GPT2LMHeadModel, hf.GPT2Config(n_embd=1024, n_head=16, n_layer=2, vocab_size=32000, use_cache=False), 8, 512)),
+    "t5_8x256": ("t5", GRAPHS, pair(
+        hf.T5ForConditionalGeneration, hf.T5Config(d_model=1024, d_kv=64, d_ff=4096, num_layers=2, num_heads=16, vocab_size=32000,
+                                                   use_cache=False), 8, 256, 64)),
+    "qwen3_1x1024": ("qwen3", GRAPHS, text(
+        hf.Qwen3ForCausalLM, wide(hf.Qwen3Config, 2560, 9728, 32, 8, head_dim=128), 1, 1024)),
+    "mistral_1x2048": ("mistral", EXACT, text(
+        hf.MistralForCausalLM, wide(hf.MistralConfig, 4096, 14336, 32, 8, sliding_window=1024), 1, 2048)),
+    "swin_32x224": ("swin", GRAPHS, image(hf.SwinModel, SWIN, 32, 224)),
+    "regnet_32x224": ("regnet", GRAPHS, image(hf.RegNetModel, hf.RegNetConfig(hidden_sizes=[64, 128, 320, 768], depths=[1, 2, 3, 1],
+                                                                        groups_width=32), 32, 224)),
+    "gemma_1x512": ("gemma", GRAPHS, text(hf.GemmaForCausalLM, wide(hf.GemmaConfig, 2048, 16384, 8, 1, head_dim=256), 1, 512)),
+    "phi_4x256": ("phi", GRAPHS, text(hf.PhiForCausalLM, wide(hf.PhiConfig, 2560, 10240, 32, 32), 4, 256)),
+    "roberta_16x256": ("roberta", GRAPHS, padded(hf.RobertaModel, hf.RobertaConfig(**BIG), 16, 256)),
+    "whisper_4x3000": ("whisper", GRAPHS, lambda: whisper(1280, 20, 1500, 4, 2)),
+    "clip_32x64": ("clip", GRAPHS, lambda: clip({**BIG, "vocab_size": 32000}, LARGE, 32, 64)),
+    "opt_4x256": ("opt", GRAPHS, text(
+        hf.OPTForCausalLM, hf.OPTConfig(hidden_size=2048, num_attention_heads=32, num_hidden_layers=2, ffn_dim=8192,
+                                        word_embed_proj_dim=2048, vocab_size=32000, use_cache=False), 4, 256)),
+    "gpt_neox_4x256": ("gpt_neox", GRAPHS, text(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(
+        hidden_size=2048, num_attention_heads=16, num_hidden_layers=2, intermediate_size=8192, vocab_size=32000, use_cache=False), 4, 256)),
+    "bart_8x256": ("bart", GRAPHS, pair(hf.BartModel, hf.BartConfig(
+        d_model=1024, encoder_layers=2, decoder_layers=2, encoder_attention_heads=16, decoder_attention_heads=16, encoder_ffn_dim=4096,
+        decoder_ffn_dim=4096, vocab_size=32000, use_cache=False), 8, 256, 64)),
+    "mobilenet_v2_64x224": ("mobilenet_v2", GRAPHS, image(hf.MobileNetV2Model, hf.MobileNetV2Config(), 64, 224)),
+    "deit_64x224": ("deit", GRAPHS, image(hf.DeiTModel, hf.DeiTConfig(
+        hidden_size=768, num_attention_heads=12, num_hidden_layers=2, intermediate_size=3072), 64, 224)),
+    "dinov2_16x224": ("dinov2", GRAPHS, image(hf.Dinov2Model, hf.Dinov2Config(
+        hidden_size=1024, num_attention_heads=16, num_hidden_layers=2, image_size=224), 16, 224)),
+    "segformer_8x512": ("segformer", GRAPHS, image(hf.SegformerModel, hf.SegformerConfig(), 8, 512)),
+    "distilbert_32x128": ("distilbert", GRAPHS, padded(
+        hf.DistilBertModel, hf.DistilBertConfig(dim=768, n_heads=12, n_layers=2, hidden_dim=3072, vocab_size=30000), 32, 128)),
+    "electra_32x128": ("electra", GRAPHS, padded(
+        hf.ElectraModel, hf.ElectraConfig(**{**BIG, "hidden_size": 768, "num_attention_heads": 12}, embedding_size=768), 32, 128)),
+    "resnet18_32x224": ("resnet", GRAPHS, image(
+        hf.ResNetModel, hf.ResNetConfig(layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2]), 32, 224)),
+    "llama_1x1": ("llama", GRAPHS, text(hf.LlamaForCausalLM, LLAMA8, 1, 1)),
+    "llama_4x1024_plain": ("llama", PLAIN, text(hf.LlamaForCausalLM, LLAMA8, 4, 1024)),
+    "bert_8x512_plain": ("bert", PLAIN, padded(hf.BertModel, hf.BertConfig(**BIG), 8, 512)),
+    "mlp_4096x16": ("mlp", GRAPHS, mlp(4096, 16)),
+    "mixtral_1x64": ("mixtral", GRAPHS, text(
+        hf.MixtralForCausalLM, wide(hf.MixtralConfig, 2048, 7168, 32, 8, num_local_experts=4), 1, 64)),
 }  # fmt: skip
 
 
@@ -244,6 +317,16 @@ def h200() -> dict[str, tuple[str, Mapping[str, Any], Callable[[], GraphView]]]:
     }
 
 
+def seen_on(device: str, make: Make, options: Mapping[str, Any]) -> GraphView:
+    """A model's graph in float32 on a CPU, in bfloat16 on a GPU."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model, inputs = make()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    inputs = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in inputs.items()}
+    return graph_of(model.to(dtype), inputs, freeze=bool(options.get("freeze")))
+
+
 def say(case: Case, path: Path, seconds: float) -> None:
     kernels, regions = len(case.timings), len(case.regions)
     size = path.stat().st_size
@@ -260,6 +343,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500.0, help="start no further case after this long")
     parser.add_argument("--cache-dir", help="folder of the timings store; a fresh one if left out")
     parser.add_argument("--again", action="store_true", help="measure every kernel of the cases that are there once more")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of a CPU; one, since others may use the machine")
     parser.add_argument("--timings", help="a file of `lz cache export`, for a device that is not here")
     args = parser.parse_args()
@@ -280,14 +364,13 @@ def main() -> None:
             target = stored_target(store, "NVIDIA H200", graphs=True)
             views = h200()
         else:
-            target = detect("cpu", store)
-            for name, (family, options, make) in CPU.items():
-
-                def view(make: Make = make, options: Mapping[str, Any] = options) -> GraphView:
-                    torch.manual_seed(0)
-                    return graph_of(*make(), freeze=bool(options.get("freeze")))
-
-                views[name] = family, options, view
+            target = detect(args.device, store, graphs=args.device == "cuda")
+            for name, (family, options, make) in (CPU if args.device == "cpu" else CUDA).items():
+                views[name if args.device == "cpu" else f"{args.out.name}_{name}"] = (
+                    family,
+                    options,
+                    partial(seen_on, args.device, make, options),
+                )
         for name, (family, options, view) in views.items():
             path = args.out / f"{name}{corpus.SUFFIX}"
             if fnmatch.fnmatch(name, args.cases) and not path.exists() and time.perf_counter() < end:

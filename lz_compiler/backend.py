@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import __version__, ops, race, ranks, torch_private
+from . import __version__, collectives, ops, race, ranks, torch_private
 from .backends import allowed_backends, check_names, set_up
 from .capture import GraphView, fingerprint, tensors_in
 from .errors import PlanError
@@ -150,6 +150,7 @@ class Session:
         self.collective = False  # whether a planned graph contains collectives
         self.dilution, self.tightened = dilution, 0  # of the estimated error; how often it was mended by a measured one
         self.over = False  # whether this plan's error was over the budget, so that the next process tightens it
+        self.links: collectives.Curves = {}  # what all-reduces take between the ranks
         self.breaker = Breaker(store, device, gm.forward, self.record.compile_id)
         self.record.calls = self.breaker.calls
         torch_private.counters()["graphs"] += 1
@@ -176,7 +177,12 @@ class Session:
         known |= {f"backend {b.name}": b.version() for b in allowed_backends(options.backends)}
         known |= {"lz_compiler": __version__, "gradients": str(torch.is_grad_enabled())}
         refused = (*Trust(store, env).marks(), *Quarantine(store, self.device).names())
-        team.meet(ranks.facts(env, known, refused, fingerprint(self.gm)))
+        curves = collectives.stored(store, team.size, options.graphs) if collectives.wanted(self.gm, self.inputs) else {}
+        wish = "" if curves == {} or not options.measure_budget_s else "known" if curves else "unknown"
+        team.meet(ranks.facts(env, known, refused, fingerprint(self.gm), wish))
+        self.links = team.links(curves, lambda: collectives.measure(torch_private.world(), options.graphs))
+        if wish == "unknown":
+            collectives.keep(store, team.size, options.graphs, self.links)
         if team.leads:
             run = self._compile(self._stored_verdict())
             lossless = [plan_to_dict(p) for p in self.lossless]
@@ -401,7 +407,7 @@ class Session:
 
     def _planned(self, options: Options, plans: list[Plan], cached: str | None = None) -> Callable[..., Any]:
         """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
-        target = detect(self.device, self.store, options.graphs)
+        target = replace(detect(self.device, self.store, options.graphs), links=self.links)
         known = [p for p in self.known if p.epsilon <= options.error_budget]
 
         def run(graph: fx.Graph, is_inference: bool) -> None:
@@ -516,7 +522,7 @@ def _changes(plan: Plan) -> bool:
     return any(not dict(c.candidate.params).get("as_is") and c.candidate.region.op in _REGIONS for c in plan.choices)
 
 
-_REGIONS = ("linear", "merged_linear", "gated_linear", "bmm", "conv", "attention", "paged_attention")
+_REGIONS = ("linear", "merged_linear", "gated_linear", "bmm", "conv", "attention", "paged_attention", "all_reduce")
 
 
 def _content(plan: Plan) -> str:

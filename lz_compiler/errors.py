@@ -28,6 +28,17 @@ class KernelError(LayerZeroError, RuntimeError):
     """A kernel raised while a compiled graph ran, and the call could not be repeated without it."""
 
 
+class DeviceLostError(LayerZeroError, RuntimeError):
+    """A kernel that was being measured left the device unusable for the rest of the process."""
+
+    def __init__(self, index: int, what: str, error: str) -> None:
+        self.index, self.error = index, error  # which of the candidates that were measured together
+        super().__init__(
+            f"{what} left the CUDA device unusable for this process while it was measured: {error}. It is recorded as failed, and "
+            f"not tried again on this machine: start the process again."
+        )
+
+
 class PlanError(LayerZeroError, ValueError):
     """A plan that cannot be read, or does not belong to this graph or machine."""
 

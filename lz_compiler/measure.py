@@ -21,6 +21,7 @@ from torch import Tensor
 from . import semantics, torch_private
 from .backends import kernel
 from .backends.base import SelectionContext, Values
+from .errors import DeviceLostError
 from .target import event_timed, last_level_cache
 from .types import Candidate, Format
 
@@ -58,7 +59,9 @@ class EagerEmitter:
 
 
 def measurable(ctx: SelectionContext) -> bool:
-    """Whether there is something to time and to check: elements, of a real floating-point type."""
+    """Whether there is something to time and to check: elements, of a real floating-point type, and no other rank's."""
+    if ctx.region.op not in semantics.REFERENCES:
+        return False
     specs = (*ctx.specs, *ctx.outputs)
     return semantics.torch_dtype(specs[-1].dtype).is_floating_point and all(0 not in spec.shape for spec in specs)
 
@@ -202,7 +205,7 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
     """Measure candidates of one region, interleaved, until done or `deadline` (time.perf_counter seconds).
 
     A kernel that raises, is wrong, or treats NaN unlike eager yields a Measurement with its error and no time. Indices
-    not reached before the deadline are missing from the result.
+    not reached before the deadline are missing from the result. DeviceLostError for one after which nothing runs on the GPU.
     """
     found: dict[int, Measurement] = {}
     cuda = ctx.specs[0].device == "cuda"
@@ -229,6 +232,9 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
             except torch_private.kernel_errors() as raised:
                 calls.pop(i, None)
                 error = f"{type(raised).__name__}: {str(raised).splitlines()[0][:200] if str(raised) else ''}"
+                if cuda and not _is_alive():
+                    sizes = ", ".join(f"{role} {spec.shape}" for role, spec in zip(ctx.roles, ctx.specs, strict=True))
+                    raise DeviceLostError(i, f"the kernel {candidate.kernel} ({ctx.region.op} of {sizes})", error) from raised
             if error is not None:
                 found[i] = Measurement(None, 0, 0, epsilons.get(i, 0.0), error)
         sampled = _replays(calls) if cuda else _rounds(calls, deadline)
@@ -309,7 +315,17 @@ def _graph(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
         assert calls  # their tensors live as long as the graph that reads them
 
     replay()
+    torch.cuda.synchronize()  # what it does wrong is raised here, and is known to be its
     return [replay] * (repeats * len(calls))
+
+
+def _is_alive() -> bool:
+    """Whether the GPU still does anything for this process: after a fault of a kernel it never does."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _replays(graphs: dict[int, list[Callable[[], Any]]]) -> dict[int, list[float]]:

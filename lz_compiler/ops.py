@@ -256,6 +256,32 @@ paged_attention = _define(
 )
 
 
+# --- all-reduce over memory that the GPUs of one machine share ---------------------------------------------------------------
+
+
+def _all_reduce_run(x: Tensor, variant: str, group: str) -> Tensor:
+    """The sum of every rank's x, contiguous. All ranks of the group call it in the same order, on one stream: they share one buffer.
+
+    one_shot: each rank reads all others' whole tensors. two_shot: each sums its part of them, then reads the other parts
+    (torch.distributed._symmetric_memory). ValueError for another variant.
+    """
+    torch._check_value(variant in ("one_shot", "two_shot"), lambda: unknown("variant", variant, ("one_shot", "two_shot")))
+    x = x.contiguous()
+    buffer = torch_private.symmetric_buffer(group, x.numel() * x.element_size(), x.device).narrow(0, 0, x.numel() * x.element_size())
+    mine = buffer.view(x.dtype).view(x.shape)
+    if variant == "one_shot":
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x, "sum", group)
+    mine.copy_(x)
+    return torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", group).clone()
+
+
+all_reduce = _define(
+    "all_reduce(Tensor x, str variant, str group) -> Tensor",
+    _all_reduce_run,
+    lambda x, variant, group: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
+
 def attention_library() -> str:
     """The compiled backends/attention.cpp, kept beside the timings."""
     import platformdirs

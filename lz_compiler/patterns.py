@@ -163,7 +163,20 @@ class Recogniser:
             return self._attention(node)
         if node.target is ops.paged_attention:
             return self._paged_attention(node)
+        if torch_private.is_all_reduce(node.target):
+            return self._all_reduce(node)
         return None
+
+    def _all_reduce(self, node: fx.Node) -> _Draft | None:
+        x, reduce, group = node.args
+        spec, ranks = self.view.spec(node), torch_private.group_size(group)
+        if not isinstance(x, fx.Node) or not isinstance(group, str) or ranks is None:
+            return None
+        nbytes = math.prod(spec.shape) * node.meta["val"].element_size()
+        everyone = ranks == torch.distributed.get_world_size()
+        params = {"reduce": reduce, "group": group if everyone else "", "world": everyone, "ranks": ranks, "nbytes": nbytes,
+                  "piece": nbytes // ranks if nbytes % ranks == 0 else 1, "dynamic_rows": is_dynamic(node.meta["val"])}  # fmt: skip
+        return _Draft("all_reduce", [node], {"x": x}, params)
 
     def _linear(self, node: fx.Node) -> _Draft | None:
         *bias, x, right = node.args

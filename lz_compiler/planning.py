@@ -73,13 +73,21 @@ def pose(
     small = refused_when_smaller(view, options)
     found = enumerate_regions(
         view, options, model,
-        lambda ctx, candidate: trust.refusal(ctx, candidate) or broken.refusal(candidate) or small(ctx, candidate),
+        lambda ctx, candidate: (
+            trust.refusal(ctx, candidate) or broken.refusal(candidate) or small(ctx, candidate) or _unknown_link(target, candidate)
+        ),
     )  # fmt: skip
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
     problem = replace(build(view, found, options, roofline), error_budget=options.error_budget / dilution)
     if options.problems is not None:
         save_problem(problem, Path(options.problems) / problem_name(fingerprint, kind, problem.error_budget > 0))
     return Posed(view, options, target, fingerprint, kind, model, found, problem, dilution)
+
+
+def _unknown_link(target: Target, candidate: Candidate) -> Rejection | None:
+    """Why another all-reduce than the graph's own may not be used, or None."""
+    known = candidate.region.op != "all_reduce" or dict(candidate.params).get("as_is") or candidate.kernel in target.links
+    return None if known else Rejection(candidate.kernel, "not_measured", "the ranks of this job have not measured it, or found it wrong")
 
 
 def solved(posed: Posed) -> tuple[Posed, Solution]:

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from . import torch_private
+from .collectives import Curves, joined
 from .errors import RankError
 from .options import Options
 
@@ -52,6 +53,7 @@ class Team:
     work_s: float  # for another rank to plan and compile
     members: list[int] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
+    told: dict[int, dict[str, Any]] = field(default_factory=dict)  # what each rank came with
 
     @property
     def leads(self) -> bool:
@@ -94,8 +96,23 @@ class Team:
         differing = _differing(known)
         if differing:
             raise RankError(f"ranks with the same hardware differ: {'; '.join(differing)}. Install and set the same everywhere.")
+        self.told = known
         mine = _group(known[self.rank])
         self.members = [rank for rank, told in known.items() if _group(told) == mine]
+
+    def links(self, known: Curves | None, measure: Callable[[], Curves]) -> Curves:
+        """What all-reduces take, where every rank's graph wants to know: what is `known`, or measured by all if one rank does not know it.
+
+        Each rank came with "known" or "unknown" in its facts, or with nothing where its graph has no collectives.
+        """
+        wishes = {told["links"] for told in self.told.values()}
+        if "" in wishes:
+            return {}
+        if known is not None and wishes == {"known"}:
+            return known
+        self.say("links", {"curves": measure()})
+        heard = self.hear("links", range(self.size), self.timeout_s)
+        return joined([heard[rank]["curves"] for rank in range(self.size)])
 
     def verdict(self) -> dict[str, Any]:
         """What the group's leader decided."""
@@ -148,11 +165,13 @@ def team(options: Options) -> Team | None:
     )  # fmt: skip
 
 
-def facts(environment: Mapping[str, str], others: Mapping[str, str], refused: Iterable[str], graph: str) -> dict[str, Any]:
-    """For Team.meet: `others` are versions and options beside those of the environment."""
+def facts(
+    environment: Mapping[str, str], others: Mapping[str, str], refused: Iterable[str], graph: str, links: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """For Team.meet: `others` are versions and options beside those of the environment; `links`: for Team.links."""
     hardware = {k: v for k, v in environment.items() if k in HARDWARE}
     versions = {k: v for k, v in environment.items() if k not in HARDWARE} | dict(others)
-    return {"hardware": hardware, "versions": versions, "refused": sorted(refused), "graph": graph}
+    return {"hardware": hardware, "versions": versions, "refused": sorted(refused), "graph": graph, "links": links}
 
 
 def digest(value: object) -> str:

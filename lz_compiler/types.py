@@ -5,7 +5,7 @@ Costs are integers in nanoseconds. Tensors and nodes are named as in the FX grap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -174,7 +174,7 @@ class Choice:
 class Target:
     """A device with what was measured on it once: bytes/s, flop/s by dtype, ns per launch; and what timings on it depend on
     (`environment`: the device's name, library versions). A tensor of at most `cache_bytes` that was just written is read at
-    `cache_bandwidth` (0 bytes: not known)."""
+    `cache_bandwidth` (0 bytes: not known). `links`: of each kernel of an all-reduce (bytes, ns), as the ranks of this job measured it."""
 
     device: str
     name: str
@@ -184,6 +184,7 @@ class Target:
     environment: Mapping[str, str]
     cache_bytes: int = 0
     cache_bandwidth: float = 0.0
+    links: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,7 @@ MASKS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor] | None, Callab
     "padding": (padded, not_padding),
     "boolean": (lambda q, k, mask: mask, some),
     "additive": (lambda q, k, mask: mask, lambda q, k, dtype: draw(2, 1, q, k, dtype=dtype)),
+    "heads_inside": (lambda q, k, mask: mask, lambda q, k, dtype: draw(q, k, 4, dtype=dtype).permute(2, 0, 1)[None]),  # T5's bias
 }
 
 
@@ -254,7 +255,7 @@ def test_attention_masks_are_understood() -> None:
     for kind, (make, _) in MASKS.items():
         contexts = trace(attention_case(kind, 7, 128, 64, False, False, torch.bfloat16)).contexts
         masked = ["mask" in ctx.roles for ctx in contexts if ctx.region.op == "attention"]
-        assert all(masked) == (kind in ("boolean", "additive")), kind
+        assert all(masked) == (kind in ("boolean", "additive", "heads_inside")), kind
         assert make is not None or not any(masked), kind
 
 
@@ -359,3 +360,40 @@ def test_baked_triton_kernels_need_no_inductor(cudagraphs: bool, tmp_path: Path)
         found = torch.load(tmp_path / "outputs.pt")
         assert all(torch.equal(x, expected[i // 3]) for i, x in enumerate(found))
         cubins[0].unlink(missing_ok=True)
+
+
+# --- a kernel that ends CUDA in its process -------------------------------------------------------------------------------------
+
+FAULTY = """
+import sys, torch
+import lz_compiler as lz
+from lz_compiler import backends
+sys.path.insert(0, sys.argv[1])
+import acme
+from lz_compiler.backends.base import Kernel
+
+def run(emit, t, p):
+    outside = torch.full((1,), 1 << 40, device="cuda")
+    return torch.ops.aten.index_select.default(t["x"], 1, outside).expand(-1, t["w"].shape[0])
+
+class Faulty(acme.Acme):
+    name, devices = "faulty", ("cuda",)
+    kernels = {"acme.linear": Kernel("acme.linear", run)}
+
+backends.register(Faulty())
+with torch.no_grad():
+    compiled = torch.compile(torch.nn.Linear(64, 64).cuda(), backend="layerzero", options={"race": False})
+    compiled(torch.randn(32, 64, device="cuda"))
+print(lz.explain(compiled))
+"""
+
+
+def test_a_kernel_that_breaks_the_device_is_named_and_not_tried_again(tmp_path: Path) -> None:
+    env = os.environ | {"LAYERZERO_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FAULTY, str(Path(__file__).parent)]
+    first, second = (subprocess.run(command, env=env, capture_output=True, text=True, timeout=300) for _ in range(2))
+    assert first.returncode != 0
+    assert "DeviceLostError: the kernel acme.linear (linear of x (32, 64), w (64, 64)" in first.stderr
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "acme.linear" in second.stdout
+    assert "device-side assert" in second.stdout

@@ -15,6 +15,7 @@ from ..types import Candidate, Rejection
 from .aten import Aten
 from .attention import Attention
 from .base import Backend, Kernel, SelectionContext
+from .collectives import Collectives
 from .cublas import Cublas
 from .cudnn import Cudnn
 from .flash_attention import FlashAttention, FlashAttention3
@@ -31,7 +32,7 @@ SLOW_S = 5.0  # in which a third party's library should have been imported
 
 OWN: tuple[Callable[[], Backend], ...] = (
     Aten, OneDNN, Attention, Inductor, Cublas, Cudnn, Triton, FlexAttention, FlashAttention, FlashAttention3, FlashInfer, XFormers,
-    Liger, TorchAO,
+    Liger, TorchAO, Collectives,
 )  # fmt: skip
 
 

@@ -38,7 +38,8 @@ def _added(emit: Emitter, t: Values, p: Values) -> Any:
     """What to add to the scores for the given mask or predicate, broadcast over batch, heads or queries where it may be; None
     where the kernel's `is_causal` says it all."""
     if "mask" in t:
-        return _mask(emit, t, p)
+        added = _mask(emit, t, p)
+        return emit.call(aten.clone.default, added, memory_format=torch.contiguous_format) if p.get("mask_copied") else added
     position, keys = semantics.mask_inputs(emit.call, t, p)
     seen = None if keys is None else emit.call(aten.reshape.default, keys, [-1, 1, 1, p["keys"]])
     if position is not None:
@@ -90,6 +91,13 @@ def _broadcasts(ctx: SelectionContext) -> bool:
     return len({len(q), len(k), len(v)}) > 1 or not q[:end] == k[:end] == v[:end]
 
 
+def _scattered(ctx: SelectionContext) -> bool:
+    """Whether a row of the mask is not one piece of memory (T5's position bias has its heads innermost): the vendor's kernels would read it
+    in pieces of 16 bytes all the same, which is an error that no process survives."""
+    mask = ctx.spec("mask") if "mask" in ctx.roles else None
+    return mask is not None and mask.shape[-1] > 1 and mask.stride[-1] != 1
+
+
 def _aligned(ctx: SelectionContext) -> bool:
     """Whether the rows of the term that is added begin at multiples of eight elements, as torch's own wrapper sees to."""
     if "mask" not in ctx.roles:
@@ -130,6 +138,8 @@ class Attention(BuiltIn):
                         yield ctx.candidate(self.kernels[name], "bfloat16", **extra)
                 case "attention.brgemm":
                     yield ctx.candidate(self.kernels[name], size=q.shape[-1], **extra)
+                case "cudnn.attention" if _scattered(ctx):
+                    yield ctx.candidate(self.kernels[name], mask_copied=True, **extra)
                 case "aten.efficient_attention" if len(ctx.roles) > 3 and not _aligned(ctx):
                     yield ctx.reject(name, "stride", "it reads a mask eight elements at once: rows must begin at multiples of eight")
                 case "aten.efficient_attention":

@@ -10,7 +10,7 @@ from . import Priced
 from .roofline import Roofline
 
 # Vendor libraries before own kernels before what is generated, packed before plain.
-ORDER = ("cudnn.", "cublas.", "onednn.", "mkl.", "attention.", "flash", "triton.", "inductor.", "aten.")
+ORDER = ("cudnn.", "cublas.", "onednn.", "mkl.", "attention.", "flash", "triton.", "inductor.", "aten.", "c10d.")
 
 
 def rank(kernel: str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from .. import backends
 from ..backends.base import SelectionContext
+from ..errors import DeviceLostError
 from ..measure import measurable, measure, signature
 from ..target import is_here
 from ..timings import Timing, TimingStore
@@ -42,7 +43,12 @@ class Measured:
         known = self.store.get_many(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing and self.measures and time.perf_counter() < self.deadline:
-            found = measure(ctx, [candidates[i] for i in missing], self.deadline)
+            try:
+                found = measure(ctx, [candidates[i] for i in missing], self.deadline)
+            except DeviceLostError as lost:
+                i = missing[lost.index]
+                self.store.put_many([Timing(keys[i], candidates[i].kernel, None, 0, 0, lost.error, 0.0, ctx.region.op)])
+                raise
             fresh = [
                 Timing(
                     key=keys[missing[j]], kernel=candidates[missing[j]].kernel, ns=m.ns, spread=m.spread,

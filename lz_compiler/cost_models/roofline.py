@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from .. import collectives
 from ..backends.base import SelectionContext
 from ..types import Candidate, Cost, Format, Target, TensorSpec
 from . import Priced
@@ -81,6 +82,8 @@ class Roofline:
         return [(assumed_error(candidate, ctx), self.cost(ctx, candidate)) for candidate in candidates]
 
     def cost(self, ctx: SelectionContext, candidate: Candidate) -> Cost:
+        if candidate.kernel in self.target.links:
+            return Cost(collectives.price(self.target.links[candidate.kernel], ctx.params["nbytes"]), "measured")
         flops, moved = work(ctx, candidate)
         rate = self.target.flops.get(candidate.in_formats[0].dtype, self.target.flops["float32"])
         ns = max(flops / rate * 1e9, moved / self.target.bandwidth * 1e9) + self.target.launch_ns

@@ -1,8 +1,8 @@
 """Every private interface of torch that LayerZero uses, behind names of our own: a new torch version is this package's work.
 
 `graphs`: FX graphs, fake tensors and symbolic sizes; `inductor`: compiling, passes and lowerings; `generated`: what Inductor generated;
-`runtime`: what surrounds a running graph. Imports of torch's private modules are inside the functions, so that `import lz_compiler`
-costs nothing.
+`runtime`: what surrounds a running graph; `distributed`: ranks of a job. Imports of torch's private modules are inside the functions, so
+that `import lz_compiler` costs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import TorchVersionError
+from .distributed import *  # noqa: F403
 from .generated import *  # noqa: F403
 from .graphs import *  # noqa: F403
 from .inductor import *  # noqa: F403

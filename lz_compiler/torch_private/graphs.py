@@ -233,14 +233,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(select_decomp_table())
 
 
-_COLLECTIVE = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor", "c10d", "symm_mem")
-
-
-def is_collective(target: Any) -> bool:
-    """Whether an operator takes part in a communication between ranks (torch has no tag for them)."""
-    return isinstance(target, torch._ops.OpOverload) and target.namespace in _COLLECTIVE
-
-
 def is_wrapper(tensor: torch.Tensor) -> bool:
     """Whether a tensor stands for others (a DTensor for this rank's part), which AOTAutograd puts in its place."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass

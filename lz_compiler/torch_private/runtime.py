@@ -87,19 +87,6 @@ def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "strin
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
-@functools.lru_cache(maxsize=1)
-def _connection(store: Any) -> Any:
-    return store.clone()
-
-
-def job_store(prefix: str) -> Any:
-    """The key-value store that the default process group met in, under a prefix: a second connection to it, since a wait
-    blocks the first one for the group's own watchdogs."""
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
-
-    return PrefixStore(prefix, _connection(_get_default_store()))
-
-
 @contextmanager
 def backward_at_once() -> Iterator[None]:
     """Lower a backward graph together with its forward graph, not when it is first run."""

@@ -114,10 +114,11 @@ class _Maker:
     def __call__(
         self, inputs: Mapping[str, Sequence[int]], outputs: Sequence[Sequence[int]], params: Mapping[str, Any], *,
         frozen: bool = False, default: bool = False, dtypes: Mapping[str, str] | None = None, kv_cache: KVCacheSpec | None = None,
+        laid_out: Sequence[str] | None = None,
     ) -> SelectionContext:  # fmt: skip
-        """A region of these inputs by role; those that flow through a network have the layout, weights and masks have not."""
+        """A region of these inputs by role; `laid_out` have the layout: those that flow through a network, if not told otherwise."""
         specs = [
-            TensorSpec(tuple(shape), strides(shape, self.layout if role in _FLOWING else "contiguous"),
+            TensorSpec(tuple(shape), strides(shape, self.layout if role in (laid_out or _FLOWING) else "contiguous"),
                        (dtypes or {}).get(role, self.dtype), self.device)
             for role, shape in inputs.items()
         ]  # fmt: skip
@@ -207,7 +208,8 @@ def _conv(make: _Maker) -> _Made:
 
 
 _PREDICATES: tuple[dict[str, Any], ...] = (  # of attention: what its own arguments or an understood mask say
-    {}, {"causal": True}, {"scale": 0.3}, {"mask": "bool"}, {"mask": "same"}, {"gqa": True}, {"gqa": True, "causal": True},
+    {}, {"causal": True}, {"scale": 0.3}, {"mask": "bool"}, {"mask": "same"}, {"mask": "same", "laid_out": ("mask",)},
+    {"gqa": True}, {"gqa": True, "causal": True},
     {"understood": True, "causal": True}, {"understood": True, "causal": True, "shift": True},
     {"understood": True, "causal": True, "window": 7}, {"understood": True, "causal": True, "position": True},
     {"understood": True, "keys": True}, {"understood": True, "causal": True, "keys": True},
@@ -218,7 +220,8 @@ _PREDICATES: tuple[dict[str, Any], ...] = (  # of attention: what its own argume
 def _attention(make: _Maker) -> _Made:
     for want, (b, h, q, k, d) in itertools.product(_PREDICATES, ATTENTIONS):
         understood, grouped = want.get("understood", False), want.get("gqa", False) and h > 1
-        if (want.get("causal") and q > k) or (want.get("gqa") and h == 1):
+        laid_out = want.get("laid_out")
+        if (want.get("causal") and q > k) or (want.get("gqa") and h == 1) or (laid_out and make.layout == "contiguous"):
             continue
         inputs: dict[str, Sequence[int]] = {"q": (b, h, q, d), **dict.fromkeys("kv", (b, h // 2 if grouped else h, k, d))}
         dtypes = {"mask": "bool" if want.get("mask") == "bool" else make.dtype, "position": "int64", "keys0": "bool"}
@@ -231,7 +234,7 @@ def _attention(make: _Maker) -> _Made:
             "keys": k, "shift": k - q if want.get("shift") else 0, "window": want.get("window", 0), "uniform": want.get("uniform", False),
             "square": q == k, **({"reads": reads, "mask": "canary"} if understood else {}),
         }  # fmt: skip
-        yield f"{b}x{h}x{q}x{k}x{d}", make(inputs, [(b, h, q, d)], params, default=not understood, dtypes=dtypes)
+        yield f"{b}x{h}x{q}x{k}x{d}", make(inputs, [(b, h, q, d)], params, default=not understood, dtypes=dtypes, laid_out=laid_out)
 
 
 def _paged(make: _Maker) -> _Made:

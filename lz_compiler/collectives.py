@@ -1,0 +1,119 @@
+"""What each way to do an all-reduce takes, measured by all ranks of a job together: once for a machine and a number of ranks.
+
+One rank alone cannot run a collective, so these are no timings of regions but peaks of the machine, as its bandwidth is: a curve
+for each kernel of the backend `collectives`, in ns by bytes, between whose points prices are interpolated. Only graphs that
+contain collectives, or DTensors, make ranks measure; all of them do so at the same graph, right after they met there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import ops, torch_private
+from .capture import tensors_in
+from .target import environment, event_timed
+from .timings import TimingStore
+
+KIND = "links"
+OWN = "c10d.all_reduce"
+SIZES = tuple(1 << n for n in range(12, 27, 2))  # bytes, 4 KiB to 64 MiB
+CALLS, ROUNDS = 10, 7
+
+Curve = Sequence[Sequence[int]]  # (bytes, ns), rising
+Curves = Mapping[str, Curve]
+
+
+def wanted(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether the graph that Dynamo captured will contain collectives that GPUs of one job do."""
+    tensors = (*tensors_in(inputs), *gm.parameters(), *gm.buffers())
+    wrapped = any(torch_private.is_wrapper(t) for t in tensors)
+    return (wrapped or any(torch_private.is_collective(n.target) for n in gm.graph.nodes)) and torch_private.symmetric_memory()
+
+
+def stored(store: TimingStore, ranks: int, graphs: bool) -> Curves | None:
+    """What an earlier job measured here, or None."""
+    curves = (store.get_record(KIND, _key(ranks, graphs)) or {}).get("curves")
+    return curves if isinstance(curves, dict) and all(_is_curve(c) for c in curves.values()) else None
+
+
+def keep(store: TimingStore, ranks: int, graphs: bool, curves: Curves) -> None:
+    store.put_record(KIND, _key(ranks, graphs), {"curves": {name: [list(point) for point in curve] for name, curve in curves.items()}})
+
+
+def _key(ranks: int, graphs: bool) -> str:
+    return "|".join(f"{k}={v}" for k, v in sorted(environment("cuda").items())) + f"|{ranks=}|{graphs=}"
+
+
+def _is_curve(value: Any) -> bool:
+    points = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
+    return bool(points) and all(isinstance(n, int) and n > 0 for p in value for n in p) and all(a[0] < b[0] for a, b in pairwise(value))
+
+
+def price(curve: Curve, nbytes: int) -> int:
+    """ns for so many bytes: between two points along the line through them on logarithmic axes, beyond the last in proportion."""
+    sizes = [size for size, _ in curve]
+    i = bisect.bisect_left(sizes, nbytes)
+    if i == 0:
+        return curve[0][1]
+    (a, low), (b, high) = curve[i - 1], curve[min(i, len(curve) - 1)]
+    if i == len(curve):
+        return round(low * nbytes / a)
+    part = math.log(nbytes / a) / math.log(b / a)
+    return round(math.exp((1 - part) * math.log(low) + part * math.log(high)))
+
+
+def joined(found: Sequence[Curves]) -> dict[str, list[list[int]]]:
+    """What all ranks together saw: of a kernel that was right on each, the slowest rank's time at each size."""
+    names = set(found[0]).intersection(*found[1:])
+    return {
+        name: [[points[0][0], max(ns for _, ns in points)] for points in zip(*(curves[name] for curves in found), strict=True)]
+        for name in sorted(names)
+    }
+
+
+def measure(group: str, graphs: bool) -> Curves:
+    """This rank's curves. All ranks of the group must call this at the same time; a kernel whose sums are wrong has no curve."""
+    with torch_private.real_tensors():
+        ways: dict[str, Callable[[Tensor], Tensor]] = {OWN: lambda x: torch_private.all_reduced(x, group)}
+        for variant in ("one_shot", "two_shot"):
+            ways[f"symm_mem.{variant}"] = lambda x, variant=variant: ops.all_reduce(x, variant, group)  # type: ignore[misc]
+        right = [name for name, run in ways.items() if all(_is_right(run, group, dtype) for dtype in (torch.bfloat16, torch.float32))]
+        return {name: [[size, _ns(ways[name], size, group, graphs)] for size in SIZES] for name in ways if name in right}
+
+
+def _is_right(run: Callable[[Tensor], Tensor], group: str, dtype: torch.dtype) -> bool:
+    """Lossless, and NaN of one rank comes out on all: twice in a row, since a wrong barrier shows in the second call."""
+    generator = torch.Generator("cuda").manual_seed(torch.distributed.get_rank())
+    for _ in range(2):
+        x = torch.randn(SIZES[1] // 2, generator=generator, device="cuda").to(dtype)
+        x[0] = math.nan if torch.distributed.get_rank() == 0 else 0.0
+        exact = torch_private.all_reduced(x.double(), group)
+        error, own = (float((y.double() - exact)[1:].abs().max()) for y in (run(x), torch_private.all_reduced(x, group)))
+        if not error <= 2 * own + 4 * torch.finfo(dtype).eps * float(exact[1:].abs().max()) or not bool(run(x)[0].isnan()):
+            return False
+    return True
+
+
+def _ns(run: Callable[[Tensor], Tensor], size: int, group: str, graphs: bool) -> int:
+    """Median time of a call among others: in a CUDA graph, or with the host's time to launch it."""
+    x = torch.randn(size // 2, device="cuda").to(torch.bfloat16)
+
+    def several() -> None:
+        for _ in range(CALLS):
+            run(x)
+
+    call = torch_private.capture(lambda: run(x), CALLS).replay if graphs else several
+    call()
+    samples = []
+    for _ in range(ROUNDS):
+        torch_private.all_reduced(x[:1], group)  # the ranks start together
+        samples.append(event_timed(call))
+    return max(1, round(statistics.median(samples) / CALLS * 1e9))
