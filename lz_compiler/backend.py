@@ -189,7 +189,8 @@ class Session:
             team.say("verdict", self._verdict(self.record.winner, self.record.times) | {"lossless": lossless})
         else:
             run = self._compile(team.verdict())
-        self.record.ranks = team.confirm(self.record.winner, [plan_to_dict(p) for p in self.record.plans])
+        plans = self.record.plans
+        self.record.ranks = team.confirm(self.record.winner, [plan_to_dict(p) for p in plans], collectives.kernels(plans))
         return run
 
     def _stored_verdict(self) -> Mapping[str, Any] | None:
@@ -202,7 +203,8 @@ class Session:
                 return None
         if verdict is None or verdict["winner"] not in (PLANNED, LOSSLESS):
             return verdict
-        failed = Quarantine(self.store, self.device).of_plans(map(plan_from_dict, verdict["plans"]))
+        plans = [plan_from_dict(p) for p in verdict["plans"]]
+        failed = Quarantine(self.store, self.device).of_plans(plans) or collectives.missing(plans, self.links)
         if failed is not None:
             self.record.notes.append(f"planned anew: {failed}")
         return verdict if failed is None else None
