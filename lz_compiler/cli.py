@@ -346,7 +346,11 @@ def demo(rounds: int = 15) -> None:
 @cache_app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
     """What is stored, by kind."""
-    held = _store(cache_dir).ls()
+    from .trust.failures import take
+
+    store = _store(cache_dir)
+    take(store)
+    held = store.ls()
     if as_json:
         found = {
             "path": str(held.path) if held.path else None,
@@ -361,7 +365,7 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
         out.print(f"  {kind}: {count}")
     if len(held.machines) > 1:
         out.print(f"  from {', '.join(f'{name} ({n})' for name, n in sorted(held.machines.items()))}", markup=False)
-    for value in _store(cache_dir).get_records("quarantine").values():
+    for value in store.get_records("quarantine").values():
         out.print(f"    {value.get('kernel')} for {value.get('op')} in {value.get('dtype')}: {value.get('error')}", markup=False)
 
 
