@@ -254,7 +254,8 @@ def canary(
     backend: Annotated[list[str] | None, typer.Option(help="Only this kernel library; repeatable.")] = None, as_json: Json = False,
     diff: Annotated[bool, typer.Option("--diff", help="Show what changed since the last stored run.")] = False,
     row_s: Annotated[float, typer.Option(help="Seconds for one kernel on one shape.")] = 60.0,
-    jobs: Annotated[int, typer.Option(help="Processes at once.")] = 1, cache_dir: CacheDir = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes at once; by default one for each core, at most 4, and one on a GPU.")] = None,
+    cache_dir: CacheDir = None,
 ) -> None:  # fmt: skip
     """Try every declared capability of the kernel libraries on this machine. Exit code 1 if something failed."""
     from rich.progress import Progress

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,6 +154,21 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Calla
         with mode:
             compiled = compile_fx_inner(gm, [mode.from_tensor(tensors[n]) for n in names], is_inference=True)
     return lambda values: compiled([values[name] for name in names])[0]
+
+
+def precompile_headers() -> None:
+    """Have the compiler read the headers of C++ templates now, and not for each kernel: nearly half of what compiling an attention
+    kernel takes. TorchInductor does so with its own prefix; the code and its cache's keys stay the same."""
+    from torch._inductor import codecache
+
+    header = str(Path(__file__).with_name("templates.h"))
+    usual = codecache.CppPythonBindingsCodeCache._get_uncompiled_header
+
+    def chosen(cls: Any, device: str) -> str | None:
+        return header if usual(device) else None
+
+    codecache.CppPythonBindingsCodeCache._get_uncompiled_header = classmethod(chosen)  # type: ignore[assignment,method-assign]
+    compile_region(lambda t: t["x"] + 1, {"x": torch.zeros(16)})  # also finds out what instructions the compiler may use
 
 
 @functools.cache
