@@ -209,13 +209,13 @@ class Session:
             self.record.notes.append(f"planned anew: {failed}")
         return verdict if failed is None else None
 
-    def _watched(self, run: Callable[..., Any]) -> functools.partial[Any]:
+    def _watched(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """What Dynamo calls; a race watches by itself, and eager needs no watching."""
         if isinstance(run, race.Race) or run == self.gm.forward or self.record.winner == INDUCTOR:
             return functools.partial(run)
         return guarded(run, lambda error, args: self._rescue(PLANNED, error, args), self._reference())
 
-    def _watched_backward(self, run: Callable[..., Any]) -> functools.partial[Any]:
+    def _watched_backward(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """What autograd calls. Its inputs may be written over (donated buffers), so that no other plan could repeat the call."""
         stop = "the backward pass uses up what the forward pass kept"
         return guarded(run, lambda error, args: self._rescue(PLANNED, error, args, stop), None)
@@ -420,6 +420,9 @@ class Session:
             plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, follow, self.dilution))
             for kernel, names in called_as(graph).items():
                 self.breaker.calls.setdefault(kernel, set()).update(names)
+            late = self.record.decided and self.record.plans is plans and plans[-1] not in known and self.breaker.tripped is None
+            if late and self.record.winner in (PLANNED, LOSSLESS):  # a backward graph, lowered when it first ran
+                self._store(self.record.winner, self.record.times)
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
         uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from ..backend import EAGER, PLANNED, setup
 from ..capture import fingerprint
 from ..errors import PlanError
 from ..options import Options
+from ..plan_io import plan_to_dict
 from ..reports.report import milliseconds
 from ..timings import open_store
+from ..trust import circuit
 from . import export, general
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
@@ -89,14 +91,15 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """One cell, compiled: its graph and what was generated for it, which of the graph's placeholders it writes into, and, of a general
-    cell, what else `forward` must ask of sizes."""
+    """One cell, compiled: its graph and what was generated for it, which of the graph's placeholders it writes into; of a general cell,
+    what else `forward` must ask of sizes; of a planned one, by which names each kernel is called."""
 
     program: Program
     body: Body
     code: torch_private.Generated
     written: frozenset[int]
     asked: tuple[str, ...] = ()
+    calls: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 def bake(
@@ -144,6 +147,8 @@ class _Writer:
         self.written: set[str] = set()  # arguments that some cell writes into
         self.brgemm = False
         self.returns = ""
+        self.planned: dict[str, dict[str, Any]] = {}  # of each cell: what to blame for an error in it
+        self.references: dict[str, str] = {}  # of each cell that may run twice: the function that repeats it
         self.beyond: list[tuple[Ranges, tuple[str, ...]]] = []  # of each general cell: its sizes, and what else is asked of them
 
     def write(self) -> None:
@@ -154,6 +159,8 @@ class _Writer:
         generals = self._generals({g.program.names[i] for g in generated for i in g.written})
         self.beyond = [(g.program.ranges, g.asked) for g in generals]
         cells += [self._function(f"general_{i}", _general_comment(g), g, late=True) for i, g in enumerate(generals)]
+        self.planned = {f"cell_{i}": _blame(p, g) for i, (p, g) in enumerate(zip(self.plan.cells, generated, strict=True))}
+        cells += self._references(generated, generals)
         for loop, name in self.loops.items():
             if loop.language == "cpp":
                 shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{name}.so")
@@ -173,7 +180,7 @@ class _Writer:
         manifest = {
             "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "bundle": dict(self.plan.bundle),
             "inputs": shapes, "buckets": dict(self.plan.buckets), "error_budget": self.plan.options["error_budget"],
-            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)],
+            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "plan": _plan_hash(self.plan),
             "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -195,7 +202,8 @@ class _Writer:
             raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
         planned = {**stored_options(self.plan), "cudagraphs": False}  # the file captures its own
         mode = planned.pop("mode")
-        session = session_for(program, Options.resolve(planned, WITHOUT_GRAPHS.get(mode, mode)), open_store(None))
+        options = Options.resolve(planned, WITHOUT_GRAPHS.get(mode, mode))
+        session = session_for(program, options, open_store(options.cache_dir))
         winner = PLANNED if cell.winner == EAGER else cell.winner
         with torch_private.generated_code() as code:
             _, written, aliased = compile_cell(session, program, cell, winner)
@@ -206,7 +214,7 @@ class _Writer:
         returns = _render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
         assert self.returns in ("", returns)
         self.returns = returns
-        return Generated(program, read_generated(code.sources[0]), code, frozenset(written))
+        return Generated(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
 
     def _holds(self, cell: CellPlan, made: Generated) -> dict[str, Any]:
         """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
@@ -232,6 +240,28 @@ class _Writer:
             places = frozenset(i for i, name in enumerate(program.names) if name in written)
             made.append(Generated(program, body, torch_private.Generated(), places, asked))
         return made
+
+    def _references(self, generated: Sequence[Generated], generals: Sequence[Generated]) -> list[str]:
+        """Finds or writes what repeats a call in which a kernel of a cell raised: the general cell for its sizes, or else the cell's own
+        graph as plain ATen calls. None in strict, nor for a cell that writes into its inputs."""
+        functions = []
+        for i, made in enumerate(generated if self.plan.options["layout_mode"] == "adapt" else ()):
+            if made.written:
+                continue
+            found = next((j for j, g in enumerate(generals) if general.covers(g.program.ranges, g.asked, made.program.ranges)), None)
+            if found is not None:
+                self.references[f"cell_{i}"] = f"general_{found}"
+            if found is not None or not self.planned[f"cell_{i}"]:
+                continue
+            try:
+                body = Body(*general.aten_code(made.program.gm.graph), {})
+            except PlanError as error:
+                log.warning("nothing can take the place of cell_%d, should a kernel raise: %s", i, error)
+                continue
+            plain = Generated(made.program, body, torch_private.Generated(), frozenset())
+            functions.append(self._function(f"reference_{i}", [f'    """What cell_{i} does, as plain ATen calls."""'], plain, late=True))
+            self.references[f"cell_{i}"] = f"reference_{i}"
+        return functions
 
     def _function(self, name: str, comment: Sequence[str], made: Generated, late: bool = False) -> str:
         """A cell's source. `late`: weights that no cell before it reads are loaded when it first runs."""
@@ -263,7 +293,7 @@ class _Writer:
         for loop_name in self.loops.values():
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
-        graphed = ["@_graphed"] if self.graphs and fixed and not arguments else []
+        graphed = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
         self.written |= arguments
         lines = [*comment, *loads.values(), *(f"    {line}" for line in text.splitlines())]
         function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *lines])
@@ -323,6 +353,8 @@ class _Writer:
             "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
             "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
+            "PLAN": repr(_plan_hash(self.plan)), "PLANNED": _pretty(self.planned),
+            "REFERENCES": repr(self.references),
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
@@ -385,8 +417,11 @@ class _Writer:
         return [*lines, "        else:", f"            raise ValueError(_nowhere({together}))", f"        return {self.returns}"]
 
     def _dispatch(self) -> str:
-        """A binary search for the cell, symbol by symbol, by the buckets' upper ends; sizes outside of them were refused before."""
-        lines: list[str] = []
+        """A binary search for the cell, symbol by symbol, by the buckets' upper ends; sizes outside of them were refused before.
+
+        A `try` costs a call nothing unless something is raised.
+        """
+        lines: list[str] = ["    try:"]
 
         def level(cells: Sequence[tuple[int, Ranges]], symbols: Sequence[str], indent: str) -> None:
             if not symbols:
@@ -403,7 +438,8 @@ class _Writer:
             lines.append(f"{indent}else:")
             level([c for c in cells if c[1][symbols[0]][1] > middle], symbols, indent + "    ")
 
-        level([(i, cell.ranges) for i, cell in enumerate(self.plan.cells)], list(self.plan.buckets), "    ")
+        level([(i, cell.ranges) for i, cell in enumerate(self.plan.cells)], list(self.plan.buckets), "        ")
+        lines += ["    except _raised() as _error:", f"        out = _rescued({', '.join(['_error', *self.inputs])})"]
         lines.append(f"    return {self.returns}")
         return "\n".join(lines)
 
@@ -473,6 +509,23 @@ def _comment(cell: CellPlan) -> list[str]:
             lines.append(f"    {node}: {choice.candidate.kernel} {milliseconds(choice.cost.ns)} {choice.cost.source}{next_best}")
     text = [_text(line) for line in lines]
     return [f'    """{text[0].strip()}', *text[1:], '    """']
+
+
+def _blame(cell: CellPlan, made: Generated) -> dict[str, Any]:
+    """For each kernel that a cell's plan placed: how the cell calls it, as a regular expression, and what a report says of it."""
+    found = {}
+    for kernel, names in made.calls.items():
+        chosen = [c.candidate for p in cell.plans for c in p.choices if c.candidate.kernel == kernel]
+        subjects = dict.fromkeys(circuit.subject(c) for c in chosen if not dict(c.params).get("as_is"))
+        called = "|".join(circuit.pattern(PLAIN.get(f"{name}(", f"{name}(")[:-1]) for name in sorted(names))
+        if subjects:
+            found[kernel] = {"called": called, "failed": [asdict(s) for s in subjects]}
+    return found
+
+
+def _plan_hash(plan: ModelPlan) -> str:
+    plans = [(cell.fingerprint, [plan_to_dict(p) for p in cell.plans]) for cell in plan.cells]
+    return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _general_comment(made: Generated) -> list[str]:

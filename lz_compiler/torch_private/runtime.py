@@ -73,6 +73,12 @@ def kernel_errors() -> tuple[type[Exception], ...]:
     return (*errors, TritonError)
 
 
+@functools.cache
+def run_errors() -> tuple[type[Exception], ...]:
+    """What a compiled graph may raise because of a kernel in it, whose library may also assert, or load a part of itself late."""
+    return (*kernel_errors(), LookupError, AssertionError, AttributeError, ArithmeticError, ImportError, OSError)
+
+
 def counters() -> Any:
     """torch._dynamo.utils.counters, where backends count what they did."""
     from torch._dynamo.utils import counters as dynamo_counters
