@@ -32,9 +32,9 @@ from ..errors import OptionError, SolverError, unknown
 from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 from .corpus import Case, Sample, with_prices
 
-MODELS = ("measured", "hybrid", "hybrid:0.005", "learned", "learned:always", "roofline", "constant")
+MODELS = ("measured", "hybrid", "learned", "learned:always", "roofline", "constant")
 SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "local_search", "greedy", "one_layout", "priority")
-TRAINED = ("learned", "learned:always", "hybrid", "hybrid:0.005")  # `always`: never abstains; `0.005`: the tolerance
+TRAINED = ("learned", "learned:always", "hybrid")  # `always`: never abstains; `0.005`: the tolerance
 EXPERIMENTS = ("models", "device")
 KEY = ("case", "digest", "experiment", "cost_model", "seed")  # of a unit of work
 FOLDS = 6
