@@ -47,10 +47,14 @@ def _key(backend: Backend, environment: Mapping[str, str]) -> str:
 
 
 def remember(store: TimingStore, backend: Backend, environment: Mapping[str, str], value: Mapping[str, Any]) -> None:
-    """Keep what a canary run found: {"capabilities": {name: {"status", "detail", "shape"}}, ...}."""
-    before = last_run(store, backend, environment)
-    store.put_record(CANARY, _key(backend, environment), {**value, "run": 1 + (before or {}).get("run", 0)})
-    index = _hardware(environment)
+    """Keep what a canary run found: {"capabilities": {name: {"status", "detail", "shape"}}, ...}. One that was skipped found nothing:
+    what an earlier one says of a version stays."""
+    before, index = last_run(store, backend, environment), _hardware(environment)
+    skipped = bool(value.get("skipped"))
+    key = f"{backend.name}|skipped||{index}" if skipped else _key(backend, environment)
+    store.put_record(CANARY, key, {**value, "run": 1 + (before or {}).get("run", 0)})
+    if skipped:
+        return
     named = set(_named(store, environment))
     failed = any(found["status"] in BAD for found in value["capabilities"].values())
     if failed != (backend.name in named):
