@@ -1,4 +1,4 @@
-"""What the planted faults of faults.py share: a folder of their own, rows of the table, children that are killed. To be imported before torch."""
+"""What the planted faults of faults.py share. It sets the environment: import it before torch."""
 
 from __future__ import annotations
 

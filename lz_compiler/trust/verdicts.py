@@ -25,7 +25,7 @@ BAD = ("failed", "crashed", "timed_out")
 
 
 @functools.cache
-def _driver() -> str:
+def driver() -> str:
     """The NVIDIA driver's version here, or nothing."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
@@ -37,7 +37,7 @@ def _driver() -> str:
 def _hardware(environment: Mapping[str, str]) -> str:
     """Threads change times, not results."""
     known = {k: v for k, v in environment.items() if k != "threads"}
-    known |= {"driver": _driver()} if environment["device"] == "cuda" else {}
+    known |= {"driver": driver()} if environment["device"] == "cuda" else {}
     return "|".join(f"{k}={v}" for k, v in sorted(known.items()))
 
 
