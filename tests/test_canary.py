@@ -511,4 +511,5 @@ def test_a_damaged_descriptor_is_refused_or_works(tmp_path: Path, data: bytes) -
 def test_reports_are_data(ran: Any) -> None:
     assert CanaryReport(()).ok
     (run,) = ran[1]["runs"]
-    assert {"backend", "device", "version", "digest", "seconds", "capabilities", "counts"} <= set(run)
+    assert {"backend", "device", "version", "digest", "seconds", "capabilities", "counts", "date"} <= set(run)
+    assert run["environment"] == environment("cpu")

@@ -187,7 +187,7 @@ def test_a_damaged_page_costs_its_own_rows(tmp_path: Path) -> None:
         store.put_record("verdict", f"g{i}", {"best": i})
     store.close()
     path = tmp_path / FILE_NAME
-    page = path.read_bytes().index(b"k999aten.addmm") // 4096
+    page = path.read_bytes().index(b"k1999aten.addmm") // 4096  # in the middle
     with path.open("r+b") as file:
         file.seek(page * 4096)
         file.write(b"\xff" * 4096)

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,8 @@ class BackendRun:
     skipped: str = ""
     incomplete: str = ""
     changes: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
 
     def count(self) -> dict[str, int]:
         """Capabilities declared, tried, and by status."""
@@ -156,6 +158,7 @@ def canary(
 def _compared(store: TimingStore, backend: Backend, run: BackendRun) -> BackendRun:
     """The run with what it changes, which is kept for the next one. A library that was never here is no change."""
     env = environment(run.device)
+    run = replace(run, environment=env, date=time.strftime("%Y-%m-%d"))
     before, value = last_run(store, backend, env), _described(run)
     if run.skipped and (before is None or before.get("skipped") == run.skipped):
         return run

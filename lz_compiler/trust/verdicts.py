@@ -67,7 +67,8 @@ def last_run(store: TimingStore, backend: Backend, environment: Mapping[str, str
     runs = [e for e in store.ls().entries if e.kind == CANARY and e.key.startswith(f"{backend.name}|") and name in e.key.split("|")]
     known = [(value.get("run", 0), e.created or 0.0, value) for e in runs for value in [store.get_record(CANARY, e.key)] if value]
     # Counted, not dated: a clock may have been set back.
-    return max(known, key=lambda run: run[:2])[2] if known else None
+    found = max(known, key=lambda run: run[:2])[2] if known else None
+    return {**found, "capabilities": dict(_entries(found.get("capabilities")))} if found else None
 
 
 def _named(store: TimingStore, environment: Mapping[str, str]) -> list[str]:
