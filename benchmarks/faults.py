@@ -8,39 +8,28 @@ a wrong number that reached a plan or an output; `reported`: faults that a perso
 Needs POSIX and the `test` extra. Exit code 1 if anything was lost, wrong or unreported. Also: what all checks cost a warm compile.
 """
 
-# ruff: noqa: E402  (the environment is set before torch is imported)
+# ruff: noqa: I001  (planting sets the environment before torch is imported)
 from __future__ import annotations
+
+from planting import WORK, Row, caught, finished, forked, killed, spread
 
 import argparse
 import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # children of a fork must find no pool of workers
-WORK = Path(tempfile.mkdtemp(prefix="layerzero-faults-"))
-os.environ["LAYERZERO_CACHE_DIR"] = str(WORK / "cache")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(WORK / "inductor")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 import torch
 from checks_overhead import overhead
-from test_canary import FAULTY, MODULE
+from faults_kernels import kernels, slow_import
 from torch import nn
 
 import lz_compiler as lz
@@ -50,212 +39,10 @@ from lz_compiler.deploy.warming import check_manifest
 from lz_compiler.errors import LayerZeroError
 from lz_compiler.options import Options
 from lz_compiler.target import detect, environment
-from lz_compiler.timings import FILE_NAME, Timing, TimingStore, open_store
-from lz_compiler.trust import capabilities
-from lz_compiler.trust.canary import canary
-from lz_compiler.trust.verdicts import Trust, last_run, remember
+from lz_compiler.timings import FILE_NAME, Timing, TimingStore
+from lz_compiler.trust.verdicts import last_run, remember
 
 torch.set_num_threads(1)  # a fork does not take OpenMP's threads along
-
-
-@dataclass(slots=True)
-class Row:
-    """One planted fault. `silent`: times that nobody was told of it, though there was something to tell."""
-
-    fault: str
-    times: int = 0
-    happened: Counter[str] = field(default_factory=Counter)
-    lost: int = 0
-    wrong: int = 0
-    silent: int = 0
-
-    def add(self, what: str, lost: int = 0, wrong: int = 0, silent: int = 0) -> None:
-        self.times += 1
-        self.happened[what] += 1
-        self.lost, self.wrong, self.silent = self.lost + lost, self.wrong + wrong, self.silent + silent
-
-    def cells(self) -> str:
-        happened = "; ".join(f"{what} ({n})" if len(self.happened) > 1 else what for what, n in self.happened.most_common())
-        reported = "yes" if not self.silent else f"{self.silent} not"
-        return f"| {self.fault} | {self.times} | {happened} | {self.lost} | {self.wrong} | {reported} |"
-
-
-# --- a child that may be killed -----------------------------------------------------------------------------------------------
-
-
-def forked(work: Callable[[Callable[[str], None]], None]) -> tuple[int, int]:
-    """(process, file that holds the lines which `work` told), of a fork that does `work(tell)`."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(write)
-        return pid, read
-    os.close(read)
-    code = 1
-    try:
-        os.setsid()
-        work(lambda line: os.write(write, f"{line}\n".encode()) and None)
-        code = 0
-    except BaseException:
-        os.write(write, f"ERROR {traceback.format_exc()!r}\n".encode())
-    finally:
-        os._exit(code)
-
-
-def finished(pid: int, told: int) -> tuple[int, list[str]]:
-    """(exit status, lines that were told)."""
-    with os.fdopen(told, "rb") as file:
-        lines = file.read().decode().splitlines()
-    return os.waitpid(pid, 0)[1], lines
-
-
-def killed(work: Callable[[Callable[[str], None]], None], after: float) -> tuple[bool, list[str]]:
-    """(whether it was still at it, lines told) of a child that gets SIGKILL `after` seconds from its first line."""
-    pid, told = forked(work)
-    first = os.read(told, 6)  # "start\n"
-    assert first == b"start\n", first
-    time.sleep(after)
-    os.killpg(pid, signal.SIGKILL)
-    status, lines = finished(pid, told)
-    return os.WIFSIGNALED(status), lines
-
-
-@contextmanager
-def caught() -> Iterator[list[str]]:
-    """Warnings as texts."""
-    texts: list[str] = []
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        yield texts
-    texts += [str(w.message) for w in found if "LayerZero" in str(w.message) or "timings store" in str(w.message)]
-
-
-# --- libraries ----------------------------------------------------------------------------------------------------------------
-
-HUNGRY = """
-import os, torch
-from lz_compiler.backends.base import Kernel
-from lz_compiler.trust.capabilities import fitting
-
-def run(emit, t, p):
-    if os.environ.get("HUNGRY"):
-        raise torch.OutOfMemoryError("no memory (planted)")
-    return emit.call(torch.ops.aten.addmm.default, t["bias"], t["x"], emit.call(torch.ops.aten.permute.default, t["w"], [1, 0]))
-
-class Hungry:
-    name, devices = "hungry", ("cpu",)
-    kernels = {"hungry.linear": Kernel("hungry.linear", run)}
-    def version(self): return "1"
-    def missing(self): return None
-    def candidates(self, ctx):
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            yield ctx.candidate(self.kernels[name])
-"""
-
-
-def install(site: Path, name: str, module: str, kind: str, descriptor: dict[str, Any] | None = None) -> None:
-    """A package as pip would leave it, with an entry point."""
-    (site / name).mkdir(parents=True)
-    (site / name / "__init__.py").write_text(module)
-    if descriptor is not None:
-        (site / name / f"{name}.json").write_text(json.dumps(descriptor))
-    info = site / f"{name}-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[lz_compiler.backends]\n{name} = {name}:{kind}\n")
-
-
-@contextmanager
-def installed(name: str, module: str, kind: str, descriptor: dict[str, Any]) -> Iterator[None]:
-    site = WORK / f"site-{name}"
-    install(site, name, module, kind, descriptor)
-    sys.path.insert(0, str(site))
-    _forget()
-    yield
-    sys.path.remove(str(site))
-    _forget()
-
-
-def _forget() -> None:
-    for cached in (backends.all_backends, backends.kernel, backends.owners, capabilities._descriptor):
-        cached.cache_clear()
-
-
-def compiled(model: nn.Module, x: torch.Tensor, cache: Path, **options: Any) -> tuple[bool, str]:
-    """(whether the numbers are right, the explanation) of a compiled model."""
-    torch._dynamo.reset()
-    run = torch.compile(model, backend="layerzero", options={"race": False, "cache_dir": str(cache), **options})
-    with torch.no_grad():
-        right = torch.allclose(run(x), model(x), rtol=0.05, atol=0.05)
-    return right, str(lz.explain(run))
-
-
-def kernels(quick: bool) -> Iterator[Row]:
-    """Each fault of the library costs rows of the canary's report, and no later plan uses the capability."""
-    known = {
-        "faulty.lies": "wrong numbers in one dtype", "faulty.nan": "NaN at one length", "faulty.strided": "wrong only for strided input",
-        "faulty.raises": "raises at one length", "faulty.segfault": "segfault", "faulty.hang": "hang", "faulty.exit": "os._exit",
-    }  # fmt: skip
-    with installed("faulty", MODULE, "Faulty", FAULTY):
-        cache = WORK / "canary"
-        (run,) = canary(["faulty"], cache_dir=str(cache), row_s=3.0).runs
-        trust = Trust(open_store(str(cache)), environment("cpu"))
-        for kernel, fault in known.items():
-            row, bad = Row(f"kernel: {fault} (after `lz canary`)"), {n: v for n, v in run.bad.items() if n.startswith(f"{kernel}|")}
-            for name, verdict in bad.items():
-                row.add(f"{verdict.status}, quarantined: {verdict.detail[:40]}", wrong=int(name not in trust.failed))
-            row.silent += int(not bad)
-            yield row
-        row = Row("kernel: wrong numbers in one dtype, never tried by the canary")
-        torch.manual_seed(0)
-        model, x = nn.Sequential(nn.Linear(32, 48), nn.ReLU()).bfloat16(), torch.randn(6, 32).bfloat16()
-        right, text = compiled(model, x, WORK / "untried", backends=["faulty"])
-        row.add("measured on first use, found wrong, rejected", wrong=int(not right), silent=int("faulty.lies" not in text))
-        right, text = compiled(model, x, cache, backends=["faulty"], cost_model="roofline")
-        row.add("quarantined: another kernel ran", wrong=int(not right), silent=int("quarantined" not in text))
-        yield row
-    yield from hungry()
-
-
-def hungry() -> Iterator[Row]:
-    entry = {**FAULTY["kernels"]["faulty.good"], "regions": {"has": ["bias"], "transposed": False, "act": None, "binary": None}}
-    row = Row("out of memory while measuring")
-    with installed("hungry", HUNGRY, "Hungry", {"schema": 1, "backend": "hungry", "kernels": {"hungry.linear": entry}}):
-        model, x = nn.Linear(32, 48), torch.randn(6, 32)
-        os.environ["HUNGRY"] = "1"
-        right, text = compiled(model, x, WORK / "hungry", backends=["hungry"])
-        row.add("rejected for this plan, the others measured", wrong=int(not right), silent=int("no memory" not in text))
-        del os.environ["HUNGRY"]
-        open_store(str(WORK / "hungry")).clear("verdict")
-        compiled(model, x, WORK / "hungry", backends=["hungry"])
-        timings = open_store(str(WORK / "hungry")).ls().entries
-        known = any(e.kind == "timing" and e.key.startswith("hungry.linear") for e in timings)
-        row.add("not remembered: measured when there is memory", lost=int(not known))
-    yield row
-
-
-SLOW = """
-import time, warnings
-warnings.simplefilter("always")
-import torch, lz_compiler
-start = time.perf_counter()
-import lz_compiler.backend
-model = torch.nn.Linear(8, 8)
-with torch.no_grad():
-    run = torch.compile(model, backend="layerzero", options={"race": False, "cost_model": "roofline"})
-    print("RIGHT", torch.allclose(run(torch.ones(2, 8)), model(torch.ones(2, 8)), atol=1e-5))
-"""
-
-
-def slow_import(quick: bool) -> Iterator[Row]:
-    row, site = Row("library that takes 6 s to import"), WORK / "site-slow"
-    install(site, "slow", "import time\ntime.sleep(6)\n" + HUNGRY.replace("hungry", "slow"), "Hungry")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
-    done = subprocess.run([sys.executable, "-c", SLOW], env=env, capture_output=True, text=True, timeout=300, check=False)
-    row.add("waited for once, then planned", wrong=int("RIGHT True" not in done.stdout), silent=int("took" not in done.stderr))
-    return iter([row])
 
 
 # --- the store ----------------------------------------------------------------------------------------------------------------
@@ -280,7 +67,7 @@ def corrupt(quick: bool) -> Iterator[Row]:
     number, noise = len(known) // 10, random.Random(0)
     whole = (WORK / "whole" / FILE_NAME).read_bytes()
     for name in ("zeros", "ones", "noise"):
-        row = Row(f"store: 1 KiB of {name} at every 1 KiB offset")
+        row, total = Row(f"store: 1 KiB of {name} at every 1 KiB offset"), 0
         for offset in range(0, len(whole), 1024):
             folder = WORK / f"corrupt-{name}-{offset}"
             folder.mkdir(mode=0o700)
@@ -294,13 +81,17 @@ def corrupt(quick: bool) -> Iterator[Row]:
             wrong += sum(key != f"g{v.get('number')}" or v.get("text") != "x" * 900 for key, v in records.items())
             gone = len(known) - len(found) + number - len(records)
             aside = bool(list(folder.glob("*.corrupt-*")))
-            what = "moved aside and built anew" if aside else "damaged rows left out" if gone else "nothing that counts was hit"
+            total += gone
+            kept = "built anew with what could be read" if found else "nothing could be read, begun anew"
+            what = kept if aside else "damaged rows left out" if gone else "nothing that counts was hit"
             row.add(what, wrong=wrong, silent=int(bool(gone) and not told), lost=gone if gone and not told else 0)
             store.close()
             again = TimingStore.open(folder)
             row.lost += again.get(timing(9, "after").key) != timing(9, "after")
             again.close()
             shutil.rmtree(folder)
+        share = 100 * total / row.times / (len(known) + number)
+        row.fault += f": on average {share:.1f} % of the facts gone, each time with a warning"
         yield row
 
 
@@ -369,77 +160,105 @@ def planning_killed(times: int) -> Row:
     return row
 
 
-def merging_killed(times: int) -> Row:
-    """A merge is there whole, or not at all; what the store knew before is not touched."""
-    row, noise, source, count = Row("kill -9 while merging"), random.Random(2), TimingStore.open(WORK / "source"), 4000
-    source.put_many(timing(i, "theirs") for i in range(count))
-    source.export(WORK / "theirs.jsonl")
-    source.close()
-    theirs = [timing(i, "theirs").key for i in range(count)]
-    took = 1.0
-    for turn in range(times + 1):
-        folder = WORK / "killed-merging" / str(turn)
-        mine = filled(folder, 50)
+THEIRS = [timing(i, "theirs") for i in range(4000)]
 
-        def work(tell: Callable[[str], None], folder: Path = folder) -> None:
+
+def merging(folder: Path, limit: int | None = None) -> tuple[dict[str, Timing], Callable[[Callable[[str], None]], None]]:
+    """(what a new store knows, the work of merging another into it). With a limit to a file's size."""
+    mine, source = filled(folder, 50), WORK / "theirs.jsonl"
+    if not source.exists():
+        store = TimingStore.open(WORK / "source")
+        store.put_many(THEIRS)
+        store.export(source)
+        store.close()
+
+    def work(tell: Callable[[str], None]) -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with caught() as told:
             store = TimingStore.open(folder)
             tell("start")
             begin = time.perf_counter()
-            store.merge(WORK / "theirs.jsonl")
-            tell(str(time.perf_counter() - begin))
-            store.close()
-
-        if turn == 0:
-            pid, told = forked(work)
-            took = float(finished(pid, told)[1][1])
-            continue
-        alive, _ = killed(work, noise.uniform(0, 1.1 * took))
-        store = TimingStore.open(folder)
-        there, kept = len(store.get_many(theirs)), store.get_many(mine)
-        whole = there in (0, count)
-        row.add(
-            f"{'killed' if alive else 'done before'}: {'all' if there == count else 'nothing' if not there else 'a part'} of it there",
-            lost=int(kept != mine), wrong=int(not whole),
-        )  # fmt: skip
-        store.merge(WORK / "theirs.jsonl")
-        row.lost += count - len(store.get_many(theirs))
+            store.merge(source)
+        tell(str(time.perf_counter() - begin))
+        tell(str(len(told)))
         store.close()
-        shutil.rmtree(folder)
+
+    return mine, work
+
+
+def merged(folder: Path, mine: dict[str, Timing]) -> tuple[str, int, int]:
+    """(how much of it is there, lost, wrong) in a store into which another was merged, or not; and merging goes on from there."""
+    store = TimingStore.open(folder)
+    keys = [t.key for t in THEIRS]
+    there, kept = len(store.get_many(keys)), store.get_many(mine)
+    store.merge(WORK / "theirs.jsonl")
+    lost = int(kept != mine) + len(keys) - len(store.get_many(keys))
+    store.close()
+    shutil.rmtree(folder)
+    return "all" if there == len(keys) else "nothing" if not there else "a part", lost, int(there not in (0, len(keys)))
+
+
+def merging_killed(times: int) -> Row:
+    """A merge is there whole, or not at all; what the store knew before is not touched."""
+    row, root = Row("kill -9 while merging"), WORK / "killed-merging"
+    took = float(finished(*forked(merging(root / "first")[1]))[1][1])
+    for turn, after in enumerate(spread(times, took, random.Random(2))):
+        mine, work = merging(root / str(turn))
+        alive, _ = killed(work, after)
+        there, lost, wrong = merged(root / str(turn), mine)
+        row.add(f"{'killed' if alive else 'done before'}: {there} of it there", lost=lost, wrong=wrong)
     return row
+
+
+def baking(plan: Any, folder: Path, limit: int | None = None) -> Callable[[Callable[[str], None]], None]:
+    def work(tell: Callable[[str], None]) -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        tell("start")
+        begin = time.perf_counter()
+        lz.bake(plan, folder, *_small())
+        tell(str(time.perf_counter() - begin))
+
+    return work
+
+
+def _small() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), (torch.randn(4, 16),)
+
+
+def baked_before() -> tuple[Any, float, int]:
+    """(a plan, seconds to bake it with warm caches, bytes of the largest file)."""
+    plan, took = lz.solve(*_small(), race=False, cost_model="roofline", freeze=True), 0.0
+    folders = [WORK / f"baked-{time.monotonic_ns()}" for _ in range(2)]  # the first fills Inductor's cache
+    for folder in folders:
+        status, lines = finished(*forked(baking(plan, folder)))
+        assert status == 0, lines
+        took = float(lines[1])
+    return plan, took, max(file.stat().st_size for file in folders[0].rglob("*") if file.is_file())
+
+
+def whole(folder: Path) -> str | None:
+    """What is wrong with a baked folder, or None."""
+    try:
+        check_manifest(folder)
+    except LayerZeroError as error:
+        return str(error)
+    return None
 
 
 def baking_killed(times: int) -> Row:
     """The folder is not there, or it is whole: every file as its manifest says."""
-    row, noise = Row("kill -9 while baking"), random.Random(3)
-    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(4, 16)
-    plan = lz.solve(model, (x,), race=False, cost_model="roofline", freeze=True)
-
-    def bake(folder: Path) -> Callable[[Callable[[str], None]], None]:
-        def work(tell: Callable[[str], None]) -> None:
-            tell("start")
-            begin = time.perf_counter()
-            lz.bake(plan, folder, model, (x,))
-            tell(str(time.perf_counter() - begin))
-
-        return work
-
-    took = 0.0
-    for turn in range(2):  # the first fills Inductor's cache
-        pid, told = forked(bake(WORK / f"baked-{turn}"))
-        status, lines = finished(pid, told)
-        assert status == 0, lines
-        took = float(lines[1])
-    for turn in range(times):
+    row, (plan, took, _) = Row("kill -9 while baking"), baked_before()
+    for turn, after in enumerate(spread(times, took, random.Random(3))):
         folder = WORK / "killed-baking" / str(turn)
-        alive, _ = killed(bake(folder), noise.uniform(0, 1.05 * took))
+        alive, _ = killed(baking(plan, folder), after)
         if not folder.exists():
             row.add("killed: no folder")
             continue
-        try:
-            check_manifest(folder)
-            row.add("killed after it was there: whole" if alive else "done before: whole")
-        except LayerZeroError as error:
-            row.add(str(error), wrong=1)
+        why = whole(folder)
+        row.add(why or ("killed after it was there: whole" if alive else "done before: whole"), wrong=int(why is not None))
     return row
 
 
@@ -482,6 +301,39 @@ def concurrent(quick: bool) -> Iterator[Row]:
 
 
 def full_disk(quick: bool) -> Iterator[Row]:
+    yield planning_on_full_disk(quick)
+    yield merging_on_full_disk(quick)
+    yield baking_on_full_disk(quick)
+
+
+def merging_on_full_disk(quick: bool) -> Row:
+    row, folder = Row("full disk (RLIMIT_FSIZE) while merging"), WORK / "full-merging"
+    for limit in (60_000, 300_000) if quick else range(60_000, 660_000, 60_000):
+        mine, work = merging(folder, limit)
+        status, lines = finished(*forked(work))
+        there, lost, wrong = merged(folder, mine)
+        what = f"went on in memory; {there} of it in the file" if status == 0 else str(lines)[-200:]
+        row.add(what, lost=lost, wrong=wrong, silent=int(status == 0 and there != "all" and lines[2] != "1"))
+    return row
+
+
+def baking_on_full_disk(quick: bool) -> Row:
+    """The folder is not there, and an error says why."""
+    row, (plan, _, largest) = Row("full disk (RLIMIT_FSIZE) while baking"), baked_before()
+    for turn in range(2 if quick else 6):
+        folder = WORK / "full-baking" / str(turn)
+        status, lines = finished(*forked(baking(plan, folder, largest * (turn + 1) // 8)))
+        half = list(folder.parent.glob(f".{folder.name}.*"))
+        error = re.search(r"(\w+(?:Error|Exception)): [^\n]*$", lines[-1].replace("\\n", "\n").rstrip("\"'\n ")) if status else None
+        if folder.exists():
+            why = whole(folder)
+            row.add(why or "it was enough: whole", wrong=int(why is not None))
+        else:
+            row.add(f"no folder, {error[1] if error else str(lines)[-200:]}", wrong=len(half), silent=int(error is None))
+    return row
+
+
+def planning_on_full_disk(quick: bool) -> Row:
     row, view = Row("full disk (RLIMIT_FSIZE) while planning"), _graph()
     for turn, limit in enumerate((60_000, 120_000) if quick else range(40_000, 240_000, 20_000)):
         folder = WORK / f"full-{turn}"
@@ -508,7 +360,7 @@ def full_disk(quick: bool) -> Iterator[Row]:
         row.add(
             "went on in memory, planned; the file is whole" if status == 0 else str(lines)[-200:], lost=lost, silent=int(found["told"] != 1)
         )
-    yield row
+    return row
 
 
 def clock(quick: bool) -> Iterator[Row]:

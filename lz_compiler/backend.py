@@ -174,7 +174,7 @@ class Session:
         """Decide for the ranks of this one's group, or follow the rank that does."""
         store, env, options = self.store, environment(self.device), self.options
         known = {f"option {f.name}": str(getattr(options, f.name)) for f in fields(options) if f.metadata["plans"]}
-        known |= {f"backend {b.name}": b.version() for b in allowed_backends(options.backends)}
+        known |= ranks.libraries(allowed_backends(options.backends), self.device)
         known |= {"lz_compiler": __version__, "gradients": str(torch.is_grad_enabled())}
         refused = (*Trust(store, env).marks(), *Quarantine(store, self.device).names())
         curves = collectives.stored(store, team.size, options.graphs) if collectives.wanted(self.gm, self.inputs) else {}

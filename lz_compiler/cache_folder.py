@@ -1,10 +1,13 @@
-"""Whether the cache folder, and the store in it, may be used: who can write there decides what plans are made of."""
+"""Whether the cache folder, and the store in it, may be used: who can write there decides what plans are made of; and its lock."""
 
 from __future__ import annotations
 
 import os
 import stat
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -58,3 +61,33 @@ def _check(path: Path, found: os.stat_result) -> None:
         raise UnsafeFolderError(f"everyone may write to {path}: chmod o-w {path}")
     if user != 0 and found.st_uid not in (user, 0):
         raise UnsafeFolderError(f"{path} belongs to another user (uid {found.st_uid})")
+
+
+@contextmanager
+def exclusive(directory: Path, wait_s: float) -> Iterator[None]:
+    """One process at a time opens or replaces the file: of many that start at once, each would else move it aside.
+
+    A lock on the directory leaves no lock file behind. Where there is none (Windows, some network disks), SQLite's own
+    locks still guard the rows.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:  # its holder hangs
+                    break
+                time.sleep(0.005)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(handle)

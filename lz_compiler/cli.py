@@ -257,7 +257,10 @@ def canary(
     jobs: Annotated[int | None, typer.Option(help="Processes at once; by default one for each core, at most 4, and one on a GPU.")] = None,
     cache_dir: CacheDir = None,
 ) -> None:  # fmt: skip
-    """Try every declared capability of the kernel libraries on this machine. Exit code 1 if something failed."""
+    """Try every declared capability of the kernel libraries on this machine.
+
+    Exit code 1 if something failed or was not finished; with --diff also if what passed in the last stored run no longer does.
+    """
     from rich.progress import Progress
 
     from .trust.canary import canary as run
@@ -272,7 +275,7 @@ def canary(
 
         report = run(backend, cache_dir=cache_dir, row_s=row_s, jobs=jobs, progress=advance)
     out.print(report.to_json() if as_json else report.diff() if diff else str(report), markup=False)
-    if not report.ok:
+    if not report.ok or (diff and report.lost):
         raise typer.Exit(1)
 
 

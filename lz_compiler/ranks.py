@@ -5,6 +5,7 @@ For each graph that Dynamo gives the ranks, in order, they meet in the job's own
     meet     every rank says what it has: hardware, versions and options, what failed there, the graph
     verdict  the lowest rank of each capability group plans, and tells the others of its group
     done     every rank says what it made of that; the same graph with another plan is an error
+    differ   only then: every rank says which kernel its plan has where, and the error names the first differences
 
 A capability group is the ranks with the same hardware, quarantine and graph. Messages are JSON; no collective is run.
 """
@@ -24,9 +25,12 @@ from typing import Any
 import torch
 
 from . import torch_private
+from .backends.base import Backend
 from .collectives import Curves, joined
-from .errors import RankError
+from .errors import CapabilityError, RankError
 from .options import Options
+from .trust.capabilities import descriptor
+from .trust.verdicts import driver
 
 HARDWARE = ("device", "name", "cpu_capability", "threads")  # of target.environment; everything else there is a version
 
@@ -130,7 +134,11 @@ class Team:
         wrong += [r for r, told in known.items() if told["sums"] != first["sums"] and r not in wrong]
         if wrong:
             told = {rank: f"{known[rank]['winner']} {known[rank]['plan']}" for rank in (self.members[0], *wrong)}
-            raise RankError(f"graph {self.number}: the same graph has several plans: {_by_rank(told)}. Clear the caches: lz cache clear")
+            self.say("differ", _entries(plans))
+            where = _first_differing(self.hear("differ", self.members, self.timeout_s))
+            raise RankError(
+                f"graph {self.number}: the same graph has several plans: {_by_rank(told)}{where}. Clear the caches: lz cache clear"
+            )
         if self.leads:  # everyone has read it
             self.store.delete_key(self._key("verdict", self.rank))
         same = [rank for rank, told in known.items() if told["plan"] == own["plan"]]
@@ -177,6 +185,22 @@ def facts(
     return {"hardware": hardware, "versions": versions, "refused": sorted(refused), "graph": graph, "links": links}
 
 
+def libraries(backends: Iterable[Backend], device: str) -> dict[str, str]:
+    """For `facts`: each backend's version and descriptor, and on a GPU the driver's and NCCL's."""
+    found: dict[str, str] = {}
+    for backend in backends:
+        try:
+            known = descriptor(backend)
+            found[f"descriptor {backend.name}"] = known.digest[:12] if known else "none"
+        except CapabilityError:
+            found[f"descriptor {backend.name}"] = "unreadable"
+        found[f"backend {backend.name}"] = backend.version()
+    if device == "cuda":
+        nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
+        found |= {"driver": driver(), "nccl": ".".join(map(str, nccl))}
+    return found
+
+
 def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -201,6 +225,27 @@ def _differing(known: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 def _conflicting(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
     return any(a[graph] != b[graph] for graph in a.keys() & b.keys())
+
+
+def _entries(plans: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    """Of each graph, by nodes: the kernel, and a hash of all that the plan says there."""
+    return {
+        p["fingerprint"]: {"+".join(c["candidate"]["region"]["nodes"]): [c["candidate"]["kernel"], digest(c)] for c in p["choices"]}
+        for p in plans
+    }
+
+
+def _first_differing(heard: Mapping[int, Mapping[str, Mapping[str, list[str]]]], most: int = 3) -> str:
+    """`; at addmm: onednn.linear on rank 0, aten.mm on rank 1`, for the first entries that are not the same on all ranks."""
+    found = []
+    for graph in dict.fromkeys(graph for told in heard.values() for graph in told):
+        sides = {rank: told[graph] for rank, told in heard.items() if graph in told}
+        for nodes in dict.fromkeys(nodes for side in sides.values() for nodes in side):
+            values = {rank: side.get(nodes, ["nothing", ""]) for rank, side in sides.items()}
+            one = len({kernel for kernel, _ in values.values()}) == 1  # then its formats, parameters or prices differ
+            texts = {rank: f"{kernel} {text[:8]}" if one else kernel for rank, (kernel, text) in values.items()}
+            found += [f"; at {nodes}: {_by_rank(texts)}"] if len(set(texts.values())) > 1 else []
+    return "".join(found[:most])
 
 
 def _by_rank(values: Mapping[int, str]) -> str:

@@ -1,22 +1,23 @@
 """What was measured once, kept in SQLite: timings, verdicts, plans and device peaks.
 
-Planning goes on whatever happens to the file. A damaged file, or one of another schema version, is moved aside and
-built anew; if the directory cannot be written to, or the disk is full, the facts stay in memory. A warning says so.
+Planning goes on whatever happens to the file. A damaged file, or one of another schema version, is moved aside and built anew,
+with what can still be read of a damaged one; if the directory cannot be written to, or the disk is full, the facts stay in
+memory. A warning says so.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sqlite3
-import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ FILE_NAME = "timings.sqlite"
 BUSY_S = 30.0
 TEXT_SUFFIX = ".jsonl"  # of an exported file; any other is read as a store
 CHECKED = 1 << 24  # bytes of a store up to which opening it looks at all of its structure: some milliseconds
+_MOST = 1 << 20  # rows of a damaged table: its pages may lead in circles
 _CHUNK = 500  # variables in one statement: SQLite's limit was 999 for a long time
 
 # `created` and `machine`: when and where a fact was found. `crc` is over all other columns.
@@ -261,7 +263,7 @@ class TimingStore:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             cache_folder.check(self.path)
-            with _exclusive(self.path.parent):
+            with cache_folder.exclusive(self.path.parent, BUSY_S):
                 self._connection = _open(self.path)
                 self._file = _identity(self.path)
         except (OSError, sqlite3.Error) as error:
@@ -275,22 +277,24 @@ class TimingStore:
         self._connection = None
 
     def _repair(self) -> None:
-        """After a read or write found damage: build the file anew and put back what this process knows.
+        """After a read or write found damage: build the file anew from what can be read of it and what this process knows.
 
         Another process may have done so already, hence the check.
         """
         assert self.path is not None
+        known = Facts()
         try:
-            with _exclusive(self.path.parent):
+            with cache_folder.exclusive(self.path.parent, BUSY_S):
                 if not _sound(self.path):
-                    _set_aside(self.path, f"corrupt-{time.strftime('%Y%m%d-%H%M%S')}", "is damaged")
+                    known = _rescued(self.path)
         except OSError as error:
             self._go_on_in_memory(error)
             return
         connection = self._connected()
         if connection is not None:
             try:
-                _merge(connection, self._facts)
+                known.add(self._facts)
+                _merge(connection, known)
             except sqlite3.Error as error:
                 self._disconnect()
                 self._go_on_in_memory(error)
@@ -420,6 +424,7 @@ def _connect(database: str, wait_s: float = BUSY_S, *, uri: bool = False) -> sql
 
 def _open(path: Path) -> sqlite3.Connection:
     """A connection to a file with our tables, whatever is at `path` now. Called with the directory locked."""
+    rescued = Facts()
     for _ in range(3):  # at most: one of another version, a damaged one kept from before, a new one
         connection = _connect(str(path))
         try:
@@ -428,9 +433,11 @@ def _open(path: Path) -> sqlite3.Connection:
             connection.close()
             if not _damaged(error):
                 raise
-            _set_aside(path, f"corrupt-{time.strftime('%Y%m%d-%H%M%S')}", "is damaged")
+            rescued = _rescued(path)
             continue
         if version == SCHEMA_VERSION:
+            if rescued.names():
+                _insert(connection, rescued)
             return connection
         connection.close()
         if version == 1:
@@ -448,7 +455,7 @@ def _upgrade(path: Path) -> None:
     try:
         known = _read_other(path)
     except StoreError:
-        _set_aside(path, f"corrupt-{time.strftime('%Y%m%d-%H%M%S')}", "is damaged")
+        _rescued(path)
         return
     connection = _connect(str(new))
     try:
@@ -512,13 +519,32 @@ def _sound(path: Path) -> bool:
             connection.close()
 
 
-def _set_aside(path: Path, suffix: str, why: str) -> None:
+def _rescued(path: Path) -> Facts:
+    """What a damaged file still gives: of each table the rows before the damage and those behind it. The file is moved aside."""
+    found = Facts()
+    with suppress(sqlite3.Error), closing(_connect(str(path))) as connection:
+        connection.execute("PRAGMA writable_schema = ON")  # with which SQLite reads a file that was cut short
+        _check_tables(connection)
+        orders = "key", "kind, key"
+        found = facts.read_rows(*(_both_ways(connection, q, order) for q, order in zip((_ALL_TIMINGS, _ALL_RECORDS), orders, strict=True)))
+    kept = f", with {len(found.names())} facts that could still be read" if found.names() else ""
+    _set_aside(path, f"corrupt-{time.strftime('%Y%m%d-%H%M%S')}", "is damaged", kept)
+    return found
+
+
+def _both_ways(connection: sqlite3.Connection, query: str, order: str) -> Iterator[Any]:
+    for by in (order, ", ".join(f"{column} DESC" for column in order.split(", "))):
+        with suppress(sqlite3.Error):
+            yield from itertools.islice(connection.execute(f"{query} ORDER BY {by}"), _MOST)
+
+
+def _set_aside(path: Path, suffix: str, why: str, kept: str = "") -> None:
     aside, number = path.with_name(f"{path.name}.{suffix}"), 1
     while aside.exists():
         number += 1
         aside = path.with_name(f"{path.name}.{suffix}-{number}")
     _rename(path, aside)
-    warnings.warn(f"the timings store {path} {why}. It was moved to {aside} and a new one is used.", stacklevel=2)
+    warnings.warn(f"the timings store {path} {why}. It was moved to {aside} and a new one is used{kept}.", stacklevel=2)
 
 
 def _rename(source: Path, target: Path) -> None:
@@ -541,36 +567,6 @@ def _size(path: Path, suffix: str) -> int:
         return os.stat(f"{path}{suffix}").st_size
     except OSError:
         return 0
-
-
-@contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    """One process at a time opens or replaces the file: of many that start at once, each would else move it aside.
-
-    A lock on the directory leaves no lock file behind. Where there is none (Windows, some network disks), SQLite's own
-    locks still guard the rows.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        end = time.monotonic() + BUSY_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:  # its holder hangs
-                    break
-                time.sleep(0.005)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(handle)
 
 
 _stores: weakref.WeakSet[TimingStore] = weakref.WeakSet()

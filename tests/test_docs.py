@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import pkgutil
 import re
@@ -71,6 +72,20 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         return
     for text in texts:
         exec(compile(text, relative(page), "exec"), vars(module))
+
+
+def test_tables_of_claims_are_those_of_the_reports() -> None:
+    spec = importlib.util.spec_from_file_location("claims", ROOT / "benchmarks" / "claims.py")
+    assert spec is not None
+    assert spec.loader is not None
+    claims = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(claims)
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    held = page.partition("<!-- claims: begin -->\n")[2].partition("\n<!-- claims: end -->")[0]
+    assert held == claims.tables(), "put the output of `python benchmarks/claims.py` between the markers"
+    run = {"backend": "b", "capabilities": {}, "incomplete": "", "digest": "old"}
+    assert claims.remark(run, {"b": "new"}) == "**the descriptor has changed since**"
+    assert claims.remark(run, {"b": "old"}) == ""
 
 
 def test_few_blocks_are_not_run() -> None:

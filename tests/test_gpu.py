@@ -4,18 +4,21 @@ the lossless rule, which kernels ran, and every attention kernel against float64
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from paged_pool import Pool
+from test_canary import _declared, _forget
 from test_kernels import Case, leaves, placed_values, prefer, trace
 from test_models import MODELS, assert_lossless, build, cast, check_inference, check_training_step, compiled, trained
 from torch import Tensor, nn
@@ -27,6 +30,7 @@ import lz_compiler as lz
 from lz_compiler import backends, measure, ops, torch_private, zoo
 from lz_compiler.backend import RECORDS
 from lz_compiler.backends.base import SelectionContext
+from lz_compiler.trust.canary import Verdict, canary
 from lz_compiler.types import Candidate, Rejection
 
 pytestmark = pytest.mark.gpu
@@ -397,3 +401,110 @@ def test_a_kernel_that_breaks_the_device_is_named_and_not_tried_again(tmp_path: 
     assert second.returncode == 0, second.stderr[-3000:]
     assert "acme.linear" in second.stdout
     assert "device-side assert" in second.stdout
+
+
+# --- kernels that are not safe in a CUDA graph, and one that writes where there is no memory ------------------------------------
+
+UNSAFE = """
+import ctypes
+import torch, triton
+from triton import language as tl
+from lz_compiler.backends.base import Kernel
+from lz_compiler.trust.capabilities import fitting
+
+def product(t):
+    return torch.nn.functional.linear(t["x"], t["w"], t["bias"])
+
+def at_one_shape(fault):
+    return lambda emit, t, p: fault(product(t)) if tuple(t["x"].shape) == (8, 128) and t["x"].is_contiguous() else product(t)
+
+def synchronises(y):
+    return y if y.sum().item() == 0 else y.clone()
+
+def by_cuda_malloc(y):
+    with open("/proc/self/maps") as file:
+        runtime = ctypes.CDLL(next(line.split()[-1] for line in file if "libcudart" in line))
+    pointer = ctypes.c_void_p()
+    runtime.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(1 << 20))  # leaked: cudaFree would be found as well
+    return y
+
+kept = {}
+
+def on_another_stream(y):
+    if not kept:  # what stays keeps the segment of that stream, so that nothing new is asked of CUDA while capturing
+        kept["stream"] = torch.cuda.Stream()
+        with torch.cuda.stream(kept["stream"]):
+            kept["block"] = torch.empty(1, device="cuda")
+    with torch.cuda.stream(kept["stream"]):
+        scratch = torch.empty_like(y)
+    scratch.copy_(y)
+    return y.copy_(scratch)
+
+@triton.jit
+def write_far_away(pointer):
+    tl.store(pointer + (1 << 40), 1.0)
+
+def illegal(y):
+    write_far_away[(1,)](y)
+    return y
+
+class Unsafe:
+    name, devices = "unsafe", ("cuda",)
+    kernels = {k.name: k for k in (
+        Kernel("unsafe.good", lambda emit, t, p: product(t)),
+        Kernel("unsafe.item", at_one_shape(synchronises)),
+        Kernel("unsafe.malloc", at_one_shape(by_cuda_malloc)),
+        Kernel("unsafe.stream", at_one_shape(on_another_stream)),
+        Kernel("unsafe.illegal", at_one_shape(illegal)),
+    )}
+    def version(self): return "1"
+    def missing(self): return None
+    def candidates(self, ctx):
+        fit, refused = fitting(self, ctx)
+        yield from refused
+        for name in fit:
+            yield ctx.candidate(self.kernels[name])
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Verdict]]:
+    """What the canary says of each kernel on dense input, by its name."""
+    site = tmp_path_factory.mktemp("site")
+    kernels = ("good", "item", "malloc", "stream", "illegal")
+    entry = _declared(devices=["cuda"], cuda_graph_safe=True)
+    (site / "unsafe").mkdir()
+    (site / "unsafe" / "__init__.py").write_text(UNSAFE)
+    (site / "unsafe" / "unsafe.json").write_text(
+        json.dumps({"schema": 1, "backend": "unsafe", "kernels": {f"unsafe.{k}": entry for k in kernels}})
+    )
+    (site / "unsafe-1.dist-info").mkdir()
+    (site / "unsafe-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: unsafe\nVersion: 1\n")
+    (site / "unsafe-1.dist-info" / "entry_points.txt").write_text("[lz_compiler.backends]\nunsafe = unsafe:Unsafe\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        _forget()
+        (run,) = canary(["unsafe"], cache_dir=str(tmp_path_factory.mktemp("cache"))).runs
+    _forget()
+    assert not run.incomplete
+    yield {name.partition("|")[0]: v for name, v in run.capabilities.items() if name.endswith("|linear|float32|contiguous|bias+frozen")}
+    others = {name: v for name, v in run.capabilities.items() if "|contiguous|" not in name}
+    assert {v.status for v in others.values()} == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        ("item", "cuda_graph: cannot be captured"),
+        ("malloc", "cuda_graph: cannot be captured"),
+        ("stream", r"cuda_graph: \d+ bytes are allocated outside the graph's pool"),
+        ("illegal", r"\w+Error: CUDA error: an illegal memory access"),
+    ],
+)
+def test_what_is_not_safe_in_a_cuda_graph_costs_one_row(kernel: str, says: str, found: dict[str, Verdict]) -> None:
+    verdict = found[f"unsafe.{kernel}"]
+    assert (verdict.status, verdict.shape) == ("failed", "8x128x64"), verdict
+    assert re.match(says, verdict.detail), verdict
+    good = found["unsafe.good"]
+    assert good.status == "passed"
+    assert verdict.tried == good.tried > 1  # the rows before and behind it were tried

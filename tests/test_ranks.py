@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import lz_compiler
+from lz_compiler import backends, ranks
 from lz_compiler.errors import RankError
 from lz_compiler.ranks import Team, facts
 
@@ -130,7 +131,7 @@ def test_the_same_graph_with_another_plan_is_an_error_and_a_lossy_plan_is_droppe
     def run(team: Team) -> None:
         names = team.union(["layerzero"] if team.rank else [])
         try:
-            team.confirm("layerzero", [{"fingerprint": "f", "choices": [team.rank]}])
+            team.confirm("layerzero", [_plan("aten.mm", ("onednn.linear", "aten.mm")[team.rank], "aten.addmm")])
         except RankError as error:
             found[team.rank] = names, str(error)
 
@@ -139,7 +140,30 @@ def test_the_same_graph_with_another_plan_is_an_error_and_a_lossy_plan_is_droppe
         for thread in threads:
             step(thread)
     assert [found[rank][0] for rank in (0, 1)] == [["layerzero"], ["layerzero"]]
-    assert all("the same graph has several plans" in error for _, error in found.values())
+    named = r"several plans: layerzero \w+ on rank 0, layerzero \w+ on rank 1; at n1: onednn.linear on rank 0, aten.mm on rank 1\."
+    assert all(re.search(named, error) for _, error in found.values()), found
+
+
+def _plan(*kernels: str) -> dict[str, Any]:
+    choices = [{"candidate": {"region": {"nodes": [f"n{i}"]}, "kernel": kernel}} for i, kernel in enumerate(kernels)]
+    return {"fingerprint": "f", "choices": choices}
+
+
+def test_drivers_nccl_and_descriptors_are_among_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [backends.all_backends()["aten"]]
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    told = []
+    for number in ("580.65", "580.82"):
+        monkeypatch.setattr(ranks, "driver", lambda number=number: number)
+        told.append(facts({"device": "cuda", "name": "A"}, ranks.libraries(known, "cuda"), (), "g"))
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 0))
+    monkeypatch.setattr(ranks, "descriptor", lambda backend: None)
+    told.append(facts({"device": "cuda", "name": "A"}, ranks.libraries(known, "cuda"), (), "g"))
+    error = str(_meeting(told)[0])
+    assert "driver is 580.65 on rank 0, 580.82 on ranks 1-2" in error
+    assert "nccl is 2.27.3 on ranks 0-1, 2.28.0 on rank 2" in error
+    assert re.search(r"descriptor aten is [0-9a-f]{12} on ranks 0-1, none on rank 2", error)
 
 
 def test_other_all_reduces_are_an_error_whatever_else_differs() -> None:
@@ -149,7 +173,11 @@ def test_other_all_reduces_are_an_error_whatever_else_differs() -> None:
 
     def run(team: Team) -> None:
         try:
-            team.confirm("layerzero", [{"fingerprint": f"graph {team.rank}"}], ["c10d.all_reduce", "symm_mem.one_shot"][: 1 + team.rank])
+            team.confirm(
+                "layerzero",
+                [{**_plan("aten.mm"), "fingerprint": f"graph {team.rank}"}],
+                ["c10d.all_reduce", "symm_mem.one_shot"][: 1 + team.rank],
+            )
         except RankError as error:
             found[team.rank] = str(error)
 

@@ -175,9 +175,30 @@ def test_damaged_file_is_moved_aside_at_open(tmp_path: Path, damage: Callable[[P
     (aside,) = tmp_path.glob("*.corrupt-*")
     assert aside.read_bytes() == before
     assert store.path == path
-    assert store.get("k1") is None
+    assert (store.get("k1") is None) == (damage is not cut)
     store.put(row("after"))
     assert reopened(store).get("after") == row("after")
+
+
+def test_a_damaged_page_costs_its_own_rows(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path)
+    store.put_many(rows(2000))
+    for i in range(50):
+        store.put_record("verdict", f"g{i}", {"best": i})
+    store.close()
+    path = tmp_path / FILE_NAME
+    page = path.read_bytes().index(b"k1999aten.addmm") // 4096  # in the middle
+    with path.open("r+b") as file:
+        file.seek(page * 4096)
+        file.write(b"\xff" * 4096)
+    with pytest.warns(UserWarning, match=r"a new one is used, with \d+ facts that could still be read") as caught:
+        store = TimingStore.open(tmp_path)
+    found, wanted = store.get_many(f"k{i}" for i in range(2000)), {r.key: r for r in rows(2000)}
+    assert all(found[key] == wanted[key] for key in found)
+    assert 1900 < len(found) < 2000
+    assert len(store.get_records("verdict")) == 50
+    assert f"with {len(found) + 50} facts" in str(caught[0].message)
+    assert reopened(store).get_many(wanted) == found
 
 
 @pytest.mark.parametrize("write", [True, False])
@@ -222,9 +243,9 @@ def test_one_opener_at_a_time_moves_a_damaged_file(tmp_path: Path, monkeypatch: 
     noise(tmp_path / FILE_NAME)
     delays, found, original = iter((0.1, 0.5)), [], module._set_aside
 
-    def slow(path: Path, suffix: str, why: str) -> None:
+    def slow(*args: Any) -> None:
         time.sleep(next(delays))
-        original(path, suffix, why)
+        original(*args)
 
     def work(key: str) -> None:
         store = TimingStore.open(tmp_path)

@@ -62,6 +62,25 @@ def capture(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@contextmanager
+def recorded_allocations() -> Iterator[Callable[[], None]]:
+    """What is given begins to record what torch allocates on the GPU, for `allocated_outside`."""
+    try:
+        yield lambda: torch.cuda.memory._record_memory_history("all", context=None, max_entries=1 << 16, clear_history=True)
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+
+
+def allocated_outside(graph: torch.cuda.CUDAGraph) -> int:
+    """Bytes recorded that are not in the graph's pool: a replay uses that memory when it is someone else's."""
+    known = torch.cuda.memory._snapshot()
+    inside = [
+        (s["address"], s["address"] + s["total_size"]) for s in known["segments"] if tuple(s["segment_pool_id"]) == tuple(graph.pool())
+    ]
+    made = (entry for trace in known["device_traces"] for entry in trace if entry["action"] == "alloc")
+    return sum(entry["size"] for entry in made if not any(start <= entry["addr"] < end for start, end in inside))
+
+
 @functools.cache
 def kernel_errors() -> tuple[type[Exception], ...]:
     """What a kernel that cannot run here may raise."""

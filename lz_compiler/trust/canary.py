@@ -11,30 +11,32 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..backends import all_backends
 from ..backends.base import Backend
-from ..errors import OptionError, unknown
+from ..errors import CapabilityError, OptionError, unknown
 from ..options import Options
 from ..target import environment
-from ..timings import open_store
-from .canary_worker import START_S, lines
+from ..timings import TimingStore, open_store
+from .canary_worker import PATIENCE, START_S, lines
 from .capabilities import descriptor
 from .verdicts import BAD, last_run, remember
 
 ROW_S = 60.0  # a kernel that is compiled first has to fit
 TOTAL_S = 1800.0  # on a GPU most of it goes into compiling Triton kernels
 MAX_JOBS = 4  # unless asked for: each is a process with torch in it
+_LOST = "passed -> "
 _ORDER = ("not_offered", "passed", "failed", "timed_out", "crashed")  # of one capability at several shapes, the worst counts
 
 Progress = Callable[[str, int, int], None]
@@ -64,6 +66,8 @@ class BackendRun:
     skipped: str = ""
     incomplete: str = ""
     changes: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
 
     def count(self) -> dict[str, int]:
         """Capabilities declared, tried, and by status."""
@@ -75,6 +79,12 @@ class BackendRun:
     def bad(self) -> dict[str, Verdict]:
         return {name: v for name, v in self.capabilities.items() if v.status in BAD}
 
+    @property
+    def idle(self) -> str:
+        """Why nothing of what is declared was offered: the commonest reason. Empty where something was tried."""
+        reasons = Counter(v.detail for v in self.capabilities.values())
+        return reasons.most_common(1)[0][0] if reasons and not self.count()["tried"] else ""
+
 
 @dataclass(frozen=True, slots=True)
 class CanaryReport:
@@ -85,6 +95,11 @@ class CanaryReport:
     @property
     def ok(self) -> bool:
         return not any(run.bad or run.incomplete for run in self.runs)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Of `diff`, what passed in the last stored run and does not now, whatever the reason."""
+        return tuple(line for run in self.runs for line in run.changes if line.startswith(_LOST))
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps({"ok": self.ok, "runs": [_described(run) for run in self.runs]}, indent=indent, sort_keys=True)
@@ -102,7 +117,8 @@ class CanaryReport:
             out.append(f"{run.backend:<16}{run.device:<8}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths[2:], strict=False))
                        + f"{run.seconds:>9.1f}")  # fmt: skip
         for run in self.runs:
-            out += [f"{run.backend}: not complete: {run.incomplete}"[:100]] if run.incomplete else []
+            out += textwrap.wrap(f"{run.backend}: not complete: {run.incomplete}", 100) if run.incomplete else []
+            out += textwrap.wrap(f"{run.backend}: nothing is offered: {run.idle}", 100) if run.idle else []
             for name, verdict in run.bad.items():
                 out += [f"{verdict.status:<10}{name}"[:100], f"          at {verdict.shape}: {verdict.detail}"[:100]]
         return "\n".join(out)
@@ -121,7 +137,7 @@ def canary(
     `row_s`, `total_s`: seconds for one kernel on one shape, and for one backend; `jobs`: processes at once, by default one for each core,
     at most 4, and one on a GPU.
     `progress(label, done, regions)` is told as it goes.
-    OptionError for a backend that does not exist, CapabilityError for a descriptor that cannot be read.
+    OptionError for a backend that does not exist. A descriptor that cannot be read is an incomplete run of its backend.
     """
     known = all_backends()
     wanted = list(known) if backends is None else list(backends)
@@ -133,21 +149,29 @@ def canary(
     store, runs = open_store(cache_dir or Options.resolve().cache_dir), []
     for name in wanted:
         for device in known[name].devices:
-            run = _run(known[name], device, row_s, total_s, jobs or (1 if device == "cuda" else _cores()), progress)
-            if not run.skipped:
-                env = environment(device)
-                before = last_run(store, known[name], env)
-                value = _described(run)
-                run = BackendRun(**{**_fields(run), "changes": tuple(_changes(before, value))})
-                if run.capabilities:  # what was not reached is as good as never tried
-                    remember(store, known[name], env, value)
-            runs.append(run)
+            try:
+                run = _run(known[name], device, row_s, total_s, jobs or (1 if device == "cuda" else _cores()), progress)
+            except CapabilityError as error:
+                run = BackendRun(name, device, "", "", 0.0, {}, incomplete=str(error))
+            runs.append(_compared(store, known[name], run) if device == "cpu" or torch.cuda.is_available() else run)
     return CanaryReport(tuple(runs))
 
 
 def _cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_JOBS)
+
+
+def _compared(store: TimingStore, backend: Backend, run: BackendRun) -> BackendRun:
+    """The run with what it changes, which is kept for the next one. A library that was never here is no change."""
+    env = environment(run.device)
+    run = replace(run, environment=env, date=time.strftime("%Y-%m-%d"))
+    before, value = last_run(store, backend, env), _described(run)
+    if run.skipped and (before is None or before.get("skipped") == run.skipped):
+        return run
+    if run.capabilities or run.skipped:  # what was not reached is as good as never tried
+        remember(store, backend, env, value)
+    return replace(run, changes=tuple(_changes(before, value)))
 
 
 def _fields(run: BackendRun) -> dict[str, Any]:
@@ -180,7 +204,7 @@ def _run(backend: Backend, device: str, row_s: float, total_s: float, jobs: int,
         """Enter what a worker finds; returns why it did not come to its end, or nothing."""
         incomplete, regions = "the worker ended early", 0
         assert worker.stdout is not None
-        for message in lines(worker.stdout.fileno(), lambda: max(row_s, START_S) + 30):
+        for message in lines(worker.stdout.fileno(), lambda: max(PATIENCE * row_s, START_S) + 30):
             if message is None:
                 incomplete = "the worker does not answer"
             elif "end" in message:
@@ -222,10 +246,15 @@ def _changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[s
     label = f"{now['backend']} on {now['device']}"
     if before is None:
         return [f"{label}: first run"]
-    out = [f"{label}: {what} {before[what]} -> {now[what]}" for what in ("version", "digest") if before[what] != now[what]]
-    old, new = before["capabilities"], now["capabilities"]
-    for name in sorted({*old, *new}):
-        was, is_now = (side.get(name, {}).get("status", "not declared") for side in (old, new))
+    out = [f"{label}: {what} {before.get(what)} -> {now[what]}" for what in ("version", "digest") if before.get(what) != now[what]]
+    out += [f"{label}: {now['skipped']}"] if now["skipped"] else []
+    for name in sorted({*before["capabilities"], *now["capabilities"]}):
+        was, is_now = (_status(side, name) for side in (before, now))
         if was != is_now:
             out.append(f"{was} -> {is_now}: {name}")
     return out
+
+
+def _status(run: Mapping[str, Any], name: str) -> str:
+    absent = "skipped" if run.get("skipped") else "not reached" if run.get("incomplete") else "not declared"
+    return str(run["capabilities"].get(name, {}).get("status", absent))

@@ -1,8 +1,8 @@
 """The process in which one backend's capabilities are tried: `python -m lz_compiler.trust.canary_worker BACKEND DEVICE ROW_S TOTAL_S`.
 
 It imports what is needed and then forks; the child runs one region after the other and says what it is about to do before it does
-it. When the child dies or hangs, the region that it was at is given up and a new child goes on behind it: a fault costs one row,
-and no second start-up. Lines of JSON go to stdout:
+it. When the child dies or hangs, the row that it was at is given up and a new child goes on behind it: a fault costs one row, and
+no second start-up. A row that hangs is first tried again, with more time: the machine may be busy. Lines of JSON go to stdout:
 
     {"regions": 120}                                                            how many there are
     {"at": [3, 1], "capability": "...", "shape": "..."}                         about to run candidate 1 of region 3
@@ -34,6 +34,7 @@ from .descriptors import FLOATS, Capability, Descriptor
 
 LOSSY = 0.1  # relative error, beyond eager's own, above which not even a lossy kernel computes the region
 START_S = 120.0  # to import a backend and make its regions
+PATIENCE = 4  # times the limit, for a row that took too long: it counts only if it does so again
 
 Place = tuple[int, int]
 Emit = Callable[[dict[str, Any]], None]
@@ -115,13 +116,23 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _captured(run: Callable[[], Any], expected: tuple[Tensor, ...]) -> str | None:
-    """Whether a CUDA graph of the kernel replays to the same numbers. Capturing finds synchronisation, and allocation outside
-    the graph's pool."""
+    """Whether a CUDA graph of the kernel replays to the same numbers, and needs no memory but its pool's. Capturing finds
+    synchronisation and cudaMalloc; memory of another stream is captured without a word."""
     results: list[tuple[Tensor, ...]] = []
-    try:
-        graph = torch_private.capture(lambda: results.append(measure._leaves(run())))
-    except RuntimeError as error:
-        return f"cuda_graph: cannot be captured: {str(error).splitlines()[0]}"
+    with torch_private.recorded_allocations() as begin:
+
+        def once() -> None:
+            if torch.cuda.is_current_stream_capturing():
+                begin()
+            results.append(measure._leaves(run()))
+
+        try:
+            graph = torch_private.capture(once)
+        except RuntimeError as error:
+            return f"cuda_graph: cannot be captured: {str(error).splitlines()[0]}"
+        outside = torch_private.allocated_outside(graph)
+    if outside:
+        return f"cuda_graph: {outside} bytes are allocated outside the graph's pool"
     for y in results[-1]:
         y.zero_()
     graph.replay()
@@ -229,14 +240,16 @@ def lines(fd: int, seconds: Callable[[], float]) -> Iterator[dict[str, Any] | No
 
 def watch(name: str, device: str, row_s: float, total_s: float, share: tuple[int, int], out: IO[str]) -> None:
     """Run children until all regions of a share are done, or `total_s` seconds are over."""
-    end, after = time.monotonic() + total_s, (0, -1)
+    end, after, slow = time.monotonic() + total_s, (0, -1), (-1, -1)
+    if device == "cpu":  # seconds of imports, which else each child's first row pays for; with CUDA, what they start cannot be forked
+        torch_private.fake_results(lambda t: torch.nn.functional.linear(t["x"], t["x"]), {"x": torch.ones(2, 2)})
 
     def emit(message: dict[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
     while time.monotonic() < end:
-        last, status, detail = _one_child(name, device, share, after, row_s, end, emit)
+        last, status, detail = _one_child(name, device, share, after, slow, row_s, end, emit)
         if status == "end":
             emit({"end": ""})
             return
@@ -245,20 +258,23 @@ def watch(name: str, device: str, row_s: float, total_s: float, share: tuple[int
         if "at" not in last:
             emit({"end": f"{status} before the first region: {detail}"})
             return
-        if "status" not in last:
-            emit({**last, "status": status, "detail": detail})
         number, candidate = last["at"]
-        after = (number + 1, -1) if candidate < 0 and "status" not in last else (number, candidate)
-        if candidate < 0 and "status" in last:  # it died behind the words on what is not offered
-            emit({**last, "status": status, "detail": detail})
-            after = (number + 1, -1)
+        after = (number, candidate)
+        if "status" in last and candidate >= 0:  # it died between two rows
+            continue
+        if status == "timed_out" and slow < (number, candidate):
+            slow, after = (number, candidate), (number, max(candidate - 1, -1))
+            continue
+        emit({**last, "status": status, "detail": detail})
+        after = (number, candidate) if candidate >= 0 else (number + 1, -1)
     emit({"end": f"stopped after {total_s:.0f} s"})
 
 
 def _one_child(
-    name: str, device: str, share: tuple[int, int], after: Place, row_s: float, end: float, emit: Emit
+    name: str, device: str, share: tuple[int, int], after: Place, slow: Place, row_s: float, end: float, emit: Emit
 ) -> tuple[dict[str, Any], str, str]:
-    """(last line, `end`, `crashed`, `timed_out` or `stopped`, what is known of it) of a forked child that begins at a place."""
+    """(last line, `end`, `crashed`, `timed_out` or `stopped`, what is known of it) of a forked child that begins behind a place, and
+    has more time up to `slow`."""
     read, write = os.pipe()
     with tempfile.TemporaryFile() as errors:
         child = os.fork()
@@ -271,10 +287,14 @@ def _one_child(
             os._exit(0)
         os.close(write)
         last: dict[str, Any] = {}
-        started = time.monotonic()
-        limit = lambda: min(row_s if "at" in last else max(row_s, START_S), end - time.monotonic())  # noqa: E731
+
+        def limit() -> float:
+            if "at" not in last:
+                return max(row_s, START_S)
+            return row_s * (PATIENCE if tuple(last["at"]) <= slow else 1)
+
         status = "crashed"
-        for message in lines(read, limit):
+        for message in lines(read, lambda: min(limit(), end - time.monotonic())):
             if message is None:
                 status = "timed_out" if time.monotonic() < end else "stopped"
                 os.kill(child, signal.SIGKILL)
@@ -286,7 +306,7 @@ def _one_child(
         os.close(read)
         _, code = os.waitpid(child, 0)
         if status == "timed_out":
-            return last, status, f"no answer within {min(row_s, time.monotonic() - started):.0f} s"
+            return last, status, f"no answer within {limit():.0f} s"
         errors.seek(0)
         said = errors.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
         number = os.waitstatus_to_exitcode(code)

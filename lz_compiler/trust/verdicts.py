@@ -25,7 +25,7 @@ BAD = ("failed", "crashed", "timed_out")
 
 
 @functools.cache
-def _driver() -> str:
+def driver() -> str:
     """The NVIDIA driver's version here, or nothing."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
@@ -37,7 +37,7 @@ def _driver() -> str:
 def hardware(environment: Mapping[str, str]) -> str:
     """What results depend on, as text: threads change times only."""
     known = {k: v for k, v in environment.items() if k != "threads"}
-    known |= {"driver": _driver()} if environment["device"] == "cuda" else {}
+    known |= {"driver": driver()} if environment["device"] == "cuda" else {}
     return "|".join(f"{k}={v}" for k, v in sorted(known.items()))
 
 
@@ -47,10 +47,14 @@ def _key(backend: Backend, environment: Mapping[str, str]) -> str:
 
 
 def remember(store: TimingStore, backend: Backend, environment: Mapping[str, str], value: Mapping[str, Any]) -> None:
-    """Keep what a canary run found: {"capabilities": {name: {"status", "detail", "shape"}}, ...}."""
-    before = last_run(store, backend, environment)
-    store.put_record(CANARY, _key(backend, environment), {**value, "run": 1 + (before or {}).get("run", 0)})
-    index = hardware(environment)
+    """Keep what a canary run found: {"capabilities": {name: {"status", "detail", "shape"}}, ...}. One that was skipped found nothing:
+    what an earlier one says of a version stays."""
+    before, index = last_run(store, backend, environment), hardware(environment)
+    skipped = bool(value.get("skipped"))
+    key = f"{backend.name}|skipped||{index}" if skipped else _key(backend, environment)
+    store.put_record(CANARY, key, {**value, "run": 1 + (before or {}).get("run", 0)})
+    if skipped:
+        return
     named = set(_named(store, environment))
     failed = any(found["status"] in BAD for found in value["capabilities"].values())
     if failed != (backend.name in named):
@@ -63,7 +67,8 @@ def last_run(store: TimingStore, backend: Backend, environment: Mapping[str, str
     runs = [e for e in store.ls().entries if e.kind == CANARY and e.key.startswith(f"{backend.name}|") and name in e.key.split("|")]
     known = [(value.get("run", 0), e.created or 0.0, value) for e in runs for value in [store.get_record(CANARY, e.key)] if value]
     # Counted, not dated: a clock may have been set back.
-    return max(known, key=lambda run: run[:2])[2] if known else None
+    found = max(known, key=lambda run: run[:2])[2] if known else None
+    return {**found, "capabilities": dict(_entries(found.get("capabilities")))} if found else None
 
 
 def _named(store: TimingStore, environment: Mapping[str, str]) -> list[str]:
