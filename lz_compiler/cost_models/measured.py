@@ -32,7 +32,6 @@ class Measured:
         self.deadline = time.perf_counter() + budget_s
         self.roofline = Roofline(target)
         self.environment = "|".join(f"{k}={v}" for k, v in sorted(target.environment.items()))
-        self.versions = {name: b.version() for b in backends.all_backends().values() for name in b.kernels}
         self.measures = is_here(target)
         self.measured = 0
 
@@ -64,7 +63,7 @@ class Measured:
 
     def key(self, ctx: SelectionContext, candidate: Candidate) -> str:
         """Under which the store has the kernel's timing."""
-        return signature(ctx, candidate, self.environment, self.versions[candidate.kernel])
+        return signature(ctx, candidate, self.environment, backends.version_of(candidate.kernel))
 
     def _priced(self, ctx: SelectionContext, candidate: Candidate, key: str, timing: Timing | None) -> Priced:
         if timing is None:
