@@ -10,7 +10,7 @@ from dataclasses import replace
 from .. import backends
 from ..backends.base import SelectionContext
 from ..errors import DeviceLostError
-from ..measure import measurable, measure, signature
+from ..measure import UNJUDGED, is_fact, measurable, measure, signature
 from ..target import is_here
 from ..timings import Timing, TimingStore
 from ..types import Candidate, Cost, Rejection, Target
@@ -18,6 +18,12 @@ from . import Priced
 from .roofline import Roofline, traffic_ns
 
 log = logging.getLogger(__name__)
+
+
+def failed(candidate: Candidate, error: str | None) -> Rejection:
+    """What a measurement's error makes of its candidate."""
+    code, _, detail = (error or "failed").partition(":")
+    return Rejection(candidate.kernel, code if code in ("wrong", "nan", UNJUDGED) else "failed", detail.strip() or code)
 
 
 class Measured:
@@ -56,7 +62,7 @@ class Measured:
                 for j, m in found.items()
             ]  # fmt: skip
             known |= {t.key: t for t in fresh}
-            fresh = [t for t in fresh if not (t.error or "").startswith("OutOfMemoryError")]  # no fact: memory may be free later
+            fresh = [t for t in fresh if is_fact(t.error)]
             self.measured += len(fresh)
             self.store.put_many(fresh)
         return [self._priced(ctx, c, key, known.get(key)) for c, key in zip(candidates, keys, strict=True)]
@@ -74,8 +80,7 @@ class Measured:
         if timing.ns is None and dict(candidate.params).get("as_is"):
             return candidate, self.roofline.cost(ctx, candidate)
         if timing.ns is None:
-            code, _, detail = (timing.error or "failed").partition(":")
-            return Rejection(candidate.kernel, "failed" if code not in ("wrong", "nan") else code, detail.strip() or code)
+            return failed(candidate, timing.error)
         extra = traffic_ns(self.target, int(dict(candidate.params).get("traffic", 0)))  # type: ignore[call-overload]
         # On a GPU the host launches ahead of the device: what is shorter than a launch still takes one.
         ns = max(timing.ns, self.target.launch_ns) if self.target.device == "cuda" else timing.ns

@@ -65,12 +65,18 @@ def capture(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
 @functools.cache
 def kernel_errors() -> tuple[type[Exception], ...]:
     """What a kernel that cannot run here may raise."""
-    errors: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+    errors: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, MemoryError)
     try:
         from triton.errors import TritonError
     except ImportError:
         return errors
     return (*errors, TritonError)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which is no kernel's fault. A CPU's allocator raises a plain RuntimeError."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(t in str(error) for t in ("can't allocate memory", "CUDA out of memory")))
 
 
 def counters() -> Any:
