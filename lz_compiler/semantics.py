@@ -221,8 +221,9 @@ def blank(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
     """A tensor to be written, with zeros in the padding between its rows: what lay there before may be a NaN, and some kernels of
     ATen's read it (bfloat16 products of an odd inner size)."""
     out = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    if out.untyped_storage().nbytes() > out.numel() * out.element_size():
-        out.untyped_storage().fill_(0)
+    stored = out.untyped_storage().nbytes() // out.element_size()
+    if stored > out.numel():
+        out.as_strided((stored,), (1,)).zero_()
     return out
 
 

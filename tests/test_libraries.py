@@ -172,6 +172,18 @@ def test_listing_imports_nothing_and_a_good_import_is_remembered(site: Path) -> 
     assert mark.startswith("xformers.ops-xformers-0.0.35-torch")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+def test_marks_of_imports_lie_in_a_folder_of_ones_own(site: Path) -> None:
+    _install(site, "xformers", "")
+    assert any(isinstance(a, Candidate) for a in _answers("xformers"))
+    assert (site / "cache").stat().st_mode & 0o777 == 0o700
+    (site / "open").mkdir()
+    (site / "open").chmod(0o777)
+    with pytest.warns(UserWarning, match="everyone may write to"):
+        assert library.remembered("some import", lambda: None, str(site / "open")) is None
+    assert not list((site / "open").iterdir())
+
+
 # --- what each library is offered for ---------------------------------------------------------------------------------------
 
 
