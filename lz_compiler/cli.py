@@ -382,23 +382,25 @@ def cache_clear(kind: Annotated[str | None, typer.Argument(help="timing, verdict
 
 @cache_app.command("export")
 def cache_export(file: str, cache_dir: CacheDir = None) -> None:
-    """Write timings, device peaks and canary results, with this machine's name, to FILE.jsonl, to be merged elsewhere."""
+    """Write timings, peaks, canary results and quarantined kernels, with this machine's name, to FILE.jsonl, to be merged elsewhere."""
     out.print(f"{_store(cache_dir).export(file)} written")
 
 
 @cache_app.command("merge")
-def cache_merge(file: str, cache_dir: CacheDir = None) -> None:
-    """Add what an exported FILE.jsonl, or another machine's store, knows: timings, peaks, what the canary found.
+def cache_merge(files: list[str], cache_dir: CacheDir = None) -> None:
+    """Add what exported FILES.jsonl, or other machines' stores, know: timings, peaks, what the canary found, what raised.
 
     Where both know something else of one environment, what was found on this machine stays; else the more careful of the two.
     """
-    merged = _store(cache_dir).merge(file)
-    by = ", ".join(f"{n} from {name}" for name, n in sorted(merged.machines.items()))
-    out.print(f"{merged.added} added{f' ({by})' if by else ''}, {len(merged.conflicts)} differ under the same environment", markup=False)
-    if merged.damaged:
-        out.print(f"  {merged.damaged} damaged rows left out")
-    for conflict in merged.conflicts[:20]:
-        out.print(f"  {conflict}", markup=False)
+    for file in files:
+        merged = _store(cache_dir).merge(file)
+        by = ", ".join(f"{n} from {name}" for name, n in sorted(merged.machines.items()))
+        told = f"{merged.added} added{f' ({by})' if by else ''}, {len(merged.conflicts)} differ under the same environment"
+        out.print(f"{file}: {told}" if len(files) > 1 else told, markup=False)
+        if merged.damaged:
+            out.print(f"  {merged.damaged} damaged rows left out")
+        for conflict in merged.conflicts[:20]:
+            out.print(f"  {conflict}", markup=False)
 
 
 def _store(cache_dir: str | None) -> TimingStore:

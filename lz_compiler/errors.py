@@ -39,6 +39,10 @@ class DeviceLostError(LayerZeroError, RuntimeError):
         )
 
 
+class UnjudgedError(LayerZeroError, RuntimeError):
+    """Eager's own result is not finite where float64's is: no kernel can be judged by it."""
+
+
 class PlanError(LayerZeroError, ValueError):
     """A plan that cannot be read, or does not belong to this graph or machine."""
 

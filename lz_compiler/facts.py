@@ -21,8 +21,8 @@ TIMING = "timing"  # the kind under which `ls` and `clear` know the timings
 UNKNOWN = "unknown"  # the machine of a fact that was exported without its origin
 MAX_VALUE = 1 << 26  # characters of one fact; more is damage
 MAX_LINE, MAX_FILE = 1 << 25, 1 << 28  # bytes of an exported file
-EXPORTED = ("peaks", "canary", "canary_failed")
-STAY = ("fingerprint",)  # about files of one machine
+EXPORTED = ("peaks", "canary", "canary_failed", "quarantine")
+STAY = ("fingerprint", "import")  # about files of one machine
 
 _TYPES = (str, str, int | None, int, int, str | None, float | None, str, float, str)
 # Of one capability on two machines of one environment, the worse counts.
@@ -160,7 +160,7 @@ def parsed(text: bytes | None) -> dict[str, Any] | None:
 
 
 def to_lines(facts: Facts) -> list[str]:
-    """What may travel, as JSON lines, sorted: timings, peaks, and what the canary found, with their origins."""
+    """What may travel, as JSON lines, sorted: timings, peaks, what the canary found and what is in quarantine, with their origins."""
     rows: list[dict[str, Any]] = []
     for (kind, key), text in sorted(facts.records.items()):
         value = parsed(text)
@@ -242,7 +242,7 @@ def join(ours: Facts, theirs: Facts) -> tuple[Facts, Merged]:
         origin, known = theirs.origins[name], name in ours.origins
         merged, differs = _chosen(name, ours, theirs) if known else (_value(theirs, name), False)
         if differs:
-            conflicts.append(_told(name, ours.origins[name], origin))
+            conflicts.append(_told(name, ours.origins[name], origin, merged is not None))
         if merged is None:
             continue
         if not known:
@@ -259,8 +259,10 @@ def _value(facts: Facts, name: Name) -> Timing | bytes:
     return facts.timings[name[1]] if name[0] == TIMING else facts.records[name]
 
 
-def _told(name: Name, mine: Origin, other: Origin) -> str:
-    return f"{name[0]} {name[1][:60]}: found on {mine[0]} and, otherwise, on {other[0]}"
+def _told(name: Name, mine: Origin, other: Origin, replaced: bool) -> str:
+    """Two facts in words: the whole key, since its end says under which environment they differ."""
+    kept = "the other is taken over" if replaced else "this one is kept"
+    return f"{name[0]} {name[1]}: found on {mine[0]} and, otherwise, on {other[0]}; {kept}"
 
 
 def _chosen(name: Name, ours: Facts, theirs: Facts) -> tuple[Timing | bytes | None, bool]:
@@ -323,4 +325,5 @@ def _join_failed(one: dict[str, Any], two: dict[str, Any], here: bool, _: str) -
 
 _JOINS: Mapping[str, Callable[[dict[str, Any], dict[str, Any], bool, str], tuple[dict[str, Any], bool]]] = {
     "peaks": _join_peaks, "canary": _join_canary, "canary_failed": _join_failed,
+    "quarantine": lambda one, *_: (one, False),  # that it raised counts, not how
 }  # fmt: skip

@@ -21,13 +21,14 @@ from torch import Tensor
 from . import semantics, torch_private
 from .backends import kernel
 from .backends.base import SelectionContext, Values
-from .errors import DeviceLostError
+from .errors import DeviceLostError, UnjudgedError
 from .target import event_timed, last_level_cache
 from .types import Candidate, Format
 
 ROUNDS = 9
 MAX_COPIES = {"cpu": 4, "cuda": 12}
 PLACE = ("values", "out_reshape", "mask", "square")  # parameters that say where in which model a region stands, not what runs
+OUT_OF_MEMORY, UNJUDGED = "OutOfMemoryError", "unjudged"  # how errors begin that say nothing about a kernel
 SAMPLE_S = 0.0005  # a sample repeats short calls until it lasts about this long
 
 
@@ -137,12 +138,16 @@ class _Truth:
 
 
 def _truth(ctx: SelectionContext) -> _Truth:
+    """UnjudgedError where eager itself is not finite, and float64 is."""
     op, params = ctx.region.op, ctx.params
     values, reference = inputs(ctx, 0), semantics.REFERENCES[op]
     some, select = semantics.sampled(op, values, params)
     exact = _leaves(reference({r: v.double() if v.is_floating_point() else v for r, v in some.items()}, params))
     eager = _leaves(reference(values, params))
-    error = max(_max_error(select(e), x) for e, x in zip(eager, exact, strict=True))
+    pairs = [(select(e), x) for e, x in zip(eager, exact, strict=True)]
+    if any(bool((x.isfinite() & ~e.isfinite().reshape(x.shape)).any()) for e, x in pairs):
+        raise UnjudgedError(f"eager's own result of {_sized(ctx)} is not finite where float64's is")
+    error = max(_max_error(e, x) for e, x in pairs)
     scale = max(float(x.abs().nan_to_num().max()) for x in exact)
     poisoned = _poisoned(ctx, values)
     nans = tuple(y.isnan() for y in _leaves(reference(poisoned, params))) if poisoned else ()
@@ -157,6 +162,10 @@ def _poisoned(ctx: SelectionContext, values: dict[str, Tensor]) -> dict[str, Ten
     spoiled = first.clone() if 0 in first.stride() else _clone({"": first})[""]  # a clone of padded rows would lose the padding
     spoiled.select(0, 0).select(0, 0).fill_(math.nan)
     return {**values, ctx.roles[0]: spoiled}
+
+
+def _sized(ctx: SelectionContext) -> str:
+    return f"{ctx.region.op} of " + ", ".join(f"{role} {spec.shape}" for role, spec in zip(ctx.roles, ctx.specs, strict=True))
 
 
 def rounding(ctx: SelectionContext) -> float:
@@ -201,21 +210,23 @@ def _wrong(bound: Bound, ctx: SelectionContext, truth: _Truth) -> tuple[str | No
     return None, epsilon
 
 
-def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: float) -> dict[int, Measurement]:
+def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: float, timed: bool = True) -> dict[int, Measurement]:
     """Measure candidates of one region, interleaved, until done or `deadline` (time.perf_counter seconds).
 
     A kernel that raises, is wrong, or treats NaN unlike eager yields a Measurement with its error and no time. Indices
     not reached before the deadline are missing from the result. DeviceLostError for one after which nothing runs on the GPU.
+    Not `timed`: a kernel that is right has neither.
     """
     found: dict[int, Measurement] = {}
     cuda = ctx.specs[0].device == "cuda"
     with torch_private.real_tensors():
         try:
             truth = _truth(ctx)
-            copies = _copies(truth.inputs, ctx.specs[0].device)
-        except torch.OutOfMemoryError as raised:
-            torch.cuda.empty_cache()
-            return {i: Measurement(None, 0, 0, 0.0, f"OutOfMemoryError: {raised}") for i in range(len(candidates))}
+            copies = _copies(truth.inputs, ctx.specs[0].device) if timed else []
+        except (RuntimeError, MemoryError) as raised:
+            if not isinstance(raised, UnjudgedError) and not torch_private.out_of_memory(raised):
+                raise
+            return {i: Measurement(None, 0, 0, 0.0, _failure(raised)) for i in range(len(candidates))}
         calls: dict[int, list[Callable[[], Any]]] = {}
         epsilons: dict[int, float] = {}
         for i, candidate in enumerate(candidates):
@@ -224,18 +235,17 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
             try:
                 bound = Bound(candidate, ctx)
                 error, epsilons[i] = _wrong(bound, ctx, truth)
-                if error is None:
+                if error is None and timed:
                     one = bound.kernel.compiled and not bound.reusable
                     calls[i] = [bound.on(values) for values in (copies[:1] if one else copies)]
                     if cuda:
                         calls[i] = _graph(calls[i])
             except torch_private.kernel_errors() as raised:
                 calls.pop(i, None)
-                error = f"{type(raised).__name__}: {str(raised).splitlines()[0][:200] if str(raised) else ''}"
+                error = _failure(raised)
                 if cuda and not _is_alive():
-                    sizes = ", ".join(f"{role} {spec.shape}" for role, spec in zip(ctx.roles, ctx.specs, strict=True))
-                    raise DeviceLostError(i, f"the kernel {candidate.kernel} ({ctx.region.op} of {sizes})", error) from raised
-            if error is not None:
+                    raise DeviceLostError(i, f"the kernel {candidate.kernel} ({_sized(ctx)})", error) from raised
+            if error is not None or not timed:
                 found[i] = Measurement(None, 0, 0, epsilons.get(i, 0.0), error)
         sampled = _replays(calls) if cuda else _rounds(calls, deadline)
         for i, samples in sampled.items():
@@ -250,6 +260,24 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
     return found
 
 
+def checked(ctx: SelectionContext, candidate: Candidate) -> Measurement:
+    """Whether one kernel is right for one region, without its time."""
+    return measure(ctx, [candidate], math.inf, timed=False)[0]
+
+
+def is_fact(error: str | None) -> bool:
+    """Whether what a kernel did would be the same again: not where memory ran out, or nothing could be said of it."""
+    return not (error or "").startswith((OUT_OF_MEMORY, UNJUDGED))
+
+
+def _failure(raised: Exception) -> str:
+    if torch_private.out_of_memory(raised) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    unjudged = isinstance(raised, UnjudgedError)
+    kind = UNJUDGED if unjudged else OUT_OF_MEMORY if torch_private.out_of_memory(raised) else type(raised).__name__
+    return f"{kind}: {str(raised).splitlines()[0][:200] if str(raised) else ''}"
+
+
 def _copies(first: Inputs, device: str) -> list[Inputs]:
     """Several sets of inputs, together past the last-level cache."""
     size = sum(t.numel() * t.element_size() for t in first.values.values())
@@ -261,7 +289,7 @@ def _copies(first: Inputs, device: str) -> list[Inputs]:
 def _clone(values: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for role, value in values.items():
-        out[role] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        out[role] = semantics.blank(value.shape, value.stride(), value.dtype, value.device)
         if 0 in value.stride():
             index = tuple(slice(0, 1) if s == 0 else slice(None) for s in value.stride())
             out[role][index].copy_(value[index])

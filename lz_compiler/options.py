@@ -79,7 +79,10 @@ class Options:
 
     @staticmethod
     def resolve(options: Mapping[str, object] | None = None, mode: str | None = None) -> Options:
-        """The options in force: the given ones, else LAYERZERO_<NAME> from the environment, else the defaults."""
+        """The options in force: the given ones, else LAYERZERO_<NAME> from the environment, else the defaults.
+
+        A policy alone is joined: what an operator rules by the environment holds beside what the code rules.
+        """
         if options is not None and not isinstance(options, Mapping):
             raise OptionError(f"options is {options!r}. Give a dict of option names to values.")
         given = dict(options or {})
@@ -94,11 +97,13 @@ class Options:
         for name, field in settable.items():
             variable = PREFIX + name.upper()
             text = os.environ.get(variable, "").strip()
-            if name in given:
+            if name in given and not (name == "policy" and text):
                 values[name] = given[name]
             elif text:  # empty counts as not set, as is usual in shells
                 where = f"environment variable {variable}"
                 values[name] = _checked(field, _parsed(field, text, where), where)
+                if name == "policy" and given.get(name) is not None:
+                    values[name] = load_policy(given[name], "option 'policy'").joined(values[name], variable)
         return Options(**values)
 
     @property

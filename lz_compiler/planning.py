@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .plan_io import problem_name, save_problem
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions, refused_when_smaller
 from .timings import TimingStore
 from .trust.circuit import Quarantine
+from .trust.first_use import FirstUse
 from .trust.policy import Rule
 from .trust.verdicts import Trust
 from .types import EAGER, INDUCTOR, Candidate, Choice, Cost, Plan, Problem, Rejection, Solution, Status, Target
@@ -45,6 +47,7 @@ class Posed:
     found: Enumeration
     problem: Problem
     dilution: float
+    first_use: FirstUse
     seconds: float = 0.0  # that solving it took
 
 
@@ -81,7 +84,8 @@ def pose(
     problem = replace(build(view, found, options, roofline), error_budget=options.error_budget / dilution)
     if options.problems is not None:
         save_problem(problem, Path(options.problems) / problem_name(fingerprint, kind, problem.error_budget > 0))
-    return Posed(view, options, target, fingerprint, kind, model, found, problem, dilution)
+    return Posed(view, options, target, fingerprint, kind, model, found, problem, dilution,
+                 FirstUse(view, options, target, store, trust))  # fmt: skip
 
 
 def _unknown_link(target: Target, candidate: Candidate) -> Rejection | None:
@@ -104,10 +108,27 @@ def solved(posed: Posed) -> tuple[Posed, Solution]:
 
 
 def refined(posed: Posed, problem: Problem, solve: Callable[[Problem], Solution]) -> tuple[Problem, Solution]:
-    """`solve`'s answer, with what its prices turned out to be where the cost model measures only what matters for it."""
-    if isinstance(posed.model, RefiningCostModel):
-        return posed.model.refine(problem, solve)
-    return problem, solve(problem)
+    """`solve`'s answer, with what its prices turned out to be where the cost model measures only what matters for it, and without
+    kernels that prove to be wrong when they are to be used for the first time."""
+    while True:
+        if isinstance(posed.model, RefiningCostModel):
+            problem, solution = posed.model.refine(problem, solve)
+        else:
+            solution = solve(problem)
+        contexts = posed.found.contexts
+        refused = posed.first_use.refused({i: (contexts[i], problem.candidates[i]) for i in solution.chosen if i in contexts})
+        if not refused:
+            return problem, solution
+        problem = _without(posed.found, problem, refused)
+
+
+def _without(found: Enumeration, problem: Problem, refused: Mapping[int, Rejection]) -> Problem:
+    """The problem without some candidates, of which the enumeration says why."""
+    candidates = list(problem.candidates)
+    for i, why in refused.items():
+        candidates[i] = found.candidates[i] = replace(candidates[i], epsilon=math.inf)  # no budget allows it: solvers leave it out
+        found.rejections.setdefault(candidates[i].region.nodes, []).append(why)
+    return replace(problem, candidates=tuple(candidates))
 
 
 def solve_within(problem: Problem, options: Options, budget: float, graphs: int = 1) -> Solution:
@@ -197,13 +218,27 @@ def _conflict(view: GraphView, found: Enumeration, options: Options, budget: flo
     )
     where = f" Nothing is left for {', '.join(list(bare)[:3])}{' and others' if len(bare) > 3 else ''}." if bare else ""
     one = "any one of these rules" if len(core) > 1 else "it"
-    return f"the policy leaves no plan for this graph: {'; '.join(map(str, core))}. Without {one} there is one.{where}"
+    return (
+        f"the policy leaves no plan for this graph: {'; '.join(map(str, core))}. Without {one} there is one.{where}{_unlocked(found, core)}"
+    )
+
+
+def _unlocked(found: Enumeration, core: Iterable[Rule]) -> str:
+    """Why kernels that are locked to cannot run, in words: what they were rejected for, beside the policy."""
+    locks, owners = [rule for rule in core if rule.action == "lock"], backends.owners()
+    meant = {name for rule in locks for kernel, owner in owners.items() if rule.names(kernel, owner) for name in (kernel, owner)}
+    told = dict.fromkeys(
+        f" {r.kernel} cannot run: {r.detail} ({r.code})."
+        for rejected in found.rejections.values() for r in rejected if r.kernel in meant and r.code != "policy"
+    )  # fmt: skip
+    return "".join(list(told)[:3])
 
 
 def _alternatives(candidate: Candidate, overlapping: Mapping[str, list[tuple[Candidate, Cost]]]) -> list[tuple[Candidate, Cost]]:
     """Other candidates for the same region, cheapest first; then those for other regions around its first node."""
     seen = {id(other): (other, cost) for node in candidate.region.nodes for other, cost in overlapping[node]}
-    rivals = [(o, c) for o, c in seen.values() if o is not candidate and o.kernel not in (LOOP, VIEW, CALL)]
+    usable = [(o, c) for o, c in seen.values() if o is not candidate and o.epsilon != math.inf]
+    rivals = [(o, c) for o, c in usable if o.kernel not in (LOOP, VIEW, CALL)]
     return sorted(rivals, key=lambda oc: (set(oc[0].region.nodes) != set(candidate.region.nodes), oc[1].weighed))[:8]
 
 

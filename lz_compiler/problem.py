@@ -46,13 +46,14 @@ TIE_RADIUS = 5
 class Enumeration:
     """Everything that could be done: priced candidates, and for each region's nodes what could not and why.
 
-    `work`: flops and bytes of a candidate, by its index. `denied` are the candidates that a policy's rules refused, unpriced; `ruled`
-    counts what each rule had an effect on.
+    `work`: flops and bytes of a candidate, by its index, and `contexts` its region. `denied` are the candidates that a policy's rules
+    refused, unpriced; `ruled` counts what each rule had an effect on.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     work: dict[int, tuple[int, int]] = field(default_factory=dict)
+    contexts: dict[int, SelectionContext] = field(default_factory=dict)
     rejections: dict[tuple[str, ...], list[Rejection]] = field(default_factory=dict)
     denied: list[tuple[Candidate, tuple[Rule, ...]]] = field(default_factory=list)
     ruled: Counter[Rule] = field(default_factory=Counter)
@@ -105,7 +106,7 @@ def enumerate_regions(
             if isinstance(priced, Rejection):
                 rejected.append(priced)
             else:
-                found.work[len(found.candidates)] = work(ctx, priced[0])
+                found.work[len(found.candidates)], found.contexts[len(found.candidates)] = work(ctx, priced[0]), ctx
                 found.add(*found.weighed(options, *priced, meant))
     return found
 

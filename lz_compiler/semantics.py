@@ -7,7 +7,7 @@ Tensors are given by role (`x`, `w`, `bias`, `other`, `q` ...), parameters as pl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -217,6 +217,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def blank(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """A tensor to be written, with zeros in the padding between its rows: what lay there before may be a NaN, and some kernels of
+    ATen's read it (bfloat16 products of an odd inner size)."""
+    out = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    stored = out.untyped_storage().nbytes() // out.element_size()
+    if stored > out.numel():
+        out.as_strided((stored,), (1,)).zero_()
+    return out
+
+
 def example(role: str, spec: TensorSpec, generator: torch.Generator, params: Params) -> Tensor:
     """A random tensor with the spec's shape, strides, dtype and device, scaled as a trained network's would be.
 
@@ -241,7 +251,7 @@ def example(role: str, spec: TensorSpec, generator: torch.Generator, params: Par
         value = torch.randn(spec.shape, generator=generator, device=device)
         if role.startswith("w"):  # weights: unit-variance outputs
             value /= max(1, value[0].numel() if value.dim() > 2 else spec.shape[-1]) ** 0.5
-    out = torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=spec.device)
+    out = blank(spec.shape, spec.stride, dtype, spec.device)
     if 0 in spec.stride:  # an expanded dimension holds one value
         for dim, stride in enumerate(spec.stride):
             value = value.narrow(dim, 0, 1).expand(value.shape) if stride == 0 and spec.shape[dim] > 0 else value

@@ -196,7 +196,7 @@ class TimingStore:
             return len(names) if removed is None else removed
 
     def export(self, file: str | Path) -> int:
-        """Write timings, the devices' peaks and what the canary found as JSON lines, sorted, for `merge` elsewhere; returns how many.
+        """Write what may travel (timings, peaks, canary results, quarantine) as JSON lines, sorted, for `merge`; returns how many.
 
         Plans and verdicts stay: they belong to a machine and its user's graphs. StoreError if the file cannot be written.
         """

@@ -27,12 +27,14 @@ import lz_compiler as lz
 from lz_compiler import backends, cli
 from lz_compiler.backend import RECORDS
 from lz_compiler.errors import CapabilityError, OptionError, PlanError
+from lz_compiler.measure import Measurement
 from lz_compiler.target import environment
 from lz_compiler.timings import TimingStore, open_store
-from lz_compiler.trust import canary_regions, capabilities
+from lz_compiler.trust import canary_regions, capabilities, first_use
 from lz_compiler.trust.canary import BackendRun, CanaryReport, Verdict, canary
 from lz_compiler.trust.canary_worker import regions
 from lz_compiler.trust.descriptors import Descriptor, read
+from lz_compiler.trust.first_use import CHECKED
 from lz_compiler.trust.verdicts import Trust, last_run, remember
 from lz_compiler.types import Candidate, Rejection
 
@@ -205,7 +207,13 @@ def _plan(cache: Path, dtype: torch.dtype) -> tuple[list[str], set[str], bool]:
 
 
 def test_what_failed_is_not_used_by_the_next_plan(ran: Any, cache: Path, tmp_path: Path) -> None:
-    assert _plan(tmp_path, torch.bfloat16) == (["faulty.lies"], set(), False)  # never tried: used
+    assert _plan(tmp_path, torch.bfloat16) == (["aten.mm"], {"wrong"}, True)  # never tried: tried on first use
+    assert _plan(tmp_path, torch.float32) == (["faulty.lies"], set(), True)
+    store = TimingStore.open(tmp_path)
+    (checked,) = store.get_records(CHECKED)
+    assert "faulty.lies#1|1|" in checked
+    assert "float32" in checked
+    assert [e.kind for e in store.ls().entries if "faulty.lies" in e.key] == [CHECKED, "timing"]  # and its failure
     assert _plan(cache, torch.bfloat16) == (["aten.mm"], {"quarantined"}, True)
     trust = Trust(TimingStore.open(cache), environment("cpu"))
     refused = {
@@ -220,8 +228,9 @@ def test_what_failed_is_not_used_by_the_next_plan(ran: Any, cache: Path, tmp_pat
     assert "wrong" in refused["bfloat16"].detail
 
 
-def test_a_stored_plan_does_not_bring_it_back(ran: Any, cache: Path, tmp_path: Path) -> None:
-    """A plan that was solved where nobody had run the canary."""
+def test_a_stored_plan_does_not_bring_it_back(ran: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that was solved where nobody had run the canary, and where the kernel was right."""
+    monkeypatch.setattr(first_use, "checked", lambda ctx, candidate: Measurement(None, 0, 0, 0.0, None))
     torch._dynamo.reset()
     model, x = nn.Sequential(nn.Linear(32, 48), nn.ReLU()).bfloat16(), torch.randn(6, 32, dtype=torch.bfloat16)
     plan = lz.solve(model, (x,), backends=["faulty"], cost_model="roofline", race=False, cache_dir=str(tmp_path))

@@ -191,6 +191,13 @@ def test_cache_export_and_merge(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run("cache", "export", file, "--cache-dir", here).stdout == "1 written\n"
     assert run("cache", "merge", file, "--cache-dir", there).stdout.startswith("1 added (1 from ")
     assert backend.open_store(there).get("key") == backend.open_store(here).get("key")
+    backend.open_store(here).put_record("quarantine", "aten.mm#1|torch|cpu", {"error": "RuntimeError: no"})
+    second = str(tmp_path / "second.jsonl")
+    assert run("cache", "export", second, "--cache-dir", here).stdout == "2 written\n"
+    several = run("cache", "merge", file, second, "--cache-dir", there).stdout.replace("\n", "")
+    assert "card.jsonl: 0 added" in several
+    assert "second.jsonl: 1 added (1 from " in several
+    assert backend.open_store(there).get_records("quarantine")
     assert "no timings store" in fails(capsys, monkeypatch, "cache", "merge", f"{file}.none", "--cache-dir", there)
 
 

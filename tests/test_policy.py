@@ -29,12 +29,13 @@ from lz_compiler import backends, cli, semantics, zoo
 from lz_compiler.backend import EAGER, INDUCTOR, PLANNED, RECORDS
 from lz_compiler.capture import GraphView
 from lz_compiler.errors import KernelError, OptionError, PlanError, PolicyError
+from lz_compiler.measure import Measurement
 from lz_compiler.options import Options
 from lz_compiler.planning import make_plan
 from lz_compiler.reports.report import explain_plan
 from lz_compiler.target import detect
 from lz_compiler.timings import TimingStore, open_store
-from lz_compiler.trust import circuit
+from lz_compiler.trust import circuit, first_use
 from lz_compiler.trust.policy import MAX_BYTES, SIZES, Policy, load_policy
 from lz_compiler.types import Plan
 
@@ -54,6 +55,8 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.syspath_prepend(str(info.parent))
     forget()
     acme.licence.update(valid=True, calls=0, products=True)
+    # Its kernels were right when they were first tried; what they do later is the tests' business.
+    monkeypatch.setattr(first_use, "checked", lambda ctx, candidate: Measurement(None, 0, 0, 0.0, None))
     for cached in (backends.all_backends, backends.owners, backends.kernel):
         cached.cache_clear()
     yield
@@ -68,7 +71,7 @@ def store() -> TimingStore:
 
 
 def forget() -> None:
-    for kind in (circuit.KIND, "verdict"):
+    for kind in (circuit.KIND, first_use.CHECKED, "verdict"):
         store().clear(kind)
 
 
@@ -117,10 +120,13 @@ def test_a_file_a_dict_and_the_environment_are_one_policy(tmp_path: Path, monkey
     policy = found[0].policy
     assert policy is not None
     assert load_policy(policy.to_data(), "") == policy
-    assert Options.resolve({"policy": None}).key() == Options().key() != found[0].key()
+    assert Options.resolve({"policy": None}).policy == policy  # the environment's rules hold whatever the code gives
+    assert Options().key() != found[0].key()
     (tmp_path / "b.yaml").write_text("deny: [{kernel: mkl.*}]")
     assert Options.resolve().key() != found[0].key()  # the content counts, not the path
-    assert Options.resolve({"policy": given}) == found[0]  # options before the environment
+    joined = Options.resolve({"policy": given}).policy
+    assert joined is not None
+    assert joined.rules[:-1] == policy.rules
 
 
 WRONG: list[tuple[Any, str]] = [
@@ -300,6 +306,34 @@ def test_conflicting_rules_are_named_and_no_others() -> None:
     assert "'c'" not in text
     assert "'d'" not in text
     assert "Nothing is left for linear" in text
+
+
+def test_the_environments_policy_is_joined_to_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERZERO_POLICY", "{deny: [{kernel: 'acme.*'}], avoid: [{backend: onednn}]}")
+    alone = Options.resolve().policy
+    assert alone is not None
+    assert [r.name for r in alone.rules] == ["deny 1", "avoid 1"]
+    both = Options.resolve({"policy": PRODUCTS}).policy
+    assert both is not None
+    assert [r.name for r in both.rules] == ["prefer 1", "deny 1 (LAYERZERO_POLICY)", "avoid 1 (LAYERZERO_POLICY)"]
+    assert Options.resolve({"policy": both.to_data()}).policy == both  # given again, as a stored plan has it
+    assert Options.resolve({"policy": None}).policy == alone
+    model, x = linear(16, 16), torch.randn(3, 16)
+    with torch.no_grad():
+        compiled(model, policy=ACME)(x)
+    assert "acme.linear" not in kernels()
+    assert "deny 'deny 1 (LAYERZERO_POLICY)'" in str(lz.explain())
+    monkeypatch.setenv("LAYERZERO_POLICY", "{deny: [")
+    with pytest.raises(PolicyError, match=r"environment variable LAYERZERO_POLICY .* cannot be read as a policy"):
+        Options.resolve()
+    monkeypatch.delenv("LAYERZERO_POLICY")  # the fixture resolves options too
+
+
+def test_a_locked_kernel_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acme.Acme, "missing", lambda self: "acme is not installed: buy it")
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="leaves no plan") as raised:
+        compiled(linear(16, 16), policy={"lock": [{"op": "linear", "kernel": "acme.linear"}]})(torch.randn(3, 16))
+    assert "acme cannot run: acme is not installed: buy it (library_missing)." in str(raised.value)
 
 
 def test_a_merged_product_is_locked_with_its_linears() -> None:
@@ -515,6 +549,8 @@ def test_a_new_version_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled(model, policy=ACME)(x)
     acme.licence["valid"] = True
     monkeypatch.setattr(acme.Acme, "version", lambda self: "1.1")
+    for cached in (backends.all_backends, backends.owners, backends.kernel):  # as in another process
+        cached.cache_clear()
     with torch.no_grad():
         compiled(model, policy=ACME)(x)
     assert kernels() == ["acme.linear"]

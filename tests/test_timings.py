@@ -593,6 +593,10 @@ def test_dates_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     conflicts = [store.merge(files[name]).conflicts for name in order]
     assert [len(told) for told in conflicts] == [1, 4]
     assert any("old" in told and "new" in told for told in conflicts[1])
+    told = {line.split(":")[0]: line for lines in conflicts for line in lines}
+    assert all(line.endswith(("; the other is taken over", "; this one is kept")) for line in told.values())
+    assert told["timing here"].endswith("; this one is kept")
+    assert told["timing k"].endswith("; the other is taken over" if order == ("new", "old") else "; this one is kept")
     for found in (store, reopened(store)):
         assert found.get_many(["k", "w", "r", "here"]) == {"k": many, "w": wrong, "r": timed, "here": here}
     other = replace(few, key="k|another environment")

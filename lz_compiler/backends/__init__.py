@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 
-from ..errors import CapabilityError, OptionError, unknown
+from ..errors import CapabilityError, OptionError, PolicyError, unknown
 from ..options import Options
 from ..trust.capabilities import descriptor
 from ..types import Candidate, Rejection
@@ -24,11 +23,10 @@ from .flex_attention import FlexAttention
 from .inductor import Inductor
 from .liger import Liger
 from .onednn import OneDNN
+from .third_party import GROUP, ThirdParty
 from .torchao import TorchAO
 from .triton_kernels import Triton
 from .xformers import XFormers
-
-SLOW_S = 5.0  # in which a third party's library should have been imported
 
 OWN: tuple[Callable[[], Backend], ...] = (
     Aten, OneDNN, Attention, Inductor, Cublas, Cudnn, Triton, FlexAttention, FlashAttention, FlashAttention3, FlashInfer, XFormers,
@@ -36,36 +34,16 @@ OWN: tuple[Callable[[], Backend], ...] = (
 )  # fmt: skip
 
 
-class Unusable:
-    """A third party's backend that cannot be imported: a rejection wherever it is asked."""
-
-    devices: tuple[str, ...] = ("cpu", "cuda")
-
-    def __init__(self, name: str, why: str) -> None:
-        self.name, self.why = name, why
-        self.kernels: Mapping[str, Kernel] = {}
-
-    def version(self) -> str:
-        return "unusable"
-
-    def missing(self) -> str | None:
-        return self.why
-
-    def candidates(self, ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
-        yield from ()
-
-
 @functools.cache
 def all_backends() -> dict[str, Backend]:
+    """Every backend by name, LayerZero's own first. Third parties' packages are not imported by this."""
     found: dict[str, Backend] = {backend.name: backend for backend in (own() for own in OWN)}
-    for entry in entry_points(group="lz_compiler.backends"):
-        start = time.monotonic()
-        try:
-            found[entry.name] = entry.load()()
-        except Exception as error:  # it is foreign code, and may raise anything
-            found[entry.name] = Unusable(entry.name, f"{entry.value} raises {type(error).__name__}: {error}")
-        if time.monotonic() - start > SLOW_S:
-            warnings.warn(f"LayerZero: the backend {entry.name!r} took {time.monotonic() - start:.1f} s to import", stacklevel=2)
+    taken = {name for backend in found.values() for name in backend.kernels}
+    for entry in entry_points(group=GROUP):
+        if entry.name in found:
+            warnings.warn(f"LayerZero: {entry.value} is ignored: there is a backend {entry.name!r} already", stacklevel=2)
+        else:
+            found[entry.name] = ThirdParty(entry, taken, lambda: owners.cache_clear())
     return found
 
 
@@ -74,6 +52,11 @@ def register(backend: Backend) -> None:
     all_backends()[backend.name] = backend
     owners.cache_clear()
     kernel.cache_clear()
+
+
+def version_of(kernel: str) -> str:
+    """The version of the library that a kernel is of."""
+    return all_backends()[owners()[kernel]].version()
 
 
 def allowed_backends(allow: tuple[str, ...] | None) -> list[Backend]:
@@ -86,17 +69,26 @@ def allowed_backends(allow: tuple[str, ...] | None) -> list[Backend]:
 
 
 def check_names(options: Options) -> None:
-    """OptionError for a backend, or a policy's backend or kernel, that does not exist."""
-    if options.backends is not None:
-        allowed_backends(options.backends)
-    if options.policy is not None:
+    """OptionError for a backend, or a policy's backend or kernel, that does not exist. Imports the third parties that are allowed."""
+    for library in allowed_backends(options.backends):
+        if isinstance(library, ThirdParty):
+            library.load(options.cache_dir)
+    if options.policy is None:
+        return
+    try:
+        options.policy.check_names(owners(), all_backends())
+    except PolicyError:  # perhaps a kernel of a library that the options do not allow
+        for library in all_backends().values():
+            if isinstance(library, ThirdParty):
+                library.load(options.cache_dir)
         options.policy.check_names(owners(), all_backends())
 
 
 @functools.cache
 def owners() -> dict[str, str]:
-    """The backend of each kernel."""
-    return {name: library for library, backend in all_backends().items() for name in backend.kernels}
+    """The backend of each kernel, of those third parties that were imported."""
+    known = [b for b in all_backends().values() if not isinstance(b, ThirdParty) or b.is_loaded]
+    return {name: backend.name for backend in reversed(known) for name in backend.kernels}  # of two, the first has the name
 
 
 def answers(ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
@@ -104,13 +96,13 @@ def answers(ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
     for library in allowed_backends(ctx.options.backends):
         if ctx.specs[0].device not in library.devices:
             continue
-        reason = library.missing()
-        if reason is not None and not _serves(library, ctx):
-            continue
-        if reason is not None:
-            yield Rejection(library.name, "library_missing", reason)
-            continue
         try:
+            reason = library.missing()
+            if reason is not None:
+                broken = isinstance(library, ThirdParty) and library.fault is not None
+                if broken or _serves(library, ctx):
+                    yield Rejection(library.name, "backend_error" if broken else "library_missing", reason)
+                continue
             for answer in library.candidates(ctx):
                 if ctx.options.deterministic and isinstance(answer, Candidate) and not _deterministic(library, answer.kernel):
                     yield Rejection(answer.kernel, "nondeterministic", "the same inputs may give other bits, and deterministic=True")
@@ -133,7 +125,8 @@ def _deterministic(library: Backend, name: str) -> bool:
 
 @functools.cache
 def kernel(name: str) -> Kernel:
-    for backend in all_backends().values():
+    owner = owners().get(name)
+    for backend in all_backends().values() if owner is None else (all_backends()[owner],):
         if name in backend.kernels:
             return backend.kernels[name]
     raise KeyError(name)
@@ -141,7 +134,7 @@ def kernel(name: str) -> Kernel:
 
 def set_up(names: set[str]) -> None:
     """Make the operators of these kernels exist: a graph from Inductor's cache calls them without planning again."""
-    for backend in all_backends().values():
-        for known in backend.kernels.values():
-            if known.name in names and known.setup is not None:
-                known.setup()
+    for name in names & owners().keys():
+        setup = kernel(name).setup
+        if setup is not None:
+            setup()

@@ -136,9 +136,14 @@ def _converts(role: str, spec: TensorSpec) -> bool:
 class Backend(Protocol):
     """A kernel library for some devices. `missing` says why it cannot be used here, or None."""
 
-    name: str
-    devices: tuple[str, ...]
-    kernels: Mapping[str, Kernel]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def devices(self) -> tuple[str, ...]: ...
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]: ...
 
     def version(self) -> str: ...
 

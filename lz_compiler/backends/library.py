@@ -6,24 +6,24 @@ process of its own, since an import may hang or crash, then here. Whatever goes 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..facts import machine
+from ..timings import open_store
 from ..trust.capabilities import fitting, installed_version
 from ..types import Candidate, Rejection
 from .base import Kernel, SelectionContext
 
+IMPORT = "import"  # kind of the records that say that an import was tried, and went well
 IMPORT_S = 60.0  # an import that takes longer hangs
 _TRY = "import sys; sys.path[:] = sys.argv[2:]; __import__(sys.argv[1]); print('imported')"
 
@@ -44,9 +44,9 @@ class Library:
         """Why it cannot be used as far as files tell, or None. Imports nothing."""
         return _missing(self)
 
-    def broken(self) -> str | None:
-        """Why the module cannot be imported, or None once it is. That it can is remembered on disk for this version, torch and Python."""
-        return None if self.module in sys.modules else _import_error(self.module, f"{self.distribution}-{self.version()}")
+    def broken(self, cache_dir: str | None = None) -> str | None:
+        """Why the module cannot be imported, or None once it is. That it can is remembered for this version, torch and Python."""
+        return None if self.module in sys.modules else _import_error(self.module, f"{self.distribution}-{self.version()}", cache_dir)
 
     def load(self, module: str = "") -> Any:
         """The module, or another one of the package. For kernels, which run only after `broken` said None."""
@@ -69,46 +69,46 @@ def _missing(library: Library) -> str | None:
 
 
 @functools.cache
-def _import_error(module: str, package: str) -> str | None:
-    known = _remembered(f"{module}-{package}")
-    if not known.exists():
-        why = _tried_elsewhere(module)
-        if why is not None:
-            return why
-        with contextlib.suppress(OSError):  # a read-only cache: tried again in the next process
-            known.parent.mkdir(parents=True, exist_ok=True)
-            known.touch()
+def _import_error(module: str, package: str, cache_dir: str | None) -> str | None:
+    why = remembered(f"{module}-{package}", lambda: tried_elsewhere(module, _TRY, module), cache_dir)
+    if why is not None:
+        return why
     try:
         import_module(module)
     except Exception as error:  # it is foreign code, and may raise anything
-        return f"importing {module} raises {type(error).__name__}: {_line(str(error))}"
+        return f"importing {module} raises {type(error).__name__}: {first_line(str(error))}"
     return None
 
 
-def _remembered(what: str) -> Path:
-    import platformdirs
-
+def remembered(what: str, trial: Callable[[], str | None], cache_dir: str | None) -> str | None:
+    """What a trial says: nothing once it went well, on this machine with this torch and Python. A failure is tried again."""
     from ..options import Options
 
-    folder = Path(Options.resolve().cache_dir or platformdirs.user_cache_dir("layerzero")).expanduser() / "imports"
-    return folder / re.sub(r"[^\w.+-]", "_", f"{what}-torch{torch.__version__}-py{sys.version_info.major}.{sys.version_info.minor}")
+    store = open_store(cache_dir or Options.resolve().cache_dir)
+    key = f"{what}-torch{torch.__version__}-py{sys.version_info.major}.{sys.version_info.minor}-{machine()}"
+    if store.get_record(IMPORT, key) is not None:
+        return None
+    why = trial()
+    if why is None:
+        store.put_record(IMPORT, key, {})
+    return why
 
 
-def _tried_elsewhere(module: str) -> str | None:
-    """Why a fresh process cannot import the module, or None."""
+def tried_elsewhere(what: str, code: str, *args: str) -> str | None:
+    """Why a fresh process cannot import something, or None. `code` gets `args` and then this process' path."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _TRY, module, *sys.path], capture_output=True, text=True, errors="replace", timeout=IMPORT_S, check=False
+            [sys.executable, "-c", code, *args, *sys.path], capture_output=True, text=True, errors="replace", timeout=IMPORT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"importing {module} takes more than {IMPORT_S:.0f} s"
+        return f"importing {what} takes more than {IMPORT_S:.0f} s"
     if done.returncode == 0 and done.stdout.rstrip().endswith("imported"):
         return None
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    return f"importing {module} ends its process ({how}): {_line(done.stderr.strip().rpartition(chr(10))[2])}"
+    return f"importing {what} ends its process ({how}): {first_line(done.stderr.strip().rpartition(chr(10))[2])}"
 
 
-def _line(text: str) -> str:
+def first_line(text: str) -> str:
     return text.strip().splitlines()[0][:200] if text.strip() else "no message"
 
 
@@ -129,7 +129,7 @@ class LibraryBackend:
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         fit, refused = fitting(self, ctx)
         yield from refused
-        why = self.library.broken() if fit else None
+        why = self.library.broken(ctx.options.cache_dir) if fit else None
         for name in fit:
             if why is not None:
                 yield ctx.reject(name, "library_import", why)

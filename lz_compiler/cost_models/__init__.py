@@ -49,8 +49,18 @@ def cost_model(name: str | CostModel, target: Target, store: TimingStore, budget
         "learned": lambda target, store, budget_s: Learned(target),
         "hybrid": hybrid,
     }
-    for entry in entry_points(group="lz_compiler.cost_models"):
-        known[entry.name] = entry.load()
-    if name not in known:
-        raise OptionError(unknown("cost_model", name, known))
-    return known[name](target, store, budget_s)
+    if name in known:
+        return known[name](target, store, budget_s)
+    registered = entry_points(group="lz_compiler.cost_models")
+    if name not in registered.names:
+        raise OptionError(unknown("cost_model", name, [*known, *registered.names]))
+    entry = registered[name]
+    try:
+        made = entry.load()(target, store, budget_s)
+    except (Exception, SystemExit) as error:  # it is foreign code, and may raise anything
+        raise OptionError(
+            f"cost_model {name!r}: {entry.value} raises {type(error).__name__}: {error}. Repair its package, or use another."
+        ) from error
+    if not callable(getattr(made, "price", None)):
+        raise OptionError(f"cost_model {name!r}: {entry.value} makes a {type(made).__name__} without `price`: it is no cost model.")
+    return made  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from .. import backends
 from ..backends.base import SelectionContext
 from ..errors import DeviceLostError
-from ..measure import measurable, measure, signature
+from ..measure import UNJUDGED, is_fact, measurable, measure, signature
 from ..target import is_here
 from ..timings import Timing, TimingStore
 from ..types import Candidate, Cost, Rejection, Target
@@ -18,6 +18,12 @@ from . import Priced
 from .roofline import Roofline, traffic_ns
 
 log = logging.getLogger(__name__)
+
+
+def failed(candidate: Candidate, error: str | None) -> Rejection:
+    """What a measurement's error makes of its candidate."""
+    code, _, detail = (error or "failed").partition(":")
+    return Rejection(candidate.kernel, code if code in ("wrong", "nan", UNJUDGED) else "failed", detail.strip() or code)
 
 
 class Measured:
@@ -32,7 +38,6 @@ class Measured:
         self.deadline = time.perf_counter() + budget_s
         self.roofline = Roofline(target)
         self.environment = "|".join(f"{k}={v}" for k, v in sorted(target.environment.items()))
-        self.versions = {name: b.version() for b in backends.all_backends().values() for name in b.kernels}
         self.measures = is_here(target)
         self.measured = 0
 
@@ -57,14 +62,14 @@ class Measured:
                 for j, m in found.items()
             ]  # fmt: skip
             known |= {t.key: t for t in fresh}
-            fresh = [t for t in fresh if not (t.error or "").startswith("OutOfMemoryError")]  # no fact: memory may be free later
+            fresh = [t for t in fresh if is_fact(t.error)]
             self.measured += len(fresh)
             self.store.put_many(fresh)
         return [self._priced(ctx, c, key, known.get(key)) for c, key in zip(candidates, keys, strict=True)]
 
     def key(self, ctx: SelectionContext, candidate: Candidate) -> str:
         """Under which the store has the kernel's timing."""
-        return signature(ctx, candidate, self.environment, self.versions[candidate.kernel])
+        return signature(ctx, candidate, self.environment, backends.version_of(candidate.kernel))
 
     def _priced(self, ctx: SelectionContext, candidate: Candidate, key: str, timing: Timing | None) -> Priced:
         if timing is None:
@@ -75,8 +80,7 @@ class Measured:
         if timing.ns is None and dict(candidate.params).get("as_is"):
             return candidate, self.roofline.cost(ctx, candidate)
         if timing.ns is None:
-            code, _, detail = (timing.error or "failed").partition(":")
-            return Rejection(candidate.kernel, "failed" if code not in ("wrong", "nan") else code, detail.strip() or code)
+            return failed(candidate, timing.error)
         extra = traffic_ns(self.target, int(dict(candidate.params).get("traffic", 0)))  # type: ignore[call-overload]
         # On a GPU the host launches ahead of the device: what is shorter than a launch still takes one.
         ns = max(timing.ns, self.target.launch_ns) if self.target.device == "cuda" else timing.ns

@@ -84,7 +84,7 @@ def allocated_outside(graph: torch.cuda.CUDAGraph) -> int:
 @functools.cache
 def kernel_errors() -> tuple[type[Exception], ...]:
     """What a kernel that cannot run here may raise."""
-    errors: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+    errors: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, MemoryError)
     try:
         from triton.errors import TritonError
     except ImportError:
@@ -96,6 +96,12 @@ def kernel_errors() -> tuple[type[Exception], ...]:
 def run_errors() -> tuple[type[Exception], ...]:
     """What a compiled graph may raise because of a kernel in it, whose library may also assert, or load a part of itself late."""
     return (*kernel_errors(), LookupError, AssertionError, AttributeError, ArithmeticError, ImportError, OSError)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which is no kernel's fault. A CPU's allocator raises a plain RuntimeError."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(t in str(error) for t in ("can't allocate memory", "CUDA out of memory")))
 
 
 def counters() -> Any:

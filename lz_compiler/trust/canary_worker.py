@@ -188,6 +188,9 @@ def _try_region(
                     torch.cuda.synchronize()  # a fault shows up here at the latest
             except torch_private.kernel_errors() as error:
                 why = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+                if torch_private.out_of_memory(error):  # says nothing of the kernel
+                    emit({**row, "status": "not_offered", "detail": f"not tried: {why}"})
+                    continue
             emit({**row, "status": "failed" if why else "passed", "detail": why or ""})
             if why and "CUDA error" in why:
                 os._exit(0)  # this process' context is lost; the next child begins after this row

@@ -48,12 +48,12 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 def descriptor(backend: Backend) -> Descriptor | None:
     """The backend's descriptor, read once: `<name>.json` beside the module of its class. None: it has no file, and says all in code."""
-    return _descriptor(type(backend).__module__, backend.name)
+    return _descriptor(getattr(backend, "module", type(backend).__module__), backend.name)
 
 
 @functools.cache
 def _descriptor(module: str, name: str) -> Descriptor | None:
-    file = sys.modules[module].__file__
+    file = getattr(sys.modules.get(module), "__file__", None)
     path = Path(file).with_name(f"{name}.json") if file else None
     return read(path, name) if path is not None and path.is_file() else None
 

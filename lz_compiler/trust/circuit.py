@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from .. import backends, torch_private
@@ -140,7 +139,7 @@ class Breaker:
         Raises the error itself where memory ran out or the reference fails too (then eager's own error), KernelError where the
         call cannot be repeated: the graph writes into its inputs, or for the reason `stop`.
         """
-        if isinstance(error, torch.OutOfMemoryError):
+        if torch_private.out_of_memory(error):
             raise error
         kernels = blamed(error, self.calls)
         named = ", ".join(kernels) or "its compiled code"

@@ -12,7 +12,7 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,15 @@ class Policy:
     """Rules in the order in which they were given. Hashable: equal for files of equal content, wherever they lie."""
 
     rules: tuple[Rule, ...]
+
+    def joined(self, other: Policy, origin: str) -> Policy:
+        """These rules, and then the other's, which are named by where they come from; those that are here already, only once."""
+        known = {replace(rule, name="") for rule in self.rules}
+        fresh = [rule for rule in other.rules if replace(rule, name="") not in known]
+        rules = (*self.rules, *(replace(rule, name=f"{rule.name} ({origin})"[-MAX_TEXT:]) for rule in fresh))
+        if len(rules) > MAX_RULES or len({rule.name for rule in rules}) < len(rules):
+            raise PolicyError(f"the policies of the code and of {origin} have together more than {MAX_RULES} rules, or two of one name.")
+        return Policy(rules)
 
     def to_data(self) -> dict[str, list[dict[str, Any]]]:
         """As JSON has it; `load_policy` of it gives the same policy."""
@@ -146,12 +155,15 @@ def _comparison(text: str) -> tuple[str, int]:
 
 
 def load_policy(given: object, where: str) -> Policy:
-    """A policy from a dict, or from the path of a YAML or JSON file. PolicyError, once and in words, for anything else."""
+    """A policy from a dict, from the path of a YAML or JSON file, or from such text itself if it begins with a brace. PolicyError, once
+    and in words, for anything else."""
     if isinstance(given, Policy):
         return given
     if isinstance(given, str | os.PathLike) and str(given):
-        where = f"{where} ({os.fspath(given)!r})"
-        given = _parsed(Path(os.path.expanduser(given)), where)
+        text = os.fspath(given)
+        inline = text.lstrip().startswith("{")
+        where = f"{where} ({text[:MAX_TEXT]!r})"
+        given = _parsed(text if inline else Path(os.path.expanduser(text)), where)
     if not isinstance(given, Mapping):
         raise PolicyError(f"{where} is {reprlib.repr(given)}. Give a path, or a dict of {', '.join(FACTORS)} to lists of rules.")
     try:
@@ -167,18 +179,16 @@ def load_policy(given: object, where: str) -> Policy:
     return Policy(tuple(rules))
 
 
-def _parsed(path: Path, where: str) -> object:
+def _parsed(source: Path | str, where: str) -> object:
+    """The YAML or JSON in a file, or in a text."""
     import yaml
 
     try:
-        if not path.is_file():
-            raise OSError("no such file")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = source.encode() if isinstance(source, str) else _read(source)
         if len(data) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES} bytes")
         text = data.decode()
-        if path.suffix == ".json":
+        if isinstance(source, Path) and source.suffix == ".json":
             return json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if _once([k for k, _ in pairs]) else {})
         for keys in _mappings(yaml.compose(text, yaml.SafeLoader)):
             _once(keys)
@@ -187,6 +197,13 @@ def _parsed(path: Path, where: str) -> object:
         # The last four: PyYAML on text that is not what its tag says (`!!int ""`, `!!timestamp x`).
         reason = " ".join(str(error).split())[:MAX_TEXT]
         raise PolicyError(f"{where} cannot be read as a policy: {reason or type(error).__name__}. Give a YAML or JSON file.") from None
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise OSError("no such file")
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
 
 
 def _mappings(root: Any) -> Iterator[list[str]]:

@@ -85,13 +85,23 @@ class Trust:
     """What the canary forbids in one environment, read when it is first asked for."""
 
     def __init__(self, store: TimingStore, environment: Mapping[str, str]) -> None:
+        self.store, self.environment = store, environment
         self.failed: dict[str, str] = {}  # capability -> why
+        self._entries: dict[str, dict[str, Any]] = {}  # of each backend that was asked for, by capability
         for name in _named(store, environment):
             backend = backends.all_backends().get(name)
             found = (store.get_record(CANARY, _key(backend, environment)) or {}) if backend else {}
             for capability, v in _entries(found.get("capabilities")):
                 if v.get("status") in BAD:
                     self.failed[capability] = f"{v['status']} in the canary at {v.get('shape')}: {v.get('detail')}"
+
+    def passed(self, ctx: SelectionContext, candidate: Candidate) -> bool:
+        """Whether the canary has tried what the candidate needs, and it went well."""
+        owner = backends.owners()[candidate.kernel]
+        if owner not in self._entries:
+            found = self.store.get_record(CANARY, _key(backends.all_backends()[owner], self.environment)) or {}
+            self._entries[owner] = dict(_entries(found.get("capabilities")))
+        return bool(self._entries[owner].get(capability_of(ctx, candidate), {}).get("status") == "passed")
 
     def marks(self) -> tuple[str, ...]:
         """What a stored verdict must be distinguished by: nothing, as long as nothing failed."""
