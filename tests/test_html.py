@@ -21,8 +21,9 @@ import lz_compiler as lz
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.plan_io import load_problem, plan_from_dict, plan_to_dict, save_problem
 from lz_compiler.planner import check, solve
-from lz_compiler.reports.compare import Decision, both_sides, changes, what_if
+from lz_compiler.reports.compare import Decision, both_sides, changes, compare_files, what_if, what_if_plan
 from lz_compiler.reports.drawing import drawing, identity
+from lz_compiler.reports.report import runner_up_text
 from lz_compiler.types import Candidate, Choice, Conversion, Cost, Format, Plan, Problem, Region, Rejection, Status
 
 EVIL = "</script><img src=x onerror=alert(1)><!--"
@@ -267,7 +268,30 @@ def test_changes_are_grouped_by_what_they_are() -> None:
     assert changes(old, [d._replace(ns=20) for d in old]) == []
     assert changes(old, [])[0]["count"] == 4
     (grown,) = changes([new[0]], [new[0]._replace(nodes=("mm_0", "gelu_0", "mul_0"))])
-    assert both_sides(grown) == [["onednn.linear (2 nodes)"], ["onednn.linear (3 nodes)"]]
+    assert both_sides(grown) == [[("onednn.linear (2 nodes)", 7)], [("onednn.linear (3 nodes)", 7)]]
+    parts = [Decision((f"mm_{i}",), "linear", "aten.mm", "", 10, "measured") for i in range(3)]
+    merged = Decision(("mm_0", "mm_1", "mm_2"), "merged_linear", "mkl.merged", "", 20, "measured")
+    assert both_sides(changes(parts, [merged])[0]) == [[("3x aten.mm", 30)], [("mkl.merged", 20)]]
+
+
+def test_another_dtype_is_another_decision(tmp_path: Path) -> None:
+    """The same kernel in bfloat16: told in the text, the tables and on the page."""
+    plans = [layered(3), layered(3)]
+    narrow = [
+        replace(c, candidate=replace(c.candidate, in_formats=(BF16,), out_formats=(BF16,)), cost=Cost(4000, "measured"))
+        if c.candidate.kernel == "onednn.linear" else c for c in plans[1].choices
+    ]  # fmt: skip
+    plans[1] = replace(plans[1], choices=tuple(narrow))
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, plan in zip(files, plans, strict=True):
+        file.write_text(lz.explain(plan).to_json())
+    report = compare_files(*files)
+    assert [(c["count"], c["before"][0]["kernel"], c["after"][0]["kernel"]) for c in report.data["diff"]["graphs"][0]["changes"]] == [
+        (6, "onednn.linear", "onednn.linear"), (1, "onednn.linear", "onednn.linear"),
+    ]  # fmt: skip
+    told = "onednn.linear (strided:float32 > strided:float32) -> onednn.linear (strided:bfloat16 > strided:bfloat16)"
+    assert told in str(report)
+    assert "bfloat16" in in_terminal(report)
 
 
 def replace_kernel(decision: Decision) -> Decision:
@@ -353,7 +377,7 @@ def test_what_if(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     save_problem(chain(), file)
     shown = run("explain", file, "--what-if", "deny=cublas", "--html", str(tmp_path / "w.html"))
     assert shown.exit_code == 0, shown.output
-    assert "2x linear (mm_1): cublas.merged block=64 -> aten.mm" in shown.stdout
+    assert "2x linear (mm_1): cublas.merged block=64 (float32 > bfloat16) -> aten.mm (float32)" in shown.stdout
     assert "conversions strided:bfloat16 -> strided:float32: 2 -> 0" in shown.stdout
     assert "kernels 0.000 ms -> 0.000 ms; conversions " in shown.stdout
     assert (tmp_path / "w.html").stat().st_size < 100_000
@@ -372,7 +396,7 @@ def test_solve_writes_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str
     arguments = ["solve", "lz_html_models:m", "plan.json", "--problems", "new/folder", "-o", "cost_model=roofline", "-o", "race=false"]
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    (file,) = (tmp_path / "new" / "folder").glob("*.lossless.problem.json")
+    (file,) = (tmp_path / "new" / "folder").glob("*.problem.json")
     problem, plan = load_problem(file), lz.load_plan("plan.json")
     assert solve(problem).objective == plan.cells[0].plans[0].objective
     moved = run("explain", "plan.json", "--problems", "new/folder", "--what-if", "lock=aten", "--json")
@@ -380,11 +404,54 @@ def test_solve_writes_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (graph,) = json.loads(moved.stdout)["diff"]["graphs"]
     assert (graph["label"], graph["objective_ns"][0]) == ("the given shapes", solve(problem).objective)
     assert "problems/" in fails(capsys, monkeypatch, "explain", "plan.json", "--what-if", "deny=aten")
+    assert run(*arguments, "-o", "layout_mode=strict", "-o", "error_budget=0.1").exit_code == 0  # another solve, the same folder
+    assert load_problem(file) == problem
+    (held,) = what_if_plan(plan, "new/folder", ["lock=aten"]).data["diff"]["graphs"]
+    assert held["objective_ns"] == graph["objective_ns"]
+    (cell,) = plan.cells
+    bare = replace(plan, cells=(replace(cell, plans=(replace(cell.plans[0], problem=""),)),))
+    with pytest.raises(PlanError, match="solved without its problem"):
+        what_if_plan(bare, "new/folder", ["lock=aten"])
+    dearer = replace(plan, cells=(replace(cell, plans=(replace(cell.plans[0], objective=10**9),)),))
+    assert "the plan itself has 1000.000 ms" in str(what_if_plan(dearer, "new/folder", ["lock=aten"]))
     shown = run("explain", "plan.json", "--html", "page.html")
     assert shown.exit_code == 0, shown.output
     (choice,) = embedded((tmp_path / "page.html").read_text())["data"]["cells"][0]["plans"][0]["regions"]
     assert choice["floor_ns"] <= choice["cost_ns"]
     assert choice["flops"] == 2 * 4 * 8 * 8
+
+
+def test_a_lock_says_what_it_leaves() -> None:
+    """A region around the locked one is another region: the lock does not forbid it, and the note says that it stays."""
+    region = Region("merged", ("mm_1", "mm_2"), ("t0",), ("t2",))
+    problem = chain()
+    wide = Candidate("onednn.merged", region, (ROWS,), (ROWS,))
+    wider = replace(
+        problem, candidates=(*problem.candidates, wide), costs=(*problem.costs, Cost(15, "measured")), candidate_class=(0, 1, 0, 1, 2)
+    )
+    (graph,) = what_if(wider, ["lock=aten"]).data["diff"]["graphs"]
+    assert "lock=aten holds for the regions that aten has kernels for: 1x onednn.merged stay in others that overlap these" in graph["note"]
+    assert "stay" not in what_if(problem, ["lock=aten"]).data["diff"]["graphs"][0]["note"]
+
+
+def test_runner_up_does_the_same_work() -> None:
+    """Another kernel for the same nodes, or several that cover them between them: their prices as a sum."""
+
+    def one(kernel: str, nodes: tuple[str, ...], ns: int, read: Format = ROWS) -> tuple[Candidate, Cost]:
+        return Candidate(kernel, Region("linear", nodes, ("x",), (nodes[-1],)), (read,), (ROWS,)), Cost(ns, "measured")
+
+    def told(*others: tuple[Candidate, Cost], nodes: tuple[str, ...] = ("q", "k")) -> tuple[str, int]:
+        report = lz.explain(replace(layered(0), choices=(Choice(*one("mkl.merged", nodes, 100), tuple(others)),))).data
+        up = report["regions"][0]["runner_up"]
+        return (runner_up_text(up), up["cost_ns"]) if up else ("", 0)
+
+    q, k = one("onednn.linear", ("q",), 60), one("onednn.linear", ("k",), 70)
+    assert told(q, k, one("aten.mm", ("q",), 90), one("mkl.wider", ("q", "k", "v"), 10)) == ("2x onednn.linear", 130)
+    assert told(one("aten.merged", ("q", "k"), 120), q, k) == ("aten.merged", 120)
+    assert told(one("aten.merged", ("q", "k"), 140), q, k) == ("2x onednn.linear", 130)
+    assert told(one("mkl.merged", ("q", "k"), 140, BF16)) == ("mkl.merged in bfloat16", 140)
+    assert told(one("onednn.linear", ("q",), 60), nodes=("q", "gelu")) == ("onednn.linear, without 1 fused node", 60)
+    assert told(one("mkl.wider", ("q", "k", "v"), 10)) == ("", 0)
 
 
 # --- profiled -------------------------------------------------------------------------------------------------------------
@@ -410,7 +477,8 @@ def test_a_profile_gives_each_region_its_own_time() -> None:
     assert {r["kernel"] for r in plan["regions"]} == {"mkl.linear_packed"}
     first, wide, largest, last = timed.values()
     assert largest > 4 * max(wide, last) > 8 * first > 0  # 1, 16, 256 and 16 units of work
-    assert sum(timed.values()) == graph["profiled"]["kernels_ns"] < graph["profiled"]["call_ns"]
+    profiled = graph["profiled"]
+    assert sum(timed.values()) == profiled["kernels_ns"] < profiled["call_ns"] + profiled["overhead_ns"]
     assert str(report).count("in a profiled call") == 4
     assert "in a call" in in_terminal(report)
     drawn = [r["profiled_ns"] for r in plan["rows"] if r["kind"] == "region"]

@@ -28,11 +28,12 @@ WARM, CALLS = 3, 9
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Medians of `CALLS` calls: nanoseconds of one call while it is profiled, and of the kernels of each plan, by its fingerprint and
+    """Medians of `CALLS` calls: nanoseconds of one call, what profiling adds to it, and the kernels of each plan, by its fingerprint and
     the name of a region."""
 
     call_ns: int
     kernels: Mapping[str, Mapping[str, int]]
+    overhead_ns: int = 0
 
 
 def name_of(choice: Choice) -> str:
@@ -55,15 +56,11 @@ def profile(records: Sequence[GraphRecord], run: Callable[[], object]) -> None:
             for choice in plan.choices:
                 for operator in _operators(choice, record.calls) if choice.candidate.kernel != LOOP else ():
                     users.setdefault(operator, []).append((plan.fingerprint, name_of(choice)))
-    for _ in range(WARM):
-        run()
     found: dict[str, list[int]] = {}
-    whole: list[int] = []
+    _timed(run, WARM)
+    alone = _timed(run)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(CALLS):
-            start = time.perf_counter_ns()
-            run()
-            whole.append(time.perf_counter_ns() - start)
+        whole = _timed(run)
     for event in sorted(profiler.events() or (), key=lambda e: e.time_range.start):
         if event.name in users and not _within(event, users):
             found.setdefault(event.name, []).append(round(1e3 * event.time_range.elapsed_us()))
@@ -77,7 +74,17 @@ def profile(records: Sequence[GraphRecord], run: Callable[[], object]) -> None:
             fingerprint, region = regions[i // each]
             kernels[fingerprint][region] = kernels[fingerprint].get(region, 0) + round(median(times))
     for record in planned:
-        record.profile = Profile(round(median(whole)), kernels)
+        record.profile = Profile(alone, kernels, max(0, whole - alone))
+
+
+def _timed(run: Callable[[], object], calls: int = CALLS) -> int:
+    """Median nanoseconds of a call."""
+    taken = []
+    for _ in range(calls):
+        start = time.perf_counter_ns()
+        run()
+        taken.append(time.perf_counter_ns() - start)
+    return round(median(taken))
 
 
 def _operators(choice: Choice, calls: Mapping[str, Collection[str]]) -> list[str]:
