@@ -165,7 +165,8 @@ def _unmeasured(model: CostModel) -> tuple[str, ...]:
     """What the plan could not know. (Elsewhere an unmeasured price is the cost model's purpose.)"""
     if not isinstance(model, Measured) or not model.unmeasured:
         return ()
-    then = "raise measure_budget_s and solve again" if model.measures else "the target is not here, and its store lacks them"
+    again = "raise measure_budget_s, and plan again after `lz cache clear verdict`"
+    then = again if model.measures else "the target is not here, and its store lacks them"
     return (f"{len(model.unmeasured)} of {len(model.asked)} kernels are not measured: {then}",)
 
 

@@ -18,9 +18,12 @@ from test_cli import fails, run
 from torch import nn
 
 import lz_compiler as lz
+from lz_compiler import backend, zoo
+from lz_compiler.capture import GraphView
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.plan_io import load_problem, plan_from_dict, plan_to_dict, save_problem
 from lz_compiler.planner import check, solve
+from lz_compiler.planning import make_plan
 from lz_compiler.reports.compare import Decision, both_sides, changes, compare_files, what_if, what_if_plan
 from lz_compiler.reports.drawing import drawing, identity
 from lz_compiler.reports.report import runner_up_text
@@ -182,57 +185,105 @@ def test_displays_itself_in_a_notebook() -> None:
     assert frame.count('"') == 6
 
 
+def in_browser(folder: Path, page: str, look: str) -> dict[str, Any]:
+    """What the script `look` wrote into `seen`, in a page that was drawn without an error."""
+    probe = f"""<script>
+const event = key => new KeyboardEvent("keydown", {{ key, bubbles: true, cancelable: true }});
+const press = (key, at) => (at || document.activeElement).dispatchEvent(event(key));
+const find = text => {{ $("search").value = text; search(); return count(".row:not(.head):not(.hidden)"); }};
+const count = what => document.querySelectorAll(what).length, picked = () => document.querySelector("[aria-selected=true]").innerText;
+const seen = {{ ready: performance.now() }};
+{look}
+document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(seen) + "NEES"));
+</script>"""
+    (folder / "page.html").write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    command = [str(CHROMIUM), *flags.split(), "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
+    done = subprocess.run(
+        [*command, "--dump-dom", (folder / "page.html").as_uri()], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    text = done.stdout.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    found = re.search("SEEN(.*)NEES", text, re.DOTALL)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    seen: dict[str, Any] = json.loads(found[1])
+    return seen
+
+
 @pytest.mark.skipif(shutil.which("node") is None and CHROMIUM is None, reason="neither node nor Chromium: the page's script is not run")
 def test_script_runs(tmp_path: Path) -> None:
-    page = lz.explain(replace(layered(32), notes=(EVIL,))).html()
+    plan = layered(32)
+    page = lz.explain(replace(plan, notes=(EVIL,), peaks={**plan.peaks, "float8_e4m3fn": 8e11})).html()
     if shutil.which("node"):
         (tmp_path / "page.js").write_text(page.split("<script>")[1].split("</script>")[0])
         done = subprocess.run(["node", "--check", str(tmp_path / "page.js")], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     if CHROMIUM is None:
         return
-    probe = """<script>
-const event = key => new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true });
-const press = (key, at) => (at || document.activeElement).dispatchEvent(event(key));
-const count = what => document.querySelectorAll(what).length, picked = () => document.querySelector("[aria-selected=true]").innerText;
-const seen = { ready: performance.now(),
-  rows: count(".row:not(.head)"), images: document.images.length, edges: count("#edges path"), dots: count(".dot") };
+    seen = in_browser(tmp_path, page, """
+Object.assign(seen, { rows: count(".row:not(.head)"), images: document.images.length, edges: count("#edges path"), dots: count(".dot") });
+seen.roofs = [...document.querySelectorAll("svg text")].map(e => e.textContent).filter(t => t.includes("not used"));
+seen.notes = [...document.querySelectorAll(".note")].map(e => e.textContent).filter(t => t.includes("would lower"));
 press("/", document.body); seen.search = document.activeElement.id;
-$("search").value = "attend_7 sdpa"; $("search").dispatchEvent(new Event("input"));
-seen.hits = count(".row:not(.head):not(.hidden)"); press("Enter"); seen.hit = picked(); seen.details = $("details").innerText;
+seen.layer = find("layer 7 sdpa"); seen.hits = find("attend_7 sdpa");
+press("Enter"); seen.hit = picked(); seen.details = $("details").innerText;
 press("Escape", $("search")); press("Home"); seen.home = picked(); press("ArrowDown"); seen.down = picked();
 seen.focus = document.activeElement.id; press("Enter"); seen.entered = document.activeElement.id;
-press("Escape"); seen.back = document.activeElement.id;
-document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(seen) + "NEES"));
-</script>"""
-    (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    command = [
-        CHROMIUM,
-        *flags.split(),
-        "--disable-sync",
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom",
-    ]
-    done = subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, check=False, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    text = done.stdout.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    found = re.search("SEEN(.*)NEES", text, re.DOTALL)
-    assert found, done.stdout[-2000:] + done.stderr[-2000:]
-    seen = json.loads(found[1])
+press("Escape"); seen.back = document.activeElement.id;""")  # fmt: skip
     assert seen["rows"] <= 8  # 32 layers are folded
     assert seen["ready"] < 2000  # ms from the start of loading until everything is drawn
     assert seen["search"] == "search"
-    assert seen["hits"] == 1
+    assert seen["layer"] == seen["hits"] == 1
     assert "aten.sdpa" in seen["hit"]
-    for words in ("causal", "Runner-up aten.mm", "weight_not_frozen", "needs freeze=True", "8: attend_7"):
+    for words in ("causal", "Runner-up aten.mm", "weight_not_frozen", "needs freeze=True", "8: attend_7", "layer 7"):
         assert words in seen["details"]
     assert seen["home"] != seen["down"]
     assert (seen["focus"], seen["entered"]) == (seen["back"], "details")
     assert seen["images"] == 0
     assert seen["edges"] > 4
     assert seen["dots"] == 3
+    assert seen["roofs"] == ["float8_e4m3fn 800 GF/s, not used"]
+    # 64 products of 1e6 flop: 5000 ns at 2e11, 2500 at 4e11 flop/s; the head's 1e5 bytes take 10000 ns, half of that in bfloat16.
+    # Attention is in bfloat16 already; its 8000 bytes would be 4000.
+    assert seen["notes"] == [
+        f"{dtype} would lower the floor of {kernels} kernels from {now} µs to {then} µs. "
+        f"With kernels as far from it as now: {less} µs less, {part} % of the plan."
+        for dtype, kernels, now, then, less, part in (
+            ("bfloat16", 65, "330.0", "165.0", "298.0", 39), ("float8_e4m3fn", 97, "355.6", "95.30", "527.0", 69),
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="the page is not drawn without Chromium")
+def test_the_page_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 layers of a Llama: small, quick, and each layer is found by its number and by its modules."""
+    model, args, _ = zoo.llama32()
+    found: list[Plan] = []
+
+    class Planned(BaseException):  # what Dynamo would wrap is an Exception
+        """Raised instead of compiling, which takes minutes."""
+
+    def plan(graph: Any, options: Any, target: Any, store: Any, frozen: Any, *_: Any) -> None:
+        found.append(make_plan(GraphView(graph, frozen), options, target, store, fingerprint="llama", kind="inference"))
+        raise Planned
+
+    monkeypatch.setattr(backend, "plan_and_apply", plan)
+    compiled = lz.compile(model, cost_model="roofline", race=False, freeze=True, solve_budget_s=60.0)
+    with torch.no_grad(), pytest.raises(Planned):
+        compiled(*args)
+    page = lz.explain(found[0]).html()
+    assert len(page.encode()) < 2_000_000
+    seen = in_browser(tmp_path, page, """
+seen.rows = count(".row:not(.head)"); seen.layer = find("layer 3 attention");
+seen.q = find("blocks.3.attention.q"); seen.none = find("layer 32");
+seen.down = find("layer 31 mlp.down"); press("Enter", $("search")); seen.hit = picked();
+seen.details = $("details").innerText;""")  # fmt: skip
+    assert seen["ready"] < 2000
+    assert seen["rows"] < 60
+    assert (seen["q"], seen["down"], seen["none"]) == (1, 1, 0)
+    assert seen["layer"] >= 3  # q, k and v; attention; o
+    assert "blocks.*.mlp.down" in seen["hit"]
+    assert "blocks.31.mlp.down" in seen["details"]
 
 
 def in_terminal(report: Any, width: int = 100) -> str:
@@ -315,6 +366,42 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     (tmp_path / "c.json").write_text('{"rows": 3}')
     assert "neither a plan" in fails(capsys, monkeypatch, "diff", str(files[0]), str(tmp_path / "c.json"))
     assert "cannot read" in fails(capsys, monkeypatch, "diff", str(files[0]), str(tmp_path / "none.json"))
+
+
+def test_a_diff_says_what_else_differs(tmp_path: Path) -> None:
+    """Other options, another device: said before the decisions are compared."""
+    model, x = nn.Linear(8, 8).eval(), torch.ones(4, 8)
+    plans = [lz.solve(model, (x,), cost_model="roofline", race=False, freeze=freeze) for freeze in (False, True)]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    plans[1] = replace(plans[1], cells=tuple(
+        replace(c, plans=tuple(replace(p, environment={**p.environment, "name": "another CPU"}) for p in c.plans)) for c in plans[1].cells
+    ))  # fmt: skip
+    for file, plan in zip(files, plans, strict=True):
+        plan.save(file)
+    report = compare_files(*files)
+    settings = report.data["diff"]["graphs"][0]["settings"]
+    assert [row[0] for row in settings] == ["name", "freeze"]
+    assert settings[1] == ["freeze", "false", "true"]
+    assert "freeze: false -> true" in str(report)
+    assert "another CPU" in in_terminal(report, 200)
+    assert compare_files(files[0], files[0]).data["diff"]["graphs"][0]["settings"] == []
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.ones(4, 8)
+    asked = {"race": False, "freeze": True, "cache_dir": str(tmp_path)}
+    bare = lz.solve(model, (x,), measure_budget_s=0.0, **asked)
+    assert run("cache", "clear", "verdict", "--cache-dir", str(tmp_path)).stdout == "1 removed\n"
+    full = lz.solve(model, (x,), measure_budget_s=60.0, **asked)
+    (note,) = bare.cells[0].plans[0].notes
+    count = re.fullmatch(
+        r"(\d+) of (\d+) kernels are not measured: raise measure_budget_s, and plan again after `lz cache clear verdict`", note
+    )
+    assert count
+    assert count[1] == count[2] > "1"
+    assert ", 0% of it measured" in str(lz.explain(bare))
+    assert not full.cells[0].plans[0].notes
+    assert ", 0% of it measured" not in str(lz.explain(full))
 
 
 def chain() -> Problem:
