@@ -68,7 +68,7 @@ class GraphView:
         stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
         path = str(list(stack.values())[-1][0]) if stack else ""
         path = re.sub(r"(\._modules)?\[['\"]?([^'\"\]]*)['\"]?\]", r".\2", path)
-        return re.sub(r"^L\.self\.?", "", path)
+        return re.sub(r"^L\.\w+\.?", "", path)  # Dynamo's name for the local variable
 
     def base(self, node: fx.Node) -> fx.Node:
         """The node whose elements `node` has, in the same order: reshapes stripped."""
