@@ -404,6 +404,27 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     assert ", 0% of it measured" not in str(lz.explain(full))
 
 
+class Window(nn.Module):
+    """Attention that sees eight keys back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(x.shape[-2])
+        apart = place[:, None] - place
+        mask = torch.where((apart >= 0) & (apart < 8), 0.0, float("-inf"))
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def test_a_kept_mask_tells_what_was_proved_of_it() -> None:
+    model, x = Window(), torch.randn(1, 2, 32, 16)
+    with torch.no_grad():
+        compiled = lz.compile(model, cost_model="roofline", race=False)
+        torch.testing.assert_close(compiled(x), model(x))
+    (attention,) = [r for r in lz.explain(compiled).data["graphs"][0]["plans"][0]["regions"] if r["op"] == "attention"]
+    assert attention["reads_mask"]
+    refused = {r["kernel"]: r["detail"] for r in attention["rejections"] if r["code"] == "mask"}
+    assert refused["aten.flash_attention_cpu"] == "is_causal cannot say this predicate; proved: causal, window 8; no empty rows"
+
+
 def chain() -> Problem:
     """Two tied products and a sink; the cheap kernel writes bfloat16, which must be converted back."""
     candidates, costs, conversions = [], [], []

@@ -213,13 +213,15 @@ def _regret(pyplot: Any, plans: Sequence[Row], path: Path) -> Path:
     models = [r for r in plans if r["solver"] == exact(plans) and r["experiment"] == "models"]
     for axis, key, rows in ((axes[0], "cost_model", models), (axes[1], "solver", [r for r in plans if r["cost_model"] == "measured"])):
         names = list(dict.fromkeys(r[key] for r in rows))
+        axis.set(ylabel="regret, %; diamonds: mean, 95 % interval", yscale="symlog")
         axis.boxplot([[100 * float(r["regret"]) for r in rows if r[key] == n] for n in names], tick_labels=names, showfliers=False)
         for place, name in enumerate(names, 1):
             means = [100 * v for v in by_case((r for r in rows if r[key] == name), lambda r: float(r["regret"])).values()]
             mean, (low, high) = statistics.fmean(means), interval(means)
             axis.errorbar([place], [mean], [[mean - low], [high - mean]], fmt="D", color="black", markersize=3, capsize=3)
         _noise_floor(axis, plans)
-        axis.set(ylabel="regret, %; diamonds: mean, 95 % interval", yscale="symlog")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
         axis.tick_params(axis="x", rotation=30)
     return _saved(pyplot, figure, path)
 
