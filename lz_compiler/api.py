@@ -56,7 +56,7 @@ def explain(compiled: Any = None, profile: Callable[[], object] | None = None) -
     """What was decided for a compiled module or function, for a Plan or ModelPlan, or (no argument) in this whole process.
 
     A compiled module is known by its parameters, a function by the source lines that its graphs were traced from. `profile` calls what was
-    compiled, `lambda: compiled(x)`: then each region shows what its kernel takes inside that call, too (on a CPU).
+    compiled, `lambda: compiled(x)`: then each region shows what its kernel takes inside that call, too.
     OptionError where there is nothing to profile.
     """
     if isinstance(compiled, Plan):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,14 @@ class GraphView:
         if node not in self._specs:
             self._specs[node] = spec_of(node.meta["val"])
         return self._specs[node]
+
+    def module(self, name: str) -> str:
+        """The innermost module whose code made a node, as `blocks.3.attention.q`; "" where the capture does not say."""
+        meta = self.by_name[name].meta
+        stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
+        path = str(list(stack.values())[-1][0]) if stack else ""
+        path = re.sub(r"(\._modules)?\[['\"]?([^'\"\]]*)['\"]?\]", r".\2", path)
+        return re.sub(r"^L\.\w+\.?", "", path)  # Dynamo's name for the local variable
 
     def base(self, node: fx.Node) -> fx.Node:
         """The node whose elements `node` has, in the same order: reshapes stripped."""

@@ -88,10 +88,10 @@ def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 def explain(
     what: Annotated[str, typer.Argument(metavar="MODULE:FACTORY|FILE.json", help="what to compile, or a plan or problem of `lz solve`")],
     as_json: Json = False, option: Option = None, calls: int = 40, html: Html = None,
-    profile: Annotated[bool, typer.Option(help="What each kernel takes inside a call, too: on a CPU.")] = False,
+    profile: Annotated[bool, typer.Option(help="What each kernel takes inside a call, too.")] = False,
     what_if: Annotated[list[str] | None, typer.Option(
         "--what-if", metavar="RULE", help="With a plan or problem: deny=KERNEL_OR_BACKEND or lock=KERNEL_OR_BACKEND; repeatable.")] = None,
-    problems: Annotated[str | None, typer.Option(metavar="FOLDER", help="A plan's problems, for --what-if [problems beside it].")] = None,
+    problems: Annotated[str | None, typer.Option(metavar="FOLDER", help="A plan's problems, for --what-if; beside it if left out.")] = None,
 ) -> None:  # fmt: skip
     """Explain every choice: of a stored plan, or of what MODULE:FACTORY returns, compiled and run CALLS times for the race.
 

@@ -55,6 +55,10 @@ class ModelError(LayerZeroError, ValueError):
     """A learned cost model that cannot be read, or cannot be trained."""
 
 
+class TooFewError(ModelError):
+    """Not enough measurements to train a cost model on."""
+
+
 class FingerprintError(LayerZeroError, ValueError):
     """A model folder that has no fingerprint, or a stored fingerprint that cannot be read."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def _choice(d: Mapping[str, Any]) -> Choice:
 def plan_from_dict(d: Mapping[str, Any]) -> Plan:
     if d.get("schema_version") != VERSION:
         raise PlanError(f"a plan of schema version {d.get('schema_version')!r}; this LayerZero reads {VERSION}. Plan again.")
-    later = ("barred", "peaks")  # older plans have none
+    later = ("barred", "peaks", "modules", "problem")  # older plans have none
     fields = {f.name: d[f.name] for f in dataclasses.fields(Plan) if f.name in d or f.name not in later}
     conversions = tuple((Conversion(_is(c["tensor"], str), _format(c["src"]), _format(c["dst"])), _cost(k)) for c, k in d["conversions"])
     fields |= {
@@ -95,6 +96,7 @@ def plan_from_dict(d: Mapping[str, Any]) -> Plan:
         "notes": _names(d["notes"]), "barred": _names(d.get("barred", ())),
         "environment": {_is(k, str): _is(v, str) for k, v in d["environment"].items()},
         "peaks": {_is(k, str): _is(v, int, float) for k, v in d.get("peaks", {}).items()},
+        "modules": {_is(k, str): _is(v, str) for k, v in d.get("modules", {}).items()}, "problem": _is(d.get("problem", ""), str),
         **{name: _is(d[name], str) for name in ("fingerprint", "kind", "solver")},
         **{name: _is(d[name], int, float) for name in ("objective", "bound", "epsilon", "plan_s")},
     }  # fmt: skip
@@ -121,9 +123,16 @@ def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None
 PROBLEM_VERSION = 1
 
 
-def problem_name(fingerprint: str, kind: str, lossy: bool) -> str:
-    """The file of a graph's problem in the folder of the option `problems`."""
-    return f"{fingerprint}.{kind}.{'lossy' if lossy else 'lossless'}.problem.json"
+def problem_name(fingerprint: str, kind: str, digest: str) -> str:
+    """The file of a graph's problem in the folder of the option `problems`: another solve's prices are another file."""
+    return f"{fingerprint}.{kind}.{digest}.problem.json"
+
+
+def keep_problem(problem: Problem, folder: str, fingerprint: str, kind: str) -> str:
+    """Save it in the folder under its own name, and return its digest."""
+    digest = hashlib.sha256(json.dumps(problem_to_dict(problem), sort_keys=True).encode()).hexdigest()[:12]
+    save_problem(problem, Path(folder) / problem_name(fingerprint, kind, digest))
+    return digest
 
 
 def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:

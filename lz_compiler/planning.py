@@ -7,15 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from . import backends, planner, torch_private
 from .capture import GraphView
 from .cost_models import CostModel, RefiningCostModel, cost_model
+from .cost_models.measured import Measured
 from .cost_models.roofline import Roofline
 from .errors import PolicyError, SolverError
 from .options import Options
-from .plan_io import problem_name, save_problem
+from .plan_io import keep_problem
 from .problem import CALL, LOOP, VIEW, Enumeration, add_defaults, build, enumerate_regions, refused_when_smaller
 from .timings import TimingStore
 from .trust.circuit import Quarantine
@@ -82,8 +82,6 @@ def pose(
     )  # fmt: skip
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
     problem = replace(build(view, found, options, roofline), error_budget=options.error_budget / dilution)
-    if options.problems is not None:
-        save_problem(problem, Path(options.problems) / problem_name(fingerprint, kind, problem.error_budget > 0))
     return Posed(view, options, target, fingerprint, kind, model, found, problem, dilution,
                  FirstUse(view, options, target, store, trust))  # fmt: skip
 
@@ -172,12 +170,25 @@ def decode(posed: Posed, solution: Solution, notes: tuple[str, ...] = ()) -> Pla
         choices.append(Choice(candidate, cost, others, rejected, *found.work.get(index, (0, 0)), tuple(sorted(after))))
     epsilon = posed.dilution * sum(problem.candidates[i].epsilon ** 2 for i in chosen) ** 0.5
     conversions = tuple((problem.conversions[i], problem.conversion_costs[i]) for i in solution.converted)
+    folder = posed.options.problems
     return Plan(
         fingerprint=posed.fingerprint, kind=posed.kind, environment=dict(target.environment), choices=tuple(choices),
         conversions=conversions, objective=solution.objective, bound=solution.bound, status=solution.status,
-        solver=solution.solver, epsilon=epsilon, plan_s=posed.seconds, notes=(*notes, *_effects(posed.options, found)),
+        solver=solution.solver, epsilon=epsilon, plan_s=posed.seconds,
+        notes=(*notes, *_unmeasured(posed.model), *_effects(posed.options, found)),
         barred=_barred(found), peaks={"bandwidth": target.bandwidth, **{k: v for k, v in target.flops.items() if k != "transcendental"}},
+        modules={n: m for c in choices if c.candidate.kernel != LOOP for n in c.candidate.region.nodes if (m := view.module(n))},
+        problem=keep_problem(problem, folder, posed.fingerprint, posed.kind) if folder is not None else "",
     )  # fmt: skip
+
+
+def _unmeasured(model: CostModel) -> tuple[str, ...]:
+    """What the plan could not know. (Elsewhere an unmeasured price is the cost model's purpose.)"""
+    if not isinstance(model, Measured) or not model.unmeasured:
+        return ()
+    again = "raise measure_budget_s, and plan again after `lz cache clear verdict`"
+    then = again if model.measures else "the target is not here, and its store lacks them"
+    return (f"{len(model.unmeasured)} of {len(model.asked)} kernels are not measured: {then}",)
 
 
 def _effects(options: Options, found: Enumeration) -> tuple[str, ...]:
@@ -235,11 +246,17 @@ def _unlocked(found: Enumeration, core: Iterable[Rule]) -> str:
 
 
 def _alternatives(candidate: Candidate, overlapping: Mapping[str, list[tuple[Candidate, Cost]]]) -> list[tuple[Candidate, Cost]]:
-    """Other candidates for the same region, cheapest first; then those for other regions around its first node."""
+    """Other candidates for the same region, cheapest first, and then the cheapest for each other region around its nodes."""
     seen = {id(other): (other, cost) for node in candidate.region.nodes for other, cost in overlapping[node]}
-    usable = [(o, c) for o, c in seen.values() if o is not candidate and o.epsilon != math.inf]
-    rivals = [(o, c) for o, c in usable if o.kernel not in (LOOP, VIEW, CALL)]
-    return sorted(rivals, key=lambda oc: (set(oc[0].region.nodes) != set(candidate.region.nodes), oc[1].weighed))[:8]
+    usable = ((o, c) for o, c in seen.values() if o is not candidate and o.epsilon != math.inf)
+    rivals = sorted(((o, c) for o, c in usable if o.kernel not in (LOOP, VIEW, CALL)), key=lambda oc: oc[1].weighed)
+    own = frozenset(candidate.region.nodes)
+    around: dict[frozenset[str], tuple[Candidate, Cost]] = {}
+    for rival in rivals:
+        around.setdefault(frozenset(rival[0].region.nodes), rival)
+    around.pop(own, None)
+    same = [rival for rival in rivals if frozenset(rival[0].region.nodes) == own]
+    return [*same[:8], *sorted(around.values(), key=lambda oc: (not own.issuperset(oc[0].region.nodes), oc[1].weighed))[:8]]
 
 
 def _rejections(candidate: Candidate, rejections: Mapping[tuple[str, ...], list[Rejection]]) -> list[Rejection]:

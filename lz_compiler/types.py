@@ -192,7 +192,8 @@ class Plan:
     """The decision for one graph, complete: `lower` and `explain` read nothing else. Choices are in the graph's order.
 
     `barred`: finalists that may not run the graph, since they would use what the policy forbids. `peaks`: the target's, in
-    bytes/s under "bandwidth" and flop/s by dtype.
+    bytes/s under "bandwidth" and flop/s by dtype. `modules`: the module that made a choice's node, where the capture says it.
+    `problem`: digest of the integer program that this solves, where it was written (plan_io.problem_name).
     """
 
     fingerprint: str
@@ -209,6 +210,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     barred: tuple[str, ...] = ()
     peaks: Mapping[str, float] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
 
     @property
     def predicted(self) -> int:

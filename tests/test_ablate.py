@@ -28,7 +28,7 @@ from lz_compiler.errors import ModelError, OptionError, PlanError
 from lz_compiler.options import Options
 from lz_compiler.research import ablate, ablate_report, corpus
 from lz_compiler.research.corpus import Case
-from lz_compiler.types import Candidate, Cost, Rejection, Status
+from lz_compiler.types import Candidate, Cost, Rejection, Status, Target
 
 CORPORA = Path(__file__).parents[1] / "benchmarks" / "corpora"
 TIMES = ("price_s", "solve_s", "estimated_measure_s")
@@ -242,6 +242,8 @@ def test_a_kill_between_the_two_tables_repeats_no_price(small: list[Case], tmp_p
 
 
 def test_the_command_prints_its_tables(small: list[Case], tmp_path: Path) -> None:
+    from pyarrow import parquet
+
     pytest.importorskip("matplotlib")
     for one in small[:2]:
         corpus.save(one, tmp_path / "cases")
@@ -255,6 +257,47 @@ def test_the_command_prints_its_tables(small: list[Case], tmp_path: Path) -> Non
     table = ablate_report.read(tmp_path / "out" / "plans.csv")
     assert {r["cost_model"] for r in table} == {"measured", "roofline"}
     assert all(float(r["regret"]) >= -1e-9 for r in table)
+    stored = parquet.read_table(tmp_path / "out" / "plans.parquet").to_pylist()
+    assert [(r["case"], r["solver"], r["judged_ns"]) for r in stored] == [(r["case"], r["solver"], int(r["judged_ns"])) for r in table]
+
+
+def test_solvers_may_be_asked_for_later(small: list[Case], tmp_path: Path) -> None:
+    """A run with more solvers plans what is missing, and prices nothing twice; another exact solver may stand in for CP-SAT."""
+    for one in small[:1]:
+        corpus.save(one, tmp_path / "cases")
+    place = ["ablate", "--corpus", str(tmp_path / "cases"), "--out", str(tmp_path / "out"), "--model", "measured", "--no-figures"]
+    first = CliRunner().invoke(cli.app, [*place, "--solver", "highs"])
+    assert first.exit_code == 0, first.output
+    assert "| highs | 1/1 |" in first.output
+    priced = ablate_report.read(tmp_path / "out" / "prices.csv")
+    later = CliRunner().invoke(cli.app, [*place, "--solver", "highs", "--solver", "greedy", "--solver", "cp_sat"])
+    assert later.exit_code == 0, later.output
+    assert "| greedy | 1/1 |" in later.output
+    assert [r["solver"] for r in ablate_report.read(tmp_path / "out" / "plans.csv")] == ["highs", "greedy", "cp_sat"]
+    assert ablate_report.read(tmp_path / "out" / "prices.csv") == priced
+    alone = CliRunner().invoke(cli.app, [*place[:-3], "--out", str(tmp_path / "alone"), "--model", "roofline", "--no-figures"])
+    assert alone.exit_code == 0, alone.output  # nothing to compare with
+
+
+def test_a_case_without_training_data_is_left_out(small: list[Case], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    said: list[str] = []
+    ablate.run(small[:1], tmp_path, ("learned", "roofline"), ("cp_sat",), (0,), said.append)
+    assert any("left out: training needs measurements of two models" in line for line in said)
+    assert {r["cost_model"] for r in rows(tmp_path / "plans.csv")} == {"roofline"}
+    with pytest.raises(PlanError, match=r"in a clone of the repository, .* or give --corpus DIR"):
+        corpus.load_all([tmp_path / "none"])
+
+
+def test_kernels_of_one_name_are_told_apart() -> None:
+    """Greedy's convolutions and the best plan's have one name: what moved is their layout, or what they absorb."""
+    problem = case("resnet50_1x224").problem
+    told = ablate.moved(problem, planner.solve(problem, "greedy", 20.0), planner.solve(problem, "cp_sat", 20.0))
+    left, _, right = told.partition(" > ")
+    assert left != right
+    for side in (left, right):
+        assert "onednn.conv_packed (add, channels_last:" in side
+        assert "onednn.conv_packed (channels_last:" in side
 
 
 def test_statistics() -> None:
@@ -299,6 +342,27 @@ def test_a_cost_model_may_be_an_object() -> None:
     assert Options(cost_model=own).key() == Options(cost_model=Own()).key() != Options().key()
     with pytest.raises(OptionError, match="an object with a `name` and a method `price`"):
         Options.resolve({"cost_model": object()})
+
+
+def plugged(target: Target, store: object, seconds: float) -> Roofline:
+    """A cost model of a third party, as a function."""
+    return Roofline(target)
+
+
+def test_a_cost_model_is_found_through_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "plugged-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[lz_compiler.cost_models]\nplugged = {__name__}:plugged\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked: list[str] = []
+    monkeypatch.setattr(sys.modules[__name__], "plugged", lambda target, store, seconds: asked.append(target.device) or Roofline(target))
+    model, x = mlp(), torch.randn(8, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(lz.compile(model, cost_model="plugged", race=False)(x), model(x))
+    assert asked == ["cpu"]
+    with pytest.raises(OptionError, match="'plugged'"):
+        Options.resolve({"cost_model": "pluged"})
 
 
 def test_a_plan_of_a_cost_model_object_is_kept_under_its_name(tmp_path: Path) -> None:

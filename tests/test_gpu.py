@@ -508,3 +508,24 @@ def test_what_is_not_safe_in_a_cuda_graph_costs_one_row(kernel: str, says: str, 
     good = found["unsafe.good"]
     assert good.status == "passed"
     assert verdict.tried == good.tried > 1  # the rows before and behind it were tried
+
+
+# --- profiles ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cudagraphs", [False, True])
+def test_a_profile_gives_each_region_its_kernels_time(cudagraphs: bool) -> None:
+    model, (ids,), _ = zoo.llama(zoo.LlamaConfig(hidden=1024, layers=2, intermediate=2816), 1, 512)
+    model, ids = model.to(DEVICE, torch.bfloat16), ids.to(DEVICE)
+    with torch.no_grad():
+        run = lz.compile(model, race=False, freeze=True, cudagraphs=cudagraphs, **FAST)
+        before = [run(ids).clone() for _ in range(3)][-1]
+        (graph,) = lz.explain(run, profile=lambda: run(ids)).data["graphs"]
+        torch.testing.assert_close(run(ids), before)  # the graph is replayed as before
+    (plan,) = graph["plans"]
+    timed = {f"{r['op']}: {r['kernel']}": r["profiled_ns"] for r in plan["regions"]}
+    assert timed
+    assert all(timed.values()), timed
+    profiled = graph["profiled"]
+    assert profiled["kernels_ns"] == pytest.approx(sum(r["profiled_ns"] * r["count"] for r in plan["regions"]), rel=0.01)
+    assert 0 < profiled["kernels_ns"] <= profiled["call_ns"]

@@ -18,11 +18,15 @@ from test_cli import fails, run
 from torch import nn
 
 import lz_compiler as lz
+from lz_compiler import backend, zoo
+from lz_compiler.capture import GraphView
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.plan_io import load_problem, plan_from_dict, plan_to_dict, save_problem
 from lz_compiler.planner import check, solve
-from lz_compiler.reports.compare import Decision, both_sides, changes, what_if
+from lz_compiler.planning import make_plan
+from lz_compiler.reports.compare import Decision, both_sides, changes, compare_files, what_if, what_if_plan
 from lz_compiler.reports.drawing import drawing, identity
+from lz_compiler.reports.report import runner_up_text
 from lz_compiler.types import Candidate, Choice, Conversion, Cost, Format, Plan, Problem, Region, Rejection, Status
 
 EVIL = "</script><img src=x onerror=alert(1)><!--"
@@ -181,57 +185,105 @@ def test_displays_itself_in_a_notebook() -> None:
     assert frame.count('"') == 6
 
 
+def in_browser(folder: Path, page: str, look: str) -> dict[str, Any]:
+    """What the script `look` wrote into `seen`, in a page that was drawn without an error."""
+    probe = f"""<script>
+const event = key => new KeyboardEvent("keydown", {{ key, bubbles: true, cancelable: true }});
+const press = (key, at) => (at || document.activeElement).dispatchEvent(event(key));
+const find = text => {{ $("search").value = text; search(); return count(".row:not(.head):not(.hidden)"); }};
+const count = what => document.querySelectorAll(what).length, picked = () => document.querySelector("[aria-selected=true]").innerText;
+const seen = {{ ready: performance.now() }};
+{look}
+document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(seen) + "NEES"));
+</script>"""
+    (folder / "page.html").write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    command = [str(CHROMIUM), *flags.split(), "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
+    done = subprocess.run(
+        [*command, "--dump-dom", (folder / "page.html").as_uri()], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    text = done.stdout.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    found = re.search("SEEN(.*)NEES", text, re.DOTALL)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    seen: dict[str, Any] = json.loads(found[1])
+    return seen
+
+
 @pytest.mark.skipif(shutil.which("node") is None and CHROMIUM is None, reason="neither node nor Chromium: the page's script is not run")
 def test_script_runs(tmp_path: Path) -> None:
-    page = lz.explain(replace(layered(32), notes=(EVIL,))).html()
+    plan = layered(32)
+    page = lz.explain(replace(plan, notes=(EVIL,), peaks={**plan.peaks, "float8_e4m3fn": 8e11})).html()
     if shutil.which("node"):
         (tmp_path / "page.js").write_text(page.split("<script>")[1].split("</script>")[0])
         done = subprocess.run(["node", "--check", str(tmp_path / "page.js")], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     if CHROMIUM is None:
         return
-    probe = """<script>
-const event = key => new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true });
-const press = (key, at) => (at || document.activeElement).dispatchEvent(event(key));
-const count = what => document.querySelectorAll(what).length, picked = () => document.querySelector("[aria-selected=true]").innerText;
-const seen = { ready: performance.now(),
-  rows: count(".row:not(.head)"), images: document.images.length, edges: count("#edges path"), dots: count(".dot") };
+    seen = in_browser(tmp_path, page, """
+Object.assign(seen, { rows: count(".row:not(.head)"), images: document.images.length, edges: count("#edges path"), dots: count(".dot") });
+seen.roofs = [...document.querySelectorAll("svg text")].map(e => e.textContent).filter(t => t.includes("not used"));
+seen.notes = [...document.querySelectorAll(".note")].map(e => e.textContent).filter(t => t.includes("would lower"));
 press("/", document.body); seen.search = document.activeElement.id;
-$("search").value = "attend_7 sdpa"; $("search").dispatchEvent(new Event("input"));
-seen.hits = count(".row:not(.head):not(.hidden)"); press("Enter"); seen.hit = picked(); seen.details = $("details").innerText;
+seen.layer = find("layer 7 sdpa"); seen.hits = find("attend_7 sdpa");
+press("Enter"); seen.hit = picked(); seen.details = $("details").innerText;
 press("Escape", $("search")); press("Home"); seen.home = picked(); press("ArrowDown"); seen.down = picked();
 seen.focus = document.activeElement.id; press("Enter"); seen.entered = document.activeElement.id;
-press("Escape"); seen.back = document.activeElement.id;
-document.body.replaceChildren(document.createTextNode("SEEN" + JSON.stringify(seen) + "NEES"));
-</script>"""
-    (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    command = [
-        CHROMIUM,
-        *flags.split(),
-        "--disable-sync",
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom",
-    ]
-    done = subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, check=False, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    text = done.stdout.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    found = re.search("SEEN(.*)NEES", text, re.DOTALL)
-    assert found, done.stdout[-2000:] + done.stderr[-2000:]
-    seen = json.loads(found[1])
+press("Escape"); seen.back = document.activeElement.id;""")  # fmt: skip
     assert seen["rows"] <= 8  # 32 layers are folded
     assert seen["ready"] < 2000  # ms from the start of loading until everything is drawn
     assert seen["search"] == "search"
-    assert seen["hits"] == 1
+    assert seen["layer"] == seen["hits"] == 1
     assert "aten.sdpa" in seen["hit"]
-    for words in ("causal", "Runner-up aten.mm", "weight_not_frozen", "needs freeze=True", "8: attend_7"):
+    for words in ("causal", "Runner-up aten.mm", "weight_not_frozen", "needs freeze=True", "8: attend_7", "layer 7"):
         assert words in seen["details"]
     assert seen["home"] != seen["down"]
     assert (seen["focus"], seen["entered"]) == (seen["back"], "details")
     assert seen["images"] == 0
     assert seen["edges"] > 4
     assert seen["dots"] == 3
+    assert seen["roofs"] == ["float8_e4m3fn 800 GF/s, not used"]
+    # 64 products of 1e6 flop: 5000 ns at 2e11, 2500 at 4e11 flop/s; the head's 1e5 bytes take 10000 ns, half of that in bfloat16.
+    # Attention is in bfloat16 already; its 8000 bytes would be 4000.
+    assert seen["notes"] == [
+        f"{dtype} would lower the floor of {kernels} kernels from {now} µs to {then} µs. "
+        f"With kernels as far from it as now: {less} µs less, {part} % of the plan."
+        for dtype, kernels, now, then, less, part in (
+            ("bfloat16", 65, "330.0", "165.0", "298.0", 39), ("float8_e4m3fn", 97, "355.6", "95.30", "527.0", 69),
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="the page is not drawn without Chromium")
+def test_the_page_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 layers of a Llama: small, quick, and each layer is found by its number and by its modules."""
+    model, args, _ = zoo.llama32()
+    found: list[Plan] = []
+
+    class Planned(BaseException):  # what Dynamo would wrap is an Exception
+        """Raised instead of compiling, which takes minutes."""
+
+    def plan(graph: Any, options: Any, target: Any, store: Any, frozen: Any, *_: Any) -> None:
+        found.append(make_plan(GraphView(graph, frozen), options, target, store, fingerprint="llama", kind="inference"))
+        raise Planned
+
+    monkeypatch.setattr(backend, "plan_and_apply", plan)
+    compiled = lz.compile(model, cost_model="roofline", race=False, freeze=True, solve_budget_s=60.0)
+    with torch.no_grad(), pytest.raises(Planned):
+        compiled(*args)
+    page = lz.explain(found[0]).html()
+    assert len(page.encode()) < 2_000_000
+    seen = in_browser(tmp_path, page, """
+seen.rows = count(".row:not(.head)"); seen.layer = find("layer 3 attention");
+seen.q = find("blocks.3.attention.q"); seen.none = find("layer 32");
+seen.down = find("layer 31 mlp.down"); press("Enter", $("search")); seen.hit = picked();
+seen.details = $("details").innerText;""")  # fmt: skip
+    assert seen["ready"] < 2000
+    assert seen["rows"] < 60
+    assert (seen["q"], seen["down"], seen["none"]) == (1, 1, 0)
+    assert seen["layer"] >= 3  # q, k and v; attention; o
+    assert "blocks.*.mlp.down" in seen["hit"]
+    assert "blocks.31.mlp.down" in seen["details"]
 
 
 def in_terminal(report: Any, width: int = 100) -> str:
@@ -267,7 +319,30 @@ def test_changes_are_grouped_by_what_they_are() -> None:
     assert changes(old, [d._replace(ns=20) for d in old]) == []
     assert changes(old, [])[0]["count"] == 4
     (grown,) = changes([new[0]], [new[0]._replace(nodes=("mm_0", "gelu_0", "mul_0"))])
-    assert both_sides(grown) == [["onednn.linear (2 nodes)"], ["onednn.linear (3 nodes)"]]
+    assert both_sides(grown) == [[("onednn.linear (2 nodes)", 7)], [("onednn.linear (3 nodes)", 7)]]
+    parts = [Decision((f"mm_{i}",), "linear", "aten.mm", "", 10, "measured") for i in range(3)]
+    merged = Decision(("mm_0", "mm_1", "mm_2"), "merged_linear", "mkl.merged", "", 20, "measured")
+    assert both_sides(changes(parts, [merged])[0]) == [[("3x aten.mm", 30)], [("mkl.merged", 20)]]
+
+
+def test_another_dtype_is_another_decision(tmp_path: Path) -> None:
+    """The same kernel in bfloat16: told in the text, the tables and on the page."""
+    plans = [layered(3), layered(3)]
+    narrow = [
+        replace(c, candidate=replace(c.candidate, in_formats=(BF16,), out_formats=(BF16,)), cost=Cost(4000, "measured"))
+        if c.candidate.kernel == "onednn.linear" else c for c in plans[1].choices
+    ]  # fmt: skip
+    plans[1] = replace(plans[1], choices=tuple(narrow))
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, plan in zip(files, plans, strict=True):
+        file.write_text(lz.explain(plan).to_json())
+    report = compare_files(*files)
+    assert [(c["count"], c["before"][0]["kernel"], c["after"][0]["kernel"]) for c in report.data["diff"]["graphs"][0]["changes"]] == [
+        (6, "onednn.linear", "onednn.linear"), (1, "onednn.linear", "onednn.linear"),
+    ]  # fmt: skip
+    told = "onednn.linear (strided:float32 > strided:float32) -> onednn.linear (strided:bfloat16 > strided:bfloat16)"
+    assert told in str(report)
+    assert "bfloat16" in in_terminal(report)
 
 
 def replace_kernel(decision: Decision) -> Decision:
@@ -291,6 +366,63 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     (tmp_path / "c.json").write_text('{"rows": 3}')
     assert "neither a plan" in fails(capsys, monkeypatch, "diff", str(files[0]), str(tmp_path / "c.json"))
     assert "cannot read" in fails(capsys, monkeypatch, "diff", str(files[0]), str(tmp_path / "none.json"))
+
+
+def test_a_diff_says_what_else_differs(tmp_path: Path) -> None:
+    """Other options, another device: said before the decisions are compared."""
+    model, x = nn.Linear(8, 8).eval(), torch.ones(4, 8)
+    plans = [lz.solve(model, (x,), cost_model="roofline", race=False, freeze=freeze) for freeze in (False, True)]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    plans[1] = replace(plans[1], cells=tuple(
+        replace(c, plans=tuple(replace(p, environment={**p.environment, "name": "another CPU"}) for p in c.plans)) for c in plans[1].cells
+    ))  # fmt: skip
+    for file, plan in zip(files, plans, strict=True):
+        plan.save(file)
+    report = compare_files(*files)
+    settings = report.data["diff"]["graphs"][0]["settings"]
+    assert [row[0] for row in settings] == ["name", "freeze"]
+    assert settings[1] == ["freeze", "false", "true"]
+    assert "freeze: false -> true" in str(report)
+    assert "another CPU" in in_terminal(report, 200)
+    assert compare_files(files[0], files[0]).data["diff"]["graphs"][0]["settings"] == []
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.ones(4, 8)
+    asked = {"race": False, "freeze": True, "cache_dir": str(tmp_path)}
+    bare = lz.solve(model, (x,), measure_budget_s=0.0, **asked)
+    assert run("cache", "clear", "verdict", "--cache-dir", str(tmp_path)).stdout == "1 removed\n"
+    full = lz.solve(model, (x,), measure_budget_s=60.0, **asked)
+    (note,) = bare.cells[0].plans[0].notes
+    count = re.fullmatch(
+        r"(\d+) of (\d+) kernels are not measured: raise measure_budget_s, and plan again after `lz cache clear verdict`", note
+    )
+    assert count
+    assert count[1] == count[2] > "1"
+    assert ", 0% of it measured" in str(lz.explain(bare))
+    assert not full.cells[0].plans[0].notes
+    assert ", 0% of it measured" not in str(lz.explain(full))
+
+
+class Window(nn.Module):
+    """Attention that sees eight keys back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(x.shape[-2])
+        apart = place[:, None] - place
+        mask = torch.where((apart >= 0) & (apart < 8), 0.0, float("-inf"))
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def test_a_kept_mask_tells_what_was_proved_of_it() -> None:
+    model, x = Window(), torch.randn(1, 2, 32, 16)
+    with torch.no_grad():
+        compiled = lz.compile(model, cost_model="roofline", race=False)
+        torch.testing.assert_close(compiled(x), model(x))
+    (attention,) = [r for r in lz.explain(compiled).data["graphs"][0]["plans"][0]["regions"] if r["op"] == "attention"]
+    assert attention["reads_mask"]
+    refused = {r["kernel"]: r["detail"] for r in attention["rejections"] if r["code"] == "mask"}
+    assert refused["aten.flash_attention_cpu"] == "is_causal cannot say this predicate; proved: causal, window 8; no empty rows"
 
 
 def chain() -> Problem:
@@ -353,7 +485,7 @@ def test_what_if(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     save_problem(chain(), file)
     shown = run("explain", file, "--what-if", "deny=cublas", "--html", str(tmp_path / "w.html"))
     assert shown.exit_code == 0, shown.output
-    assert "2x linear (mm_1): cublas.merged block=64 -> aten.mm" in shown.stdout
+    assert "2x linear (mm_1): cublas.merged block=64 (float32 > bfloat16) -> aten.mm (float32)" in shown.stdout
     assert "conversions strided:bfloat16 -> strided:float32: 2 -> 0" in shown.stdout
     assert "kernels 0.000 ms -> 0.000 ms; conversions " in shown.stdout
     assert (tmp_path / "w.html").stat().st_size < 100_000
@@ -372,7 +504,7 @@ def test_solve_writes_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str
     arguments = ["solve", "lz_html_models:m", "plan.json", "--problems", "new/folder", "-o", "cost_model=roofline", "-o", "race=false"]
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    (file,) = (tmp_path / "new" / "folder").glob("*.lossless.problem.json")
+    (file,) = (tmp_path / "new" / "folder").glob("*.problem.json")
     problem, plan = load_problem(file), lz.load_plan("plan.json")
     assert solve(problem).objective == plan.cells[0].plans[0].objective
     moved = run("explain", "plan.json", "--problems", "new/folder", "--what-if", "lock=aten", "--json")
@@ -380,11 +512,54 @@ def test_solve_writes_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (graph,) = json.loads(moved.stdout)["diff"]["graphs"]
     assert (graph["label"], graph["objective_ns"][0]) == ("the given shapes", solve(problem).objective)
     assert "problems/" in fails(capsys, monkeypatch, "explain", "plan.json", "--what-if", "deny=aten")
+    assert run(*arguments, "-o", "layout_mode=strict", "-o", "error_budget=0.1").exit_code == 0  # another solve, the same folder
+    assert load_problem(file) == problem
+    (held,) = what_if_plan(plan, "new/folder", ["lock=aten"]).data["diff"]["graphs"]
+    assert held["objective_ns"] == graph["objective_ns"]
+    (cell,) = plan.cells
+    bare = replace(plan, cells=(replace(cell, plans=(replace(cell.plans[0], problem=""),)),))
+    with pytest.raises(PlanError, match="solved without its problem"):
+        what_if_plan(bare, "new/folder", ["lock=aten"])
+    dearer = replace(plan, cells=(replace(cell, plans=(replace(cell.plans[0], objective=10**9),)),))
+    assert "the plan itself has 1000.000 ms" in str(what_if_plan(dearer, "new/folder", ["lock=aten"]))
     shown = run("explain", "plan.json", "--html", "page.html")
     assert shown.exit_code == 0, shown.output
     (choice,) = embedded((tmp_path / "page.html").read_text())["data"]["cells"][0]["plans"][0]["regions"]
     assert choice["floor_ns"] <= choice["cost_ns"]
     assert choice["flops"] == 2 * 4 * 8 * 8
+
+
+def test_a_lock_says_what_it_leaves() -> None:
+    """A region around the locked one is another region: the lock does not forbid it, and the note says that it stays."""
+    region = Region("merged", ("mm_1", "mm_2"), ("t0",), ("t2",))
+    problem = chain()
+    wide = Candidate("onednn.merged", region, (ROWS,), (ROWS,))
+    wider = replace(
+        problem, candidates=(*problem.candidates, wide), costs=(*problem.costs, Cost(15, "measured")), candidate_class=(0, 1, 0, 1, 2)
+    )
+    (graph,) = what_if(wider, ["lock=aten"]).data["diff"]["graphs"]
+    assert "lock=aten holds for the regions that aten has kernels for: 1x onednn.merged stay in others that overlap these" in graph["note"]
+    assert "stay" not in what_if(problem, ["lock=aten"]).data["diff"]["graphs"][0]["note"]
+
+
+def test_runner_up_does_the_same_work() -> None:
+    """Another kernel for the same nodes, or several that cover them between them: their prices as a sum."""
+
+    def one(kernel: str, nodes: tuple[str, ...], ns: int, read: Format = ROWS) -> tuple[Candidate, Cost]:
+        return Candidate(kernel, Region("linear", nodes, ("x",), (nodes[-1],)), (read,), (ROWS,)), Cost(ns, "measured")
+
+    def told(*others: tuple[Candidate, Cost], nodes: tuple[str, ...] = ("q", "k")) -> tuple[str, int]:
+        report = lz.explain(replace(layered(0), choices=(Choice(*one("mkl.merged", nodes, 100), tuple(others)),))).data
+        up = report["regions"][0]["runner_up"]
+        return (runner_up_text(up), up["cost_ns"]) if up else ("", 0)
+
+    q, k = one("onednn.linear", ("q",), 60), one("onednn.linear", ("k",), 70)
+    assert told(q, k, one("aten.mm", ("q",), 90), one("mkl.wider", ("q", "k", "v"), 10)) == ("2x onednn.linear", 130)
+    assert told(one("aten.merged", ("q", "k"), 120), q, k) == ("aten.merged", 120)
+    assert told(one("aten.merged", ("q", "k"), 140), q, k) == ("2x onednn.linear", 130)
+    assert told(one("mkl.merged", ("q", "k"), 140, BF16)) == ("mkl.merged in bfloat16", 140)
+    assert told(one("onednn.linear", ("q",), 60), nodes=("q", "gelu")) == ("onednn.linear, without 1 fused node", 60)
+    assert told(one("mkl.wider", ("q", "k", "v"), 10)) == ("", 0)
 
 
 # --- profiled -------------------------------------------------------------------------------------------------------------
@@ -410,7 +585,8 @@ def test_a_profile_gives_each_region_its_own_time() -> None:
     assert {r["kernel"] for r in plan["regions"]} == {"mkl.linear_packed"}
     first, wide, largest, last = timed.values()
     assert largest > 4 * max(wide, last) > 8 * first > 0  # 1, 16, 256 and 16 units of work
-    assert sum(timed.values()) == graph["profiled"]["kernels_ns"] < graph["profiled"]["call_ns"]
+    profiled = graph["profiled"]
+    assert sum(timed.values()) == profiled["kernels_ns"] < profiled["call_ns"] + profiled["overhead_ns"]
     assert str(report).count("in a profiled call") == 4
     assert "in a call" in in_terminal(report)
     drawn = [r["profiled_ns"] for r in plan["rows"] if r["kind"] == "region"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.base import SelectionContext
-from ..errors import ModelError
+from ..errors import ModelError, TooFewError
 from ..measure import measurable
 from ..types import Candidate, Cost, Rejection, Target
 from . import Priced
@@ -154,7 +154,7 @@ def fit(rows: Sequence[Row], seed: int = 0, members: int = MEMBERS, trees: int =
         raise ModelError("training a cost model needs scikit-learn: pip install 'lz-compiler[research]'.") from error
     groups = sorted({row.group for row in rows})
     if len(groups) < 2:
-        raise ModelError(
+        raise TooFewError(
             f"training needs measurements of two models or more, these are of {len(groups)}. Collect more: benchmarks/corpus.py."
         )
     names = tuple(sorted({name for row in rows for name in row.features}))

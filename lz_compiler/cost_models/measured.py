@@ -40,11 +40,14 @@ class Measured:
         self.environment = "|".join(f"{k}={v}" for k, v in sorted(target.environment.items()))
         self.measures = is_here(target)
         self.measured = 0
+        self.asked: set[str] = set()
+        self.unmeasured: set[str] = set()  # of these: without a price of their own
 
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
         if not measurable(ctx):
             return self.roofline.price(ctx, candidates)
         keys = [self.key(ctx, c) for c in candidates]
+        self.asked.update(keys)
         known = self.store.get_many(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing and self.measures and time.perf_counter() < self.deadline:
@@ -73,6 +76,7 @@ class Measured:
 
     def _priced(self, ctx: SelectionContext, candidate: Candidate, key: str, timing: Timing | None) -> Priced:
         if timing is None:
+            self.unmeasured.add(key)
             if dict(candidate.params).get("as_is"):  # the graph as it stands must always have a price
                 return candidate, self.roofline.cost(ctx, candidate)
             why = "the measuring budget was spent before its turn" if self.measures else "no stored timing, and the target is not here"

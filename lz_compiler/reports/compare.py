@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..backend import LOSSLESS
 from ..deploy import offline
 from ..errors import OptionError, PlanError, SolverError, unknown
 from ..options import Options
@@ -17,7 +18,7 @@ from ..plan_io import load_problem, problem_name, read_limited
 from ..planning import solve_within
 from ..problem import CALL, LOOP, VIEW
 from ..types import Problem, Solution
-from .report import Report, explain_model_plan, milliseconds, ranges_text
+from .report import Report, explain_model_plan, milliseconds, plural, ranges_text
 
 if TYPE_CHECKING:
     from ..deploy.offline import ModelPlan
@@ -36,6 +37,12 @@ class Decision(NamedTuple):
     tuning: str
     ns: int
     source: str
+    formats: str = ""  # that it reads and writes
+
+
+def formats_text(reads: Iterable[object], writes: Iterable[object]) -> str:
+    """Formats of tensors, each once: `strided:float32, packed:float32 > strided:float32`."""
+    return " > ".join(", ".join(dict.fromkeys(map(str, side))) for side in (reads, writes))
 
 
 def changes(before: Sequence[Decision], after: Sequence[Decision]) -> list[dict[str, Any]]:
@@ -45,12 +52,13 @@ def changes(before: Sequence[Decision], after: Sequence[Decision]) -> list[dict[
     """
     found: dict[object, dict[str, Any]] = {}
     for old, new in _components(before, after):
-        if sorted((d.nodes, d.kernel, d.tuning) for d in old) == sorted((d.nodes, d.kernel, d.tuning) for d in new):
+        decided = [sorted((d.nodes, d.kernel, d.tuning, d.formats) for d in side) for side in (old, new)]
+        if decided[0] == decided[1]:
             continue
-        same = tuple(tuple(sorted((d.op, len(d.nodes), d.kernel, d.tuning, d.ns) for d in side)) for side in (old, new))
+        same = tuple(tuple(sorted((d.op, len(d.nodes), d.kernel, d.tuning, d.formats, d.ns) for d in side)) for side in (old, new))
         first = {
             "op": ", ".join(dict.fromkeys(d.op for d in (*old, *new))), "nodes": ", ".join(d.nodes[-1] for d in old or new), "count": 0,
-            "before": [_shown(d) for d in old], "after": [_shown(d) for d in new], "ns": [0, 0],
+            "before": _shown(old), "after": _shown(new), "ns": [0, 0],
         }  # fmt: skip
         group = found.setdefault(same, first)
         group["count"] += 1
@@ -59,8 +67,11 @@ def changes(before: Sequence[Decision], after: Sequence[Decision]) -> list[dict[
     return sorted(found.values(), key=lambda g: -max(g["ns"]))
 
 
-def _shown(d: Decision) -> dict[str, Any]:
-    return {"op": d.op, "kernel": d.kernel, "tuning": d.tuning, "cost_ns": d.ns, "source": d.source, "nodes": len(d.nodes)}
+def _shown(side: Sequence[Decision]) -> list[dict[str, Any]]:
+    """Decisions that look alike once, with their number."""
+    counts = Counter((d.op, d.kernel, d.tuning, d.formats, d.ns, d.source, len(d.nodes)) for d in side)
+    names = ("op", "kernel", "tuning", "formats", "cost_ns", "source", "nodes")
+    return [{**dict(zip(names, values, strict=True)), "count": count} for values, count in counts.items()]
 
 
 def _components(before: Sequence[Decision], after: Sequence[Decision]) -> Iterator[tuple[list[Decision], list[Decision]]]:
@@ -99,8 +110,24 @@ def compare_files(before: str | os.PathLike[str], after: str | os.PathLike[str])
         note = "these are plans of two different graphs: regions are matched by the names of their nodes" if other else None
         objectives = [old["objective_ns"], new["objective_ns"]]
         decided, converted = [list(_decisions(p)) for p in (old, new)], [_conversions(p) for p in (old, new)]
-        graphs.append(_graph(label, objectives, decided, note, converted))
+        graphs.append(_graph(label, objectives, decided, note, converted) | {"settings": _settings(old, new)})
     return _report(f"LayerZero: {names[0]} against {names[1]}", names, graphs)
+
+
+def _settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[list[str]]:
+    """What the plans were made for and asked for, where that differs: name, before, after."""
+    rows = []
+    for title in ("environment", "options"):
+        sides = [plan.get(title) for plan in (old, new)]
+        if all(isinstance(side, Mapping) for side in sides):
+            told = [{k: v for k, v in side.items() if v is not None} for side in sides if side is not None]
+            names = sorted({*told[0], *told[1]})
+            rows += [[name, *(_told(side.get(name)) for side in told)] for name in names if told[0].get(name) != told[1].get(name)]
+    return rows
+
+
+def _told(value: object) -> str:
+    return "not said" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _plans(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
@@ -114,12 +141,16 @@ def _plans(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
         data = explain_model_plan(offline.load_plan(path)).data
     try:
         if "cells" in data:
-            found = [(ranges_text({s: tuple(e) for s, e in cell["ranges"].items()}), cell["plans"]) for cell in data["cells"]]
+            options = data.get("options")
+            found = [(ranges_text({s: tuple(e) for s, e in c["ranges"].items()}), c["plans"], options) for c in data["cells"]]
         elif "graphs" in data:
-            found = [(f"graph {i}", graph["plans"]) for i, graph in enumerate(data["graphs"])]
+            found = [(f"graph {i}", graph["plans"], graph.get("options")) for i, graph in enumerate(data["graphs"])]
         else:
-            found = [("the plan", [data])]
-        plans = {f"{label}, {p['kind']} {i}" if i else label: p for label, members in found for i, p in enumerate(members)}
+            found = [("the plan", [data], None)]
+        plans: dict[str, Mapping[str, Any]] = {
+            f"{label}, {p['kind']} {i}" if i else label: {**p, "options": options}
+            for label, members, options in found for i, p in enumerate(members)
+        }  # fmt: skip
         for plan in plans.values():
             list(_decisions(plan))
         return plans
@@ -140,7 +171,8 @@ def _decisions(plan: Mapping[str, Any]) -> Iterator[Decision]:
                 r = plan["regions"][row["region"]]
                 tuning = ", ".join(f"{k}={v}" for k, v in r["tuning"].items())
                 for nodes in row["nodes"]:
-                    yield Decision(tuple(nodes), " + ".join((r["op"], *r["epilogue"])), r["kernel"], tuning, r["cost_ns"], r["source"])
+                    what = " + ".join((r["op"], *r["epilogue"]))
+                    yield Decision(tuple(nodes), what, r["kernel"], tuning, r["cost_ns"], r["source"], formats_text(*r["formats"]))
 
     return walk(plan["rows"])
 
@@ -174,24 +206,27 @@ def what_if(problem: Problem, rules: Sequence[str], solver: str = "cp_sat", labe
     A lock refuses all other kernels for the regions for which the named one has a candidate. OptionError for a rule that is none,
     that names a kernel without a candidate in the problem, or that leaves no plan.
     """
-    return _what_if({label: problem}, rules, solver)
+    return _what_if({label: (problem, None)}, rules, solver)
 
 
 def what_if_plan(plan: ModelPlan, problems: str | os.PathLike[str], rules: Sequence[str], solver: str = "cp_sat") -> Report:
-    """`what_if` for every graph of a plan of `lz.solve`, whose problems are in the folder `problems`. PlanError where one is not."""
+    """`what_if` for every graph of a plan of `lz.solve`, whose problems are in the folder `problems`. PlanError where one is not, or is
+    that of another solve."""
     found = {}
     for cell in plan.cells:
-        lossy = bool(plan.options.get("error_budget")) and cell.winner != LOSSLESS
         for i, p in enumerate(cell.plans):
             label = f"{ranges_text(cell.ranges)}, {p.kind} {i}" if i else ranges_text(cell.ranges)
-            found[label] = load_problem(Path(problems) / problem_name(p.fingerprint, p.kind, lossy))
+            if not p.problem:
+                raise PlanError(f"the plan of {label} was solved without its problem. Solve again: lz solve ... --problems FOLDER.")
+            found[label] = load_problem(Path(problems) / problem_name(p.fingerprint, p.kind, p.problem)), p.objective
     return _what_if(found, rules, solver)
 
 
-def _what_if(problems: Mapping[str, Problem], rules: Sequence[str], solver: str) -> Report:
-    kernels = {c.kernel for problem in problems.values() for c in problem.candidates} - {LOOP, VIEW, CALL}
+def _what_if(problems: Mapping[str, tuple[Problem, int | None]], rules: Sequence[str], solver: str) -> Report:
+    """Of each problem, the objective of the plan that was made of it, where that is known."""
+    kernels = {c.kernel for problem, _ in problems.values() for c in problem.candidates} - {LOOP, VIEW, CALL}
     graphs = []
-    for label, problem in problems.items():
+    for label, (problem, planned) in problems.items():
         changed = problem
         for rule in rules:
             changed = _ruled(changed, rule, kernels)
@@ -201,6 +236,9 @@ def _what_if(problems: Mapping[str, Problem], rules: Sequence[str], solver: str)
         except SolverError as error:
             raise OptionError(f"{', '.join(rules)} leaves no plan for {label}: {error}") from error
         note = f"solved by {first.solver}: {first.status}, then {second.status}"
+        if planned is not None and planned != first.objective:
+            note += f"; the plan itself has {milliseconds(planned)}: another solver made it, or all cells together"
+        note += "".join(map(partial(_left_beside, changed, second, kernels), rules))
         decided = [list(_solved(p, s)) for p, s in ((problem, first), (changed, second))]
         converted = [_converted(p, s) for p, s in ((problem, first), (changed, second))]
         graphs.append(_graph(label, [first.objective, second.objective], decided, note, converted))
@@ -218,7 +256,8 @@ def _solved(problem: Problem, solution: Solution) -> Iterator[Decision]:
             variant: Any = dict(c.params).get("variant", ())
             tuning = ", ".join(f"{k}={v}" for k, v in variant)
             epilogue = [str(p) for k, p in c.params if k in ("act", "binary") and p]
-            yield Decision(c.region.nodes, " + ".join((c.region.op, *epilogue)), c.kernel, tuning, cost.ns, cost.source)
+            what, formats = " + ".join((c.region.op, *epilogue)), formats_text(c.in_formats, c.out_formats)
+            yield Decision(c.region.nodes, what, c.kernel, tuning, cost.ns, cost.source, formats)
 
 
 def _converted(problem: Problem, solution: Solution) -> Conversions:
@@ -230,11 +269,28 @@ def _converted(problem: Problem, solution: Solution) -> Conversions:
     return found
 
 
+def _left_beside(problem: Problem, solution: Solution, kernels: Set[str], rule: str) -> str:
+    """Where a lock's own region was given up for another that overlaps it, which the lock does not forbid."""
+    action, _, name = rule.partition("=")
+    named = _named(name, kernels)
+    places = {n for c in problem.candidates if c.kernel in named for n in c.region.nodes}
+    chosen = [problem.candidates[i] for i in solution.chosen]
+    others = Counter(c.kernel for c in chosen if c.kernel in kernels - named and places.intersection(c.region.nodes))
+    if action != "lock" or not others:
+        return ""
+    listed = ", ".join(f"{n}x {kernel}" for kernel, n in sorted(others.items()))
+    return f"; {rule} holds for the regions that {name} has kernels for: {listed} stay in others that overlap these"
+
+
+def _named(name: str, kernels: Set[str]) -> set[str]:
+    return {k for k in kernels if k == name or k.partition(".")[0] == name}
+
+
 def _ruled(problem: Problem, rule: str, kernels: Set[str]) -> Problem:
     action, _, name = rule.partition("=")
     if action not in ("deny", "lock") or not name:
         raise OptionError(f"--what-if {rule!r} is neither deny=KERNEL_OR_BACKEND nor lock=KERNEL_OR_BACKEND")
-    named = {k for k in kernels if k == name or k.partition(".")[0] == name}
+    named = _named(name, kernels)
     if not named:
         raise OptionError(unknown("kernel or backend in this problem", name, {*kernels, *(k.partition(".")[0] for k in kernels)}))
     if action == "deny":
@@ -266,7 +322,7 @@ def _graph(
         "label": label, "objective_ns": objectives, "regions": len(decided[0]), "note": note, "changes": changes(*decided),
         "prices_ns": [sum(d.ns for d in side) for side in decided],
         "conversions_ns": [sum(ns for _, ns in c.values()) for c in conversions],
-        "conversions": [m for m in moved if m["count"][0] != m["count"][1]],
+        "conversions": [m for m in moved if m["count"][0] != m["count"][1]], "settings": [],
     }  # fmt: skip
 
 
@@ -283,8 +339,9 @@ def _lines(graph: Mapping[str, Any]) -> Iterator[str]:
     if graph["note"]:
         yield f"  {graph['note']}"
     yield f"  {parts(graph)}"
+    yield from (f"  {line}" for line in settings_lines(graph))
     for c in graph["changes"]:
-        sides = [" and ".join(side) or "loops" for side in both_sides(c)]
+        sides = [" and ".join(name for name, _ in side) or "loops" for side in both_sides(c)]
         yield f"  {c['count']}x {c['op']} ({c['nodes']}): {sides[0]} -> {sides[1]}  {(c['ns'][1] - c['ns'][0]) / 1e6:+.3f} ms"
     for m in graph["conversions"]:
         yield f"  conversions {m['kind']}: {m['count'][0]} -> {m['count'][1]}  {(m['ns'][1] - m['ns'][0]) / 1e6:+.3f} ms"
@@ -297,12 +354,26 @@ def parts(graph: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} {milliseconds(a)} -> {milliseconds(b)}" for name, (a, b) in named.items())
 
 
-def both_sides(change: Mapping[str, Any]) -> list[list[str]]:
-    """The kernels before and after, with their numbers of nodes where nothing else tells them apart."""
-    named = [[f"{d['kernel']} {d['tuning']}".rstrip() for d in change[side]] for side in ("before", "after")]
-    if named[0] != named[1]:
-        return named
-    return [
-        [f"{name} ({d['nodes']} nodes)" for name, d in zip(names, change[s], strict=True)]
-        for names, s in zip(named, ("before", "after"), strict=True)
-    ]
+def settings_lines(graph: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{name}: {before} -> {after}" for name, before, after in graph["settings"])
+
+
+def both_sides(change: Mapping[str, Any]) -> list[list[tuple[str, int]]]:
+    """The kernels before and after, each with its ns: and what else tells them apart, where the names do not."""
+    sides = [change["before"], change["after"]]
+    alike = len({repr(sorted((d["kernel"], d["tuning"]) for d in side)) for side in sides}) == 1
+    moved = len({repr(sorted(d["formats"] for d in side)) for side in sides}) == 2
+    narrowed = all(sides) and len({repr(sorted(_dtypes(d["formats"]) for d in side)) for side in sides}) == 2
+
+    def name(d: Mapping[str, Any]) -> str:
+        more = d["formats"] if alike and moved else plural(d["nodes"], "node") if alike else _dtypes(d["formats"]) if narrowed else ""
+        text = f"{d['kernel']} {d['tuning']}".rstrip() + (f" ({more})" if more else "")
+        return f"{d['count']}x {text}" if d["count"] > 1 else text
+
+    return [[(name(d), d["cost_ns"] * d["count"]) for d in side] for side in sides]
+
+
+def _dtypes(formats: str) -> str:
+    """`strided:float32, packed:float32 > strided:bfloat16` as `float32 > bfloat16`."""
+    sides = (", ".join(dict.fromkeys(f.rpartition(":")[2] for f in side.split(", "))) for side in formats.split(" > "))
+    return " > ".join(dict.fromkeys(sides))

@@ -48,7 +48,9 @@ def drawing(plan: Plan, index: dict[Hashable, int]) -> list[dict[str, Any]]:
         entry = entries.setdefault(ids[i], {**row.data, "id": ids[i], "names": [], "from": set(), "total_ns": 0, "traffic_ns": 0})
         entry["names"].append(row.name)
         if row.data["kind"] == "region":
-            entry.setdefault("nodes", []).append(list(plan.choices[row.choices[0]].candidate.region.nodes))
+            nodes = plan.choices[row.choices[0]].candidate.region.nodes
+            entry.setdefault("nodes", []).append(list(nodes))
+            entry.setdefault("modules", []).append(module_of(plan, nodes))
         entry["total_ns"] += row.ns + row.traffic
         entry["traffic_ns"] += row.traffic
         sources = {owner[c] for c in row.reads if c in owner} - {i}
@@ -56,6 +58,16 @@ def drawing(plan: Plan, index: dict[Hashable, int]) -> list[dict[str, Any]]:
     for entry in entries.values():
         entry["from"] = sorted(entry["from"])
     return [_drawn(item, ids, entries) for item in folded]
+
+
+def module_of(plan: Plan, nodes: Sequence[str]) -> str:
+    """The modules that made a region's nodes, `blocks.3.attention.q|k|v`: the innermost ones. "" where the plan does not know."""
+    found = list(dict.fromkeys(plan.modules[n] for n in nodes if n in plan.modules))
+    found = [m for m in found if not any(other.startswith(f"{m}.") for other in found)]
+    parents = {m.rpartition(".")[0] for m in found}
+    if len(found) < 2 or len(parents) > 1:
+        return ", ".join(found)
+    return ".".join(filter(None, (parents.pop(), "|".join(m.rpartition(".")[2] for m in found))))
 
 
 def unfolded(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

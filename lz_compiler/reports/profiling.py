@@ -3,6 +3,9 @@
 A profile knows operators by name and in time's order; a plan knows, for each kernel, by what names Inductor's code calls it. The calls of
 one name are given to the regions that use it in the graph's order. Where their numbers do not fit (a region that Inductor made a loop),
 these regions stay without a time. Loops have no operator: they are in what is left of the whole call.
+
+On a GPU an operator's time is that of the kernels that it launched. A CUDA graph's replay has no operators: there the kernels are profiled
+outside the graph, and the call is timed with it.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import torch_private
 from ..errors import OptionError
 from ..problem import LOOP
 from ..types import LOSSLESS, PLANNED, Choice
@@ -28,11 +33,12 @@ WARM, CALLS = 3, 9
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Medians of `CALLS` calls: nanoseconds of one call while it is profiled, and of the kernels of each plan, by its fingerprint and
+    """Medians of `CALLS` calls: nanoseconds of one call, what profiling adds to it, and the kernels of each plan, by its fingerprint and
     the name of a region."""
 
     call_ns: int
     kernels: Mapping[str, Mapping[str, int]]
+    overhead_ns: int = 0
 
 
 def name_of(choice: Choice) -> str:
@@ -47,26 +53,26 @@ def profile(records: Sequence[GraphRecord], run: Callable[[], object]) -> None:
     planned = [r for r in records if r.winner in (PLANNED, LOSSLESS)]
     if not planned:
         raise OptionError("nothing to profile: no graph of this module runs LayerZero's plan. print(lz.explain(compiled)) says what runs.")
-    if any(plan.environment.get("device") != "cpu" for r in planned for plan in r.plans):
-        raise OptionError("profile: so far on a CPU only. torch.profiler shows a GPU's kernels by their own names.")
     users: dict[str, list[tuple[str, str]]] = {}  # operator -> (plan, region) of each call, in order
     for record in planned:
         for plan in record.plans:
             for choice in plan.choices:
                 for operator in _operators(choice, record.calls) if choice.candidate.kernel != LOOP else ():
                     users.setdefault(operator, []).append((plan.fingerprint, name_of(choice)))
-    for _ in range(WARM):
-        run()
     found: dict[str, list[int]] = {}
-    whole: list[int] = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(CALLS):
-            start = time.perf_counter_ns()
-            run()
-            whole.append(time.perf_counter_ns() - start)
-    for event in sorted(profiler.events() or (), key=lambda e: e.time_range.start):
-        if event.name in users and not _within(event, users):
-            found.setdefault(event.name, []).append(round(1e3 * event.time_range.elapsed_us()))
+    gpu = any(plan.environment.get("device") != "cpu" for r in planned for plan in r.plans)
+    _timed(run, gpu, WARM)
+    alone = _timed(run, gpu)
+    activity = torch.profiler.ProfilerActivity
+    with torch_private.ungraphed() if gpu else nullcontext():
+        plain = _timed(run, gpu) if gpu else alone  # outside a CUDA graph
+        with torch.profiler.profile(activities=[activity.CPU, activity.CUDA] if gpu else [activity.CPU]) as profiler:
+            whole = _timed(run, gpu)
+    events = [e for e in profiler.events() or () if e.device_type.name == "CPU"]  # a GPU's kernels are under these
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        name = _known(event.name, users)
+        if name and not _within(event, users):
+            found.setdefault(name, []).append(round(1e3 * (event.device_time_total if gpu else event.time_range.elapsed_us())))
     kernels: dict[str, dict[str, int]] = {plan.fingerprint: {} for record in planned for plan in record.plans}
     for operator, regions in users.items():
         each, odd = divmod(len(found.get(operator, ())), CALLS * len(regions))
@@ -77,7 +83,19 @@ def profile(records: Sequence[GraphRecord], run: Callable[[], object]) -> None:
             fingerprint, region = regions[i // each]
             kernels[fingerprint][region] = kernels[fingerprint].get(region, 0) + round(median(times))
     for record in planned:
-        record.profile = Profile(round(median(whole)), kernels)
+        record.profile = Profile(alone, kernels, max(0, whole - plain))
+
+
+def _timed(run: Callable[[], object], gpu: bool, calls: int = CALLS) -> int:
+    """Median nanoseconds of a call."""
+    taken = []
+    for _ in range(calls):
+        start = time.perf_counter_ns()
+        run()
+        if gpu:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter_ns() - start)
+    return round(median(taken))
 
 
 def _operators(choice: Choice, calls: Mapping[str, Collection[str]]) -> list[str]:
@@ -89,11 +107,16 @@ def _operators(choice: Choice, calls: Mapping[str, Collection[str]]) -> list[str
     return sorted({n.replace(".", "::", 1) for n in names})
 
 
-def _within(event: Any, users: Mapping[str, object]) -> bool:
+def _known(name: str, users: Collection[str]) -> str | None:
+    """The operator or function that an event is a call of: Inductor numbers the Triton functions that it launches."""
+    return next((n for n in (name, re.sub(r"_\d+$", "", name)) if n in users), None)
+
+
+def _within(event: Any, users: Collection[str]) -> bool:
     """Whether another counted operator made this call."""
     parent = event.cpu_parent
     while parent is not None:
-        if parent.name in users:
+        if _known(parent.name, users):
             return True
         parent = parent.cpu_parent
     return False

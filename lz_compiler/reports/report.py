@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, fields
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
+from ..options import Options
 from ..problem import LOOP
 from ..types import Candidate, Choice, Cost, Plan, Region
-from .drawing import drawing, identity, unfolded
+from .drawing import drawing, identity, module_of, unfolded
 from .profiling import name_of
 
 if TYPE_CHECKING:
@@ -77,6 +80,10 @@ def milliseconds(ns: float) -> str:
     return f"{ns / 1e6:.3f} ms"
 
 
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
 def _floor(choice: Choice, peaks: Mapping[str, float]) -> int | None:
     """Nanoseconds below which no kernel in these formats can be on this device (roofline), without a launch; None if not known."""
     rate = peaks.get(choice.candidate.in_formats[0].dtype if choice.candidate.in_formats else "float32", peaks.get("float32"))
@@ -95,10 +102,53 @@ def _rival(candidate: Candidate, cost: Cost, region: Region) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _runner_up(choice: Choice) -> dict[str, Any] | None:
+    """The best that was decided against for the same nodes: another kernel or dtype, rather than another tuning of the same; or kernels
+    that cover these nodes between them, if that is cheaper or nothing else does it in one."""
+    own = set(choice.candidate.region.nodes)
+    rivals = [o for o in choice.alternatives if set(o[0].region.nodes) == own]
+    best = next((o for o in rivals if _way(o[0]) != _way(choice.candidate)), rivals[0] if rivals else None)
+    cover = _cover(own, [o for o in choice.alternatives if set(o[0].region.nodes) < own])
+    left = len(own.difference(*(c.region.nodes for c, _ in cover)))
+    if best and not (cover and not left and sum(k.weighed for _, k in cover) < best[1].weighed):
+        cover, left = (best,), 0
+    if not cover:
+        return None
+    named = Counter(c.kernel for c, _ in cover)
+    kernels = [f"{n}x {kernel}" if n > 1 else kernel for kernel, n in sorted(named.items())]
+    return {
+        "kernel": " + ".join(kernels), "cost_ns": sum(k.ns for _, k in cover), "loops": left,
+        "source": ", ".join(sorted({k.source for _, k in cover})), "factor": cover[0][1].factor,
+        "dtype": _way(cover[0][0])[1] if best in cover and _way(cover[0][0])[1] != _way(choice.candidate)[1] else None,
+    }  # fmt: skip
+
+
+def _way(candidate: Candidate) -> tuple[str, str]:
+    """Kernel, and the dtype that it reads."""
+    return candidate.kernel, candidate.in_formats[0].dtype if candidate.in_formats else ""
+
+
+def _cover(nodes: Set[str], parts: Sequence[tuple[Candidate, Cost]]) -> tuple[tuple[Candidate, Cost], ...]:
+    """The cheapest of `parts` (at most 8 regions) that together cover what any of them must: nodes outside are left to fused loops."""
+    regions = [frozenset(c.region.nodes) for c, _ in parts]
+    needed = frozenset[str]().union(*(r for r in regions if not any(other < r for other in regions)))
+    best: tuple[tuple[Candidate, Cost], ...] = ()
+    for size in range(1, len(parts) + 1):
+        for trial in combinations(parts, size):
+            covered = [n for c, _ in trial for n in c.region.nodes]
+            price = sum(k.weighed for _, k in trial)
+            if len(covered) == len(set(covered)) and needed.issubset(covered) and (not best or price < sum(k.weighed for _, k in best)):
+                best = trial
+    return best
+
+
+def runner_up_text(up: Mapping[str, Any]) -> str:
+    dtype, loops = f" in {up['dtype']}" if up["dtype"] else "", f", without {plural(up['loops'], 'fused node')}" if up["loops"] else ""
+    return f"{up['kernel']}{dtype}{loops}"
+
+
 def describe_choice(choice: Choice, count: int = 1, peaks: Mapping[str, float] | None = None) -> dict[str, Any]:
     c = choice.candidate
-    others = choice.alternatives  # another kernel says more than another tuning of the same
-    runner_up = next((o for o in others if o[0].kernel != c.kernel), others[0] if others else None)
     return {
         "op": c.region.op, "kernel": c.kernel, "count": count, "nodes": list(c.region.nodes),
         "formats": [[str(f) for f in c.in_formats], [str(f) for f in c.out_formats]],
@@ -107,12 +157,8 @@ def describe_choice(choice: Choice, count: int = 1, peaks: Mapping[str, float] |
         "tuning": dict(dict(c.params).get("variant", ())), "mask": dict(c.params).get("mask"),  # type: ignore[call-overload]
         "reads_mask": "mask" in dict(c.params).get("roles", ()),  # type: ignore[operator]
         "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
-        "runner_up": runner_up and {
-            "kernel": runner_up[0].kernel, "cost_ns": runner_up[1].ns, "source": runner_up[1].source,
-            "factor": runner_up[1].factor,
-            "nodes": list(runner_up[0].region.nodes),
-        },
-        "candidates": [_rival(o, cost, c.region) for o, cost in others],
+        "runner_up": _runner_up(choice),
+        "candidates": [_rival(o, cost, c.region) for o, cost in choice.alternatives],
         "rejections": [{"kernel": r.kernel, "code": r.code, "detail": r.detail} for r in choice.rejections],
     }  # fmt: skip
 
@@ -139,6 +185,8 @@ def describe_plan(plan: Plan, profile: Profile | None = None) -> dict[str, Any]:
     regions = [describe_choice(members[0], len(members), plan.peaks) for members in groups.values()]
     for region, members in zip(regions, groups.values(), strict=True):
         times = [timed.get(name_of(choice)) for choice in members]
+        found = (module_of(plan, c.candidate.region.nodes) for c in members)
+        region["modules"] = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", m) for m in found if m))
         region["profiled_ns"] = None if None in times else round(sum(t for t in times if t is not None) / len(times))
     rows = drawing(plan, {same: i for i, same in enumerate(groups)})
     for row in unfolded(rows) if timed else ():
@@ -148,6 +196,7 @@ def describe_plan(plan: Plan, profile: Profile | None = None) -> dict[str, Any]:
         "status": str(plan.status), "solver": plan.solver, "predicted_ns": plan.predicted,
         "objective_ns": plan.objective, "bound_ns": plan.bound,
         "gap": plan.gap, "plan_s": plan.plan_s, "epsilon": plan.epsilon, "notes": list(plan.notes),
+        "measured_ns": sum(c.cost.ns for c in plan.choices if c.cost.source == "measured"),
         "regions": regions, "rows": rows, "peaks": dict(plan.peaks),
         "fused_nodes": len(loops), "loops_ns": sum(c.cost.ns for c in loops), "calls_ns": plan.predicted - shown,
         "conversions": {
@@ -157,11 +206,16 @@ def describe_plan(plan: Plan, profile: Profile | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def measured_part(plan: Mapping[str, Any]) -> str:
+    """How much of a described plan's prediction was measured: the rest is loops, conversions, and prices of a model."""
+    return f", {plan['measured_ns'] / plan['predicted_ns']:.0%} of it measured" if plan["predicted_ns"] else ""
+
+
 def _plan_lines(plan: Plan, profile: Profile | None = None) -> Iterator[str]:
     d = describe_plan(plan, profile)
     yield (
         f"  {plan.kind} graph: {milliseconds(plan.predicted)} predicted, {plan.status} by {plan.solver} "
-        f"(bound {milliseconds(plan.bound)}, gap {plan.gap:.1%}), planned in {plan.plan_s:.2f} s"
+        f"(bound {milliseconds(plan.bound)}, gap {plan.gap:.1%}), planned in {plan.plan_s:.2f} s{measured_part(d)}"
     )
     for r in d["regions"]:
         epilogue = f" + {' + '.join(r['epilogue'])}" if r["epilogue"] else ""
@@ -169,13 +223,13 @@ def _plan_lines(plan: Plan, profile: Profile | None = None) -> Iterator[str]:
         cost = f"{milliseconds(r['cost_ns'])} ({r['source']}, +-{milliseconds(r['spread_ns'])}){_weighed(r['factor'])}"
         clock = "" if r["profiled_ns"] is None else f", {milliseconds(r['profiled_ns'])} in a profiled call"
         yield f"    {times}{r['op']}{epilogue}: {r['kernel']}  {cost}{clock}"
+        if r["modules"]:
+            yield f"        in {', '.join(r['modules'])}"
         if r["mask"]:
             yield f"        mask {r['mask']}"
         up = r["runner_up"]
         if up:
-            theirs, ours = len(up["nodes"]), len(r["nodes"])
-            wider = "" if up["nodes"] == r["nodes"] else f" for {theirs} node{'s' * (theirs > 1)} instead of {ours}"
-            yield f"        runner-up {up['kernel']}{wider}  {milliseconds(up['cost_ns'])} ({up['source']}){_weighed(up['factor'])}"
+            yield f"        runner-up {runner_up_text(up)}  {milliseconds(up['cost_ns'])} ({up['source']}){_weighed(up['factor'])}"
         names = dict.fromkeys(f"{x['kernel']} ({x['code']})" for x in r["rejections"])
         if names:
             yield f"        not {', '.join(names)}"
@@ -189,12 +243,20 @@ def _plan_lines(plan: Plan, profile: Profile | None = None) -> Iterator[str]:
             yield f"    {count}x conversion {kind}"
 
 
+def stated(options: Options) -> dict[str, Any]:
+    """The options that differ from their defaults, as plain values."""
+    default = Options()
+    found = {f.name: getattr(options, f.name) for f in fields(Options) if getattr(options, f.name) != getattr(default, f.name)}
+    values = {"cost_model": options.cost_model_name, "policy": options.policy and options.policy.to_data()}
+    return {name: values.get(name, value) for name, value in found.items() if name not in ("cache_dir", "problems")}
+
+
 def describe_record(record: GraphRecord) -> dict[str, Any]:
     predicted = sum(p.predicted for p in record.plans) / 1e9
     measured = record.times.get("layerzero")
     return {
         "graph": record.compile_id, "key": record.key, "winner": record.winner, "decided": record.decided,
-        "times_s": dict(record.times), "predicted_s": predicted, "measured_s": measured,
+        "options": stated(record.options), "times_s": dict(record.times), "predicted_s": predicted, "measured_s": measured,
         "additive_error": (measured - predicted) / measured if measured else None,
         "ranks": record.ranks or None, "error": record.error, "error_budget": record.options.error_budget, "notes": list(record.notes),
         "profiled": _profiled(record), "plans": [describe_plan(p, record.profile) for p in record.plans],
@@ -202,11 +264,16 @@ def describe_record(record: GraphRecord) -> dict[str, Any]:
 
 
 def _profiled(record: GraphRecord) -> dict[str, int] | None:
-    """Nanoseconds of a profiled call, and of this graph's kernels in it."""
+    """Nanoseconds of a call, of this graph's kernels in it, and what the profiler adds."""
     if record.profile is None:
         return None
     kernels = sum(ns for plan in record.plans for ns in record.profile.kernels.get(plan.fingerprint, {}).values())
-    return {"call_ns": record.profile.call_ns, "kernels_ns": kernels}
+    return {"call_ns": record.profile.call_ns, "kernels_ns": kernels, "overhead_ns": record.profile.overhead_ns}
+
+
+def _apart(error: float) -> str:
+    """An additive error, in words: a bare sign can be read either way."""
+    return f"{error:.1%} of it not explained by the prices" if error >= 0 else f"the prices are {-error:.1%} of it too high"
 
 
 def _record_lines(record: GraphRecord) -> Iterator[str]:
@@ -218,10 +285,11 @@ def _record_lines(record: GraphRecord) -> Iterator[str]:
         yield f"  {name}: {seconds * 1e3:.3f} ms a call, measured end to end"
     if d["additive_error"] is not None:
         predicted, measured = d["predicted_s"] * 1e3, d["measured_s"] * 1e3
-        yield f"  predicted {predicted:.3f} ms, measured {measured:.3f} ms: {d['additive_error']:+.1%} not explained by the prices"
+        yield f"  predicted {predicted:.3f} ms, measured {measured:.3f} ms: {_apart(d['additive_error'])}"
     if d["profiled"]:
-        kernels, call = (milliseconds(d["profiled"][name]) for name in ("kernels_ns", "call_ns"))
-        yield f"  profiled: this graph's kernels take {kernels} of a call of {call}; the rest is fused loops, calls and the profiler itself"
+        kernels, call, extra = (milliseconds(d["profiled"][name]) for name in ("kernels_ns", "call_ns", "overhead_ns"))
+        yield f"  profiled: this graph's kernels take {kernels} of a call of {call}; the rest is fused loops and calls"
+        yield f"  the profiler itself adds {extra} to a call, which is in neither"
     if record.error is not None:
         yield f"  measured error {record.error:.2e}, budget {record.options.error_budget:g}"
     if record.ranks:

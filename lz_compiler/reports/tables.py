@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .report import measured_part, runner_up_text
+
 
 def tables(title: str, data: Mapping[str, Any], lines: Sequence[str]) -> RenderableType:
     """Of an explained plan, of several, or of two compared. Names are text: nothing in them is markup."""
@@ -46,15 +48,16 @@ def _race(unit: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(
-        f"{plan['kind']} graph: {_ms(plan['predicted_ns'])} ms predicted, {plan['status']} by {plan['solver']}, gap {plan['gap']:.1%}"
+        f"{plan['kind']} graph: {_ms(plan['predicted_ns'])} ms predicted{measured_part(plan)}, {plan['status']} by {plan['solver']}, "
+        f"gap {plan['gap']:.1%}"
     )
     profiled = any(r["profiled_ns"] for r in plan["regions"])
     clock = (">in a call",) if profiled else ()
     table = _table(">", "region", "kernel", ">ms", *clock, ">floor", "price", "runner-up", ">+ms", ">refused")
     for r in plan["regions"]:
-        up = r["runner_up"] or {"kernel": "", "cost_ns": None}
+        up = r["runner_up"]
         floor = f"{min(1.0, r['floor_ns'] / r['cost_ns']):.0%}" if r["floor_ns"] and r["cost_ns"] else ""
-        over = "" if up["cost_ns"] is None else f"{(up['cost_ns'] - r['cost_ns']) / 1e6:+.3f}"
+        over = "" if up is None else f"{(up['cost_ns'] - r['cost_ns']) / 1e6:+.3f}"
         what = Text(" + ".join((r["op"], *r["epilogue"])))
         refused = len({x["kernel"] for x in r["rejections"]})
         table.add_row(
@@ -65,7 +68,7 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
             *([_ms(r["profiled_ns"]) if r["profiled_ns"] else ""] if profiled else []),
             floor,
             Text(r["source"]),
-            Text(up["kernel"], "dim"),
+            Text(runner_up_text(up) if up else "", "dim"),
             over,
             str(refused),
         )
@@ -77,7 +80,7 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _difference(graph: Mapping[str, Any], names: Sequence[str]) -> Iterator[RenderableType]:
-    from .compare import both_sides, parts
+    from .compare import both_sides, parts, settings_lines
 
     old, new = graph["objective_ns"]
     share = f" ({(new - old) / old:+.1%})" if old else ""
@@ -86,10 +89,11 @@ def _difference(graph: Mapping[str, Any], names: Sequence[str]) -> Iterator[Rend
     if graph["note"]:
         yield Text(graph["note"], "dim")
     yield Text(parts(graph))
+    yield from (Text(line) for line in settings_lines(graph))
     table = _table(">", "region", "node", names[0], ">ms", names[1], ">ms", ">change")
     for c in graph["changes"]:
-        sides = [Text("\n".join(side) or "fused loops") for side in both_sides(c)]
-        prices = ["\n".join(_ms(d["cost_ns"]) for d in c[side]) for side in ("before", "after")]
+        sides = [Text("\n".join(name for name, _ in side) or "fused loops") for side in both_sides(c)]
+        prices = ["\n".join(_ms(ns) for _, ns in side) for side in both_sides(c)]
         change = Text(f"{(c['ns'][1] - c['ns'][0]) / 1e6:+.3f}", "green" if c["ns"][1] < c["ns"][0] else "yellow")
         table.add_row(f"{c['count']}x", Text(c["op"]), Text(c["nodes"], "dim"), sides[0], prices[0], sides[1], prices[1], change)
     for m in graph["conversions"]:

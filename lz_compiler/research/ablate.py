@@ -16,8 +16,9 @@ import hashlib
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..cost_models.constant import Constant
 from ..cost_models.hybrid import TOLERANCE, Hybrid
 from ..cost_models.learned import Forest, Learned
 from ..cost_models.roofline import Roofline, traffic_ns
-from ..errors import OptionError, SolverError, unknown
+from ..errors import OptionError, SolverError, TooFewError, unknown
 from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 from .corpus import Case, Sample, with_prices
 
@@ -36,7 +37,7 @@ MODELS = ("measured", "hybrid", "learned", "learned:always", "roofline", "consta
 SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "local_search", "greedy", "one_layout", "priority")
 TRAINED = ("learned", "learned:always", "hybrid")  # `always`: never abstains; `0.005`: the tolerance
 EXPERIMENTS = ("models", "device")
-KEY = ("case", "digest", "experiment", "cost_model", "seed")  # of a unit of work
+KEY = ("case", "digest", "experiment", "cost_model", "seed")  # of one cost model on one case
 FOLDS = 6
 SOLVE_S = 20.0
 
@@ -221,33 +222,42 @@ def judged(problem: Problem, solution: Solution) -> int:
 
 
 def moved(problem: Problem, solution: Solution, best: Solution) -> str:
-    """Kernels that one plan uses more often than the other: `3 aten.mm > onednn.linear_packed` (best plan's on the right)."""
-    counts: list[dict[str, int]] = []
-    for one, other in ((solution, best), (best, solution)):
-        names: dict[str, int] = {}
-        for k in set(one.chosen) - set(other.chosen):
-            if problem.candidates[k].key:
-                names[problem.candidates[k].kernel] = names.get(problem.candidates[k].kernel, 0) + 1
-        counts.append(names)
-    sides = [" + ".join(f"{n} {name}" for name, n in sorted(c.items())) for c in counts]
-    return " > ".join(sides) if any(sides) else ""
+    """Kernels that one plan uses where the other does not: `3 aten.mm > 3 onednn.linear_packed` (best plan's on the right). Those that both
+    sides name with what they absorb and the formats that they read and write."""
+    chosen, other = set(solution.chosen), set(best.chosen)
+    sides = [[problem.candidates[k] for k in side if problem.candidates[k].key] for side in (chosen - other, other - chosen)]
+    both = {c.kernel for c in sides[0]} & {c.kernel for c in sides[1]}
+    counts = [Counter(_told(c, c.kernel in both) for c in side) for side in sides]
+    texts = [" + ".join(f"{n} {name}" for name, n in sorted(c.items())) for c in counts]
+    return " > ".join(texts) if any(texts) else ""
+
+
+def _told(candidate: Candidate, closely: bool) -> str:
+    if not closely:
+        return candidate.kernel
+    absorbed = " + ".join(str(p) for name, p in candidate.params if name in ("act", "binary") and p)
+    formats = dict.fromkeys(map(str, (candidate.in_formats[0], *candidate.out_formats)))
+    size = len(candidate.region.nodes)
+    words = (absorbed, " to ".join(formats), f"{size} nodes" if size > 1 else "")
+    return f"{candidate.kernel} ({', '.join(filter(None, words))})"
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One cost model on one case, for all solvers."""
+    """One cost model on one case, for all solvers that are not done."""
 
     case: Case
     experiment: str
     cost_model: str
     seed: int
+    solvers: tuple[str, ...]
 
     def key(self) -> tuple[str, ...]:
         return self.case.name, digest(self.case), self.experiment, self.cost_model, str(self.seed)  # as in KEY
 
 
-def plan_rows(work: Work, solvers: Sequence[str], forests: Forests, best: tuple[Problem, Solution]) -> tuple[list[PlanRow], list[PriceRow]]:
-    """All plans of one case by one cost model, and its prices. Solvers other than the first are compared on measured prices only."""
+def plan_rows(work: Work, forests: Forests, best: tuple[Problem, Solution]) -> tuple[list[PlanRow], list[PriceRow]]:
+    """All plans of one case by one cost model, and its prices."""
     case, (judge_problem, best_solution) = work.case, best
     judge = Recorded(case, judge=True)
     model = make_model(work.cost_model, case, lambda: forests.of(case, work.experiment, work.seed))
@@ -256,7 +266,7 @@ def plan_rows(work: Work, solvers: Sequence[str], forests: Forests, best: tuple[
     price_s = time.perf_counter() - start
     problem = with_prices(case.problem, prices)
     rows, name = [], digest(case)
-    for solver in solvers if work.cost_model == "measured" else solvers[:1]:
+    for solver in work.solvers:
         start = time.perf_counter()
         problem, solution = _solved(problem, solver, model)
         solve_s = time.perf_counter() - start
@@ -307,13 +317,14 @@ def best_plan(case: Case) -> tuple[Problem, Solution]:
     return problem, planner.solve(problem, "cp_sat", 3 * SOLVE_S)
 
 
-def schedule(cases: Sequence[Case], models: Sequence[str], seeds: Sequence[int]) -> Iterator[Work]:
+def schedule(cases: Sequence[Case], models: Sequence[str], solvers: Sequence[str], seeds: Sequence[int]) -> Iterator[Work]:
+    """Solvers other than the first are compared on measured prices only."""
     devices = {c.target.name for c in cases}
     for case in cases:
         for model in models:
             for experiment in EXPERIMENTS if model in TRAINED and len(devices) > 1 else EXPERIMENTS[:1]:
                 for seed in seeds if model in TRAINED and experiment == "models" else seeds[:1]:
-                    yield Work(case, experiment, model, seed)
+                    yield Work(case, experiment, model, seed, tuple(solvers if model == "measured" else solvers[:1]))
 
 
 def run(
@@ -332,17 +343,26 @@ def run(
     plans, prices = Table(out / "plans.csv", PlanRow), Table(out / "prices.csv", PriceRow)
     current = {c.name: digest(c) for c in cases}
     plans.keep(lambda r: current.get(r["case"], r["digest"]) == r["digest"])
-    done = {tuple(r[name] for name in KEY) for r in plans.rows()}
+    done: dict[tuple[str, ...], set[str]] = {}  # solvers
+    for r in plans.rows():
+        done.setdefault(tuple(r[name] for name in KEY), set()).add(r["solver"])
     prices.keep(lambda r: tuple(r[name] for name in KEY) in done)
     forests = Forests(cases, size or {})
-    todo = [work for work in schedule(cases, models, seeds) if work.key() not in done]
+    planned = [(work, done.get(work.key(), set())) for work in schedule(cases, models, solvers, seeds)]
+    todo = [replace(work, solvers=tuple(s for s in work.solvers if s not in known)) for work, known in planned]
+    todo = [work for work in todo if work.solvers]
     best: dict[str, tuple[Problem, Solution]] = {}
     for i, work in enumerate(todo):
         say(f"{i + 1}/{len(todo)} {work.case.name}: {work.cost_model}, {work.experiment} held out, seed {work.seed}")
         if work.case.name not in best:
             best = {work.case.name: best_plan(work.case)}
-        rows, kernels = plan_rows(work, solvers, forests, best[work.case.name])
-        prices.append(kernels)
+        try:
+            rows, kernels = plan_rows(work, forests, best[work.case.name])
+        except TooFewError as error:
+            say(f"  left out: {error}")
+            continue
+        if work.key() not in done:
+            prices.append(kernels)
         plans.append(rows)  # last: what is here is done
     plans.to_parquet()
 
@@ -386,7 +406,7 @@ class Table:
         try:
             import pyarrow.csv
             import pyarrow.parquet
-        except ImportError:
+        except ImportError:  # of the extra `research`: the CSV file holds the same
             return
         pyarrow.parquet.write_table(pyarrow.csv.read_csv(self.path), self.path.with_suffix(".parquet"))
 

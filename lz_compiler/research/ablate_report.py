@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .ablate import kendall
+from .ablate import SOLVERS, kendall
 
 Row = Mapping[str, str]
 DRAWS = 2000
@@ -56,9 +56,15 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def exact(plans: Sequence[Row]) -> str:
+    """The solver that the others are compared with: the first of ablate's order that ran."""
+    ran = {r["solver"] for r in plans}
+    return next((name for name in SOLVERS if name in ran), "")
+
+
 def model_table(plans: Sequence[Row], device: str, experiment: str) -> str:
-    """Cost models on one device, solved by cp_sat."""
-    chosen = [r for r in plans if r["device"] == device and r["solver"] == "cp_sat"]
+    """Cost models on one device, by one solver."""
+    chosen = [r for r in plans if r["device"] == device and r["solver"] == exact(plans)]
     rows = [r for r in chosen if r["experiment"] == experiment or r["cost_model"] in ("measured", "roofline", "constant")]
     reference = by_case((r for r in rows if r["cost_model"] == "measured"), lambda r: float(r["judged_ns"]))
     lines = []
@@ -66,15 +72,17 @@ def model_table(plans: Sequence[Row], device: str, experiment: str) -> str:
         own = [r for r in rows if r["cost_model"] == name]
         regret = list(by_case(own, lambda r: float(r["regret"])).values())
         above = by_case(own, lambda r: float(r["judged_ns"]))
-        above = {case: ns / reference[case] - 1 for case, ns in above.items()}
+        above = {case: ns / reference[case] - 1 for case, ns in above.items() if case in reference}
         low, high = interval(regret)
         scored = [(float(r["tau"]), int(r["pairs"])) for r in own if int(r["pairs"])]
         tau = sum(t * n for t, n in scored) / max(sum(n for _, n in scored), 1)
         kernels = sum(int(r["kernels"]) for r in own)
         lines.append([
             name, f"{percent(statistics.median(regret))}", f"{percent(statistics.fmean(regret))} ({percent(low)} to {percent(high)})",
-            percent(max(regret)), percent(statistics.fmean(above.values())), f"{sum(a <= 0.02 for a in above.values())}/{len(above)}",
-            "-" if name == "measured" else f"{paired_p(list(above.values())):.3f}", f"{tau:.2f}" if scored else "-",
+            percent(max(regret)), percent(statistics.fmean(above.values())) if above else "-",
+            f"{sum(a <= 0.02 for a in above.values())}/{len(above)}",
+            "-" if name == "measured" or not above else f"{paired_p(list(above.values())):.3f}",
+            f"{tau:.2f}" if scored else "-",
             percent(sum(int(r["measured"]) for r in own) / kernels), percent(sum(int(r["abstained"]) for r in own) / kernels),
         ])  # fmt: skip
     head = [
@@ -92,10 +100,16 @@ def model_table(plans: Sequence[Row], device: str, experiment: str) -> str:
     return table(head, lines)
 
 
+def _against(plans: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
+    """Plans by measured prices, and the least price of each case: those that have one."""
+    rows = [r for r in plans if r["cost_model"] == "measured"]
+    best = by_case((r for r in rows if r["solver"] == exact(rows)), lambda r: float(r["predicted_ns"]))
+    return [r for r in rows if r["case"] in best], best
+
+
 def solver_table(plans: Sequence[Row]) -> str:
     """Solvers on the same (measured) prices, all devices: regret by predicted price against the integer program."""
-    rows = [r for r in plans if r["cost_model"] == "measured"]
-    best = by_case((r for r in rows if r["solver"] == "cp_sat"), lambda r: float(r["predicted_ns"]))
+    rows, best = _against(plans)
     lines = []
     for name in dict.fromkeys(r["solver"] for r in rows):
         own = [r for r in rows if r["solver"] == name]
@@ -136,10 +150,12 @@ def tau_table(prices: Sequence[Row], device: str, experiment: str) -> str:
 
 def greedy_cases(plans: Sequence[Row]) -> str:
     """Where greedy is as good as the integer program, and where it is not, with what moves."""
-    rows = [r for r in plans if r["cost_model"] == "measured"]
-    best = by_case((r for r in rows if r["solver"] == "cp_sat"), lambda r: float(r["predicted_ns"]))
+    rows, best = _against(plans)
     lost = {r["case"]: (float(r["predicted_ns"]) / best[r["case"]] - 1, r["moved"]) for r in rows if r["solver"] == "greedy"}
-    lines = [[case, percent(v), what.replace("|", "")] for case, (v, what) in sorted(lost.items(), key=lambda item: -item[1][0])]
+    lines = [
+        [case, percent(v), what.replace("|", "") or "conversions alone"]
+        for case, (v, what) in sorted(lost.items(), key=lambda item: -item[1][0])
+    ]
     return table(["case", "greedy is dearer by", "kernels, greedy's > the best plan's"], lines)
 
 
@@ -194,27 +210,40 @@ def _predicted(pyplot: Any, prices: Sequence[Row], path: Path) -> Path:
 
 def _regret(pyplot: Any, plans: Sequence[Row], path: Path) -> Path:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4))
-    models = [r for r in plans if r["solver"] == "cp_sat" and r["experiment"] == "models"]
-    for axis, key, rows, value in (
-        (axes[0], "cost_model", models, "regret"), (axes[1], "solver", [r for r in plans if r["cost_model"] == "measured"], "regret"),
-    ):  # fmt: skip
+    models = [r for r in plans if r["solver"] == exact(plans) and r["experiment"] == "models"]
+    for axis, key, rows in ((axes[0], "cost_model", models), (axes[1], "solver", [r for r in plans if r["cost_model"] == "measured"])):
         names = list(dict.fromkeys(r[key] for r in rows))
-        axis.boxplot([[100 * float(r[value]) for r in rows if r[key] == n] for n in names], tick_labels=names, showfliers=False)
-        axis.set(ylabel="regret, %, outliers not drawn")
+        axis.set(ylabel="regret, %; diamonds: mean, 95 % interval", yscale="symlog")
+        axis.boxplot([[100 * float(r["regret"]) for r in rows if r[key] == n] for n in names], tick_labels=names, showfliers=False)
+        for place, name in enumerate(names, 1):
+            means = [100 * v for v in by_case((r for r in rows if r[key] == name), lambda r: float(r["regret"])).values()]
+            mean, (low, high) = statistics.fmean(means), interval(means)
+            axis.errorbar([place], [mean], [[mean - low], [high - mean]], fmt="D", color="black", markersize=3, capsize=3)
+        _noise_floor(axis, plans)
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
         axis.tick_params(axis="x", rotation=30)
     return _saved(pyplot, figure, path)
 
 
 def _effort(pyplot: Any, plans: Sequence[Row], path: Path) -> Path:
     figure, axis = pyplot.subplots(figsize=(6, 4))
-    rows = [r for r in plans if r["solver"] == "cp_sat" and r["experiment"] == "models"]
+    rows = [r for r in plans if r["solver"] == exact(plans) and r["experiment"] == "models"]
     for name in dict.fromkeys(r["cost_model"] for r in rows):
         own = [r for r in rows if r["cost_model"] == name]
         part = [100 * int(r["measured"]) / max(int(r["kernels"]), 1) for r in own]
         axis.scatter(part, [100 * float(r["regret"]) for r in own], s=12, alpha=0.5, label=name)
+    _noise_floor(axis, plans)
     axis.set(xlabel="kernels measured, %", ylabel="regret, %", yscale="symlog")
     axis.legend(fontsize=7)
     return _saved(pyplot, figure, path)
+
+
+def _noise_floor(axis: Any, plans: Sequence[Row]) -> None:
+    """The mean regret of planning by measurements: what no model can be told to beat."""
+    own = [float(r["regret"]) for r in plans if r["cost_model"] == "measured" and r["solver"] == exact(plans)]
+    if own:
+        axis.axhline(100 * statistics.fmean(own), color="black", linewidth=0.8, linestyle="--", label="noise floor")
 
 
 def _saved(pyplot: Any, figure: Any, path: Path) -> Path:

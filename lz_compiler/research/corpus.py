@@ -128,7 +128,10 @@ def load_all(folders: Iterable[Path]) -> list[Case]:
     folders = list(folders)
     paths = sorted(p for folder in folders for p in folder.rglob(f"*{SUFFIX}"))
     if not paths:
-        raise PlanError(f"no case ({SUFFIX}) in {', '.join(map(str, folders))}. Make some: python benchmarks/corpus.py --out DIR.")
+        raise PlanError(
+            f"no case ({SUFFIX}) in {', '.join(map(str, folders))}. Run in a clone of the repository, "
+            "which has them in benchmarks/corpora, or give --corpus DIR: python benchmarks/corpus.py --out DIR makes some."
+        )
     return [load(path) for path in paths]
 
 

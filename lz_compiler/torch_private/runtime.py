@@ -44,6 +44,19 @@ def cudagraph_skips(tell: Callable[[str], None]) -> Iterator[None]:
         cudagraphs_log.removeHandler(handler)
 
 
+@contextmanager
+def ungraphed() -> Iterator[None]:
+    """What Inductor would replay from CUDA graphs is called as it was compiled: a replay's kernels belong to no operator."""
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager as Manager
+
+    kept = Manager._run
+    Manager._run = lambda self, new_inputs, function_id: self.ids_to_funcs[function_id].model(new_inputs)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Manager._run = kept  # type: ignore[method-assign]
+
+
 def capture(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `run` called several times; raises RuntimeError where it synchronises or cannot be captured.
 

@@ -136,7 +136,10 @@ def refusal(known: Capability, ctx: SelectionContext) -> Rejection | None:
     if device == "cuda" and ctx.options.graphs and not known.cuda_graph_safe:
         return Rejection(known.kernel, "cuda_graph", "not known to be safe inside a CUDA graph")
     failed = next((c for c in known.constraints if not holds(c.require, ctx)), None)
-    return Rejection(known.kernel, failed.code, failed.detail) if failed else None
+    if failed is None:
+        return None
+    proved = ctx.params.get("mask") if failed.code == "mask" else None  # the predicate that it cannot take
+    return Rejection(known.kernel, failed.code, f"{failed.detail}; proved: {proved}" if proved else failed.detail)
 
 
 def _refused(known: Capability, what: str, code: str, detail: str) -> Rejection:
