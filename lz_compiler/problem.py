@@ -162,6 +162,53 @@ def narrower(
     return found
 
 
+def edited(view: GraphView, options: Options, roofline: Roofline, choices: Sequence[Choice]) -> str | None:
+    """What a stored plan decides for this graph and nothing here offers, in words; None for a plan as it was made.
+
+    Candidates are listed again, unpriced: of both layout modes and for any number of rows, since either may have been solved for.
+    """
+    options = replace(options, layout_mode="adapt", any_rows=True)
+    found = enumerate_regions(view, options, roofline, refused_when_smaller(view, options))
+    asked = {c.region.nodes[0]: c.region.op for c in found.candidates if len(c.region.nodes) == 1}
+    add_defaults(view, found, roofline, lossy=False)
+    offered: dict[Region, list[Candidate]] = {}
+    for candidate in found.candidates:
+        offered.setdefault(candidate.region, []).append(candidate)
+    made: dict[str, Candidate] = {}
+    for c in (choice.candidate for choice in choices):
+        if not any(_runs(c) == _runs(other) for other in offered.get(c.region, ())):
+            near = next((o for o in offered.get(c.region, ()) if o.kernel == c.kernel), None)
+            params = dict(near.params) if near else dict(c.params)
+            other = ", ".join(f"{k}={v!r}" for k, v in c.params if k not in params or params[k] != v)
+            return f"{c.kernel} {f'with {other} ' if other else ''}is not a candidate of {c.region.op} {' + '.join(c.region.nodes)}"
+        twice = next((node for node in c.region.nodes if node in made), None)
+        if twice is not None:
+            return f"two choices compute {twice}"
+        made |= dict.fromkeys(c.region.nodes, c)
+    bare = _uncovered(view, made, asked)
+    return f"no choice computes {asked[bare]} {bare}, which is a candidate of some kernels" if bare else None
+
+
+def _runs(candidate: Candidate) -> tuple[object, ...]:
+    """What decides what a candidate does; measuring may have changed the rest."""
+    return candidate.kernel, candidate.in_formats, candidate.out_formats, candidate.params
+
+
+def _uncovered(view: GraphView, made: Mapping[str, Candidate], asked: Mapping[str, str]) -> str | None:
+    """A node that has kernels, of which no choice was made though its result is needed: a mask that attention understands is not."""
+    needed = {name for name, _ in _sinks(view)}
+    for node in reversed(view.nodes):
+        if node.name not in needed or view.is_constant(node):
+            continue
+        if node.name in made:
+            needed.update(made[node.name].region.inputs)
+        elif node.name in asked:
+            return node.name
+        else:
+            needed.update(view.base(n).name for n in node.all_input_nodes)
+    return None
+
+
 def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy: bool) -> None:
     """One candidate, or one per layout, for every node that no backend was asked about."""
     asked = (*found.candidates, *(c for c, _ in found.denied))  # a node whose kernels were all denied must not get another

@@ -271,7 +271,7 @@ def test_another_model_and_another_machine(planned: tuple[Llama, offline.ModelPl
     with pytest.raises(PlanError, match="not the one that was planned"):
         lz.compile(wider, plan=plan)(ids(4))
     plan.save(tmp_path / "p.json")
-    data = json.loads((tmp_path / "p.json").read_text())
+    data = unsigned(tmp_path / "p.json")
     for name, value in (("name", "NVIDIA H200"), ("torch", "2.0.0")):
         (tmp_path / "q.json").write_text(json.dumps({**data, "environment": {**data["environment"], name: value}}))
         with pytest.raises(PlanError, match=f"is for {name} {value!r}, here"):
@@ -281,23 +281,48 @@ def test_another_model_and_another_machine(planned: tuple[Llama, offline.ModelPl
         lz.compile(llama(), plan=tmp_path / "q.json")
 
 
+def unsigned(file: Path) -> dict[str, Any]:
+    """What stands in a plan's file, without the checksum that an edit would break."""
+    return {name: value for name, value in json.loads(file.read_text()).items() if name != "checksum"}
+
+
+def replaced(data: dict[str, Any], old: Any, new: Any) -> str:
+    """The file's text with one part of it exchanged, wherever it stands."""
+    return json.dumps(data).replace(json.dumps(old), json.dumps(new))
+
+
 def test_broken_plan_files(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
     """One clear error each, and nothing that stands in a file is ever executed or imported."""
     _, plan = planned
     file = tmp_path / "p.json"
     plan.save(file)
-    text, data = file.read_text(), json.loads(file.read_text())
+    text, data = file.read_text(), unsigned(file)
     cell = data["cells"][0]
+    candidate = cell["plans"][0]["choices"][0]["candidate"]
+    region = candidate["region"]
     broken = {
         "cannot read": text[: len(text) // 2], "schema None": "{}", "schema 99": json.dumps({**data, "layerzero_model_plan": 99}),
         "damaged": json.dumps({**data, "cells": [{k: v for k, v in cell.items() if k != "plans"}]}),
         "not those of its buckets": json.dumps({**data, "cells": data["cells"][1:]}),
         "unknown winner": json.dumps({**data, "cells": [{**cell, "winner": "__import__('os')"}, *data["cells"][1:]]}),
+        "contents do not fit its checksum": text.replace('"ns": ', '"ns": 1', 1),
+        "unknown option 'freezes'.* Did you mean 'freeze'": json.dumps({**data, "options": {**data["options"], "freezes": True}}),
+        "some are missing": json.dumps({**data, "options": {}}),
+        "dimension 1 of 'input_ids' is called 'length'": json.dumps({**data, "dynamic": {"input_ids": {"1": "length"}}}),
+        "dimension 1 of 'ids' is called 'seq'": json.dumps({**data, "dynamic": {"ids": {"1": "seq"}}}),
+        "do not fit each other": json.dumps({**data, "dynamic": {}}),
+        "in the order": json.dumps({**data, "tensors": [{**data["tensors"][0], "order": [0, 0]}]}),
+        "the upper ends": json.dumps({**data, "buckets": {"seq": [32, 8]}}),
+        "needs nodes, and one format": replaced(data, candidate, {**candidate, "in_formats": []}),
+        "needs nodes": replaced(data, region, {**region, "nodes": []}),
+        "not enough values to unpack": replaced(data, candidate, {**candidate, "params": [["roles"]]}),
     }  # fmt: skip
     for message, content in broken.items():
         file.write_text(content)
         with pytest.raises(PlanError, match=message):
             lz.load_plan(file)
+    file.write_text(json.dumps(data))
+    assert lz.load_plan(file) == plan, "one from before there were checksums"
     with pytest.raises(PlanError, match="cannot read"):
         lz.load_plan(tmp_path / "none.json")
 
@@ -305,12 +330,58 @@ def test_broken_plan_files(planned: tuple[Llama, offline.ModelPlan], tmp_path: P
 def test_a_plan_with_a_kernel_exchanged_is_refused(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
     model, plan = planned
     plan.save(tmp_path / "p.json")
-    data = json.loads((tmp_path / "p.json").read_text())
+    data = unsigned(tmp_path / "p.json")
     for choice in (c for cell in data["cells"] for p in cell["plans"] for c in p["choices"]):
         choice["candidate"]["kernel"] = "os.system"
     (tmp_path / "p.json").write_text(json.dumps(data))
     with pytest.raises(PlanError, match=r"unknown kernel 'os\.system'"):
         lz.compile(model, plan=tmp_path / "p.json")
+
+
+Edit = Callable[[dict[str, Any]], None]
+EDITS: dict[str, tuple[Edit, str]] = {
+    "act": (lambda c: c["params"].__setitem__(0, ["act", "relu"]), r"onednn\.linear_packed with act='relu' is not a candidate of linear"),
+    "roles": (lambda c: c.update(params=[]), "is not a candidate of linear"),
+    "kernel": (lambda c: c.update(kernel="onednn.conv"), r"onednn\.conv .*is not a candidate of linear"),
+    "formats": (lambda c: [f.update(dtype="bfloat16") for f in c["out_formats"]] and None, "is not a candidate of linear"),
+    "region": (lambda c: c["region"].update(inputs=c["region"]["inputs"][::-1]), "is not a candidate of linear"),
+    "loop": (lambda c: c.update(kernel="inductor.loop"), r"inductor\.loop .*is not a candidate of linear"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[nn.Module, Tensor, offline.ModelPlan]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval(), torch.randn(8, 64)
+    return model, x, lz.solve(model, (x,), freeze=True, backends="onednn", **FAST)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_choice_is_refused(small: tuple[nn.Module, Tensor, offline.ModelPlan], name: str, tmp_path: Path) -> None:
+    """A choice that nothing here would offer is an error, not a wrong number; by the compiler and by the baker."""
+    (edit, message), (model, x, plan) = EDITS[name], small
+    plan.save(tmp_path / "p.json")
+    data = unsigned(tmp_path / "p.json")
+    chosen = [c["candidate"] for c in data["cells"][0]["plans"][0]["choices"] if c["candidate"]["kernel"] == "onednn.linear_packed"]
+    first = next(c for c in chosen if c["params"][0] == ["act", "gelu"])
+    edit(first)
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    other = lz.load_plan(tmp_path / "p.json")
+    for run in (lambda: lz.compile(model, plan=other)(x), lambda: lz.bake(other, tmp_path / "out", model, (x,))):
+        with pytest.raises(PlanError, match=f"was edited.*{message}"):
+            run()
+
+
+def test_choices_left_out_or_made_twice_are_refused(small: tuple[nn.Module, Tensor, offline.ModelPlan]) -> None:
+    model, x, plan = small
+    (cell,), ((graph,),) = plan.cells, [c.plans for c in plan.cells]
+    choices = graph.choices
+    cases = {"no choice computes linear": choices[1:], "two choices compute": (*choices, choices[0])}
+    for message, changed in cases.items():
+        edited = dataclasses.replace(cell, plans=(dataclasses.replace(graph, choices=changed),))
+        with pytest.raises(PlanError, match=message):
+            lz.compile(model, plan=dataclasses.replace(plan, cells=(edited,)))(x)
+    torch.testing.assert_close(lz.compile(model, plan=plan)(x), model(x))
 
 
 @pytest.mark.parametrize(

@@ -82,14 +82,24 @@ class ModelPlan:
         data["cells"] = [
             {**dataclasses.asdict(cell), "plans": [plan_to_dict(p) for p in cell.plans]} for cell in self.cells
         ]  # fmt: skip
+        data["checksum"] = _checksum(json.loads(json.dumps(data)))  # as it will be read: keys are texts
         target = Path(path)
+        if not target.parent.is_dir():
+            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}. Make it.")
         half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
             half.write_text(json.dumps(data, indent=1))
             half.replace(target)
         except OSError as error:
             half.unlink(missing_ok=True)
-            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
+            why = error.strerror or error
+            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: {why}. Give a file in a folder that is writable.") from error
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """Of what stands in a plan's file, however it is laid out there."""
+    content = {name: value for name, value in data.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
@@ -102,10 +112,14 @@ def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
     if version != VERSION:
         raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r:.80}; this LayerZero reads {VERSION}. Solve again.")
     try:
-        return _model_plan(data)
+        same = data.get("checksum", computed := _checksum(data)) == computed  # a plan from before there were checksums has none
+        plan = _model_plan(data) if same else None
     except DAMAGE as error:
         what = f"{type(error).__name__}: {error}"[:1000]
         raise PlanError(f"the plan {os.fspath(path)!r} is damaged ({what}). Solve again.") from error
+    if plan is None:
+        raise PlanError(f"{os.fspath(path)!r} was changed after it was saved: its contents do not fit its checksum. Solve again.")
+    return plan
 
 
 def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
@@ -126,6 +140,7 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         tuple(map(str, data["constants"])), cells, {str(k): str(v) for k, v in data.get("bundle", {}).items()},
         _joint(data.get("joint")),
     )  # fmt: skip
+    _check_fields(plan)
     known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
     for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
         raise PlanError(unknown("kernel", kernel, known))
@@ -135,6 +150,28 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
     if not least <= len(plan.cells) <= most or [c.ranges for c in plan.cells] != export.cells(plan.buckets):
         raise PlanError(f"the plan's cells are not those of its buckets {reprlib.repr(dict(plan.buckets))}")
     return plan
+
+
+def _check_fields(plan: ModelPlan) -> None:
+    """ValueError where fields of a stored plan do not fit each other: what runs by it looks one up in another."""
+    fields = {f.name for f in dataclasses.fields(Options) if f.metadata["plans"]}
+    for name in plan.options.keys() - fields:
+        raise PlanError(unknown("option", name, fields))
+    if {"mode", "layout_mode", "error_budget", "cudagraphs"} - plan.options.keys():
+        raise ValueError(f"options are {reprlib.repr(sorted(plan.options))}, and some are missing")
+    dims = [(name, dim, symbol) for name, named in plan.dynamic.items() for dim, symbol in named.items()]
+    for name, dim, symbol in dims:
+        if name not in plan.arguments or dim < 0 or symbol not in plan.buckets:
+            raise ValueError(f"dynamic: dimension {dim} of {name!r:.200} is called {symbol!r:.200}")
+    sizes = [size for tensor in plan.tensors for size in tensor.shape]
+    if sizes.count(-1) != len(dims) or {symbol for _, _, symbol in dims} != plan.buckets.keys() or min(sizes, default=0) < -1:
+        raise ValueError("dynamic, buckets and the tensors' sizes do not fit each other")
+    for tensor in plan.tensors:
+        if sorted(tensor.order) != list(range(len(tensor.shape))):
+            raise ValueError(f"a tensor with {len(tensor.shape)} dimensions in the order {reprlib.repr(tensor.order)}")
+    for ends in plan.buckets.values():
+        if not ends or ends[0] < 1 or sorted(set(ends)) != list(ends):
+            raise ValueError(f"the upper ends {reprlib.repr(ends)}")
 
 
 def _joint(data: Mapping[str, Any] | None) -> Joint | None:
