@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from . import backends, torch_private
 from .backends import answers
 from .backends.base import SelectionContext, natural_layout
-from .capture import RESHAPES, VIEWS, GraphView, tensor_value
+from .capture import RESHAPES, VIEWS, GraphView, tensor_value, updated
 from .cost_models import CostModel
 from .cost_models.roofline import Roofline, bytes_of, traffic_ns, work
 from .options import Options
@@ -29,8 +29,6 @@ from .trust.policy import Facts, Rule, facts
 from .types import Candidate, Choice, Conversion, Cost, Format, Problem, Region, Rejection
 
 aten = torch.ops.aten
-
-_UPDATES = (aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.scatter.src)
 
 # Loops over windows: Inductor computes their input once, in memory, and not again for every window that reads it.
 _FROM_MEMORY = ("max_pool2d_with_indices", "_low_memory_max_pool_with_offsets", "avg_pool2d", "_adaptive_avg_pool2d")
@@ -245,10 +243,10 @@ def _gathered(view: GraphView, node: fx.Node) -> str | None:
 def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline) -> Iterable[tuple[str, tuple[str, str], Cost]]:
     """(kernel, (layout of 4-d tensors, layout of the others), cost)."""
     moves = node.target in VIEWS or _is_getitem(node)
-    updated = _updates(node)
-    if updated is not None:
+    values = _updates(node)
+    if values is not None:
         back = node.target is aten.copy_.default
-        yield CALL, ("", ""), Cost(0, "assumed") if back else roofline.extern([view.spec(updated)] * 2)
+        yield CALL, ("", ""), Cost(0, "assumed") if back else roofline.extern([view.spec(values)] * 2)
         return
     fusable = torch_private.is_fusable(node.target) or _is_getitem(node)
     images = convolutional and _is_image(node)
@@ -273,10 +271,9 @@ def _updates(node: fx.Node) -> fx.Node | None:
     if node.target is aten.copy_.default:
         source = node.args[1]
         return _updates(source) if isinstance(source, fx.Node) and source.op == "call_function" else None
-    if node.target not in _UPDATES or not isinstance(node.args[0], fx.Node) or node.args[0].op != "placeholder":
+    if updated(node) is None:
         return None
-    back = any(u.target is aten.copy_.default and u.args[0] is node.args[0] for u in node.users)
-    return next(a for a in reversed(node.args) if tensor_value(a) is not None) if back else None  # type: ignore[return-value]
+    return next(a for a in reversed(node.args) if tensor_value(a) is not None)  # type: ignore[return-value]
 
 
 def _entry(view: GraphView, node: fx.Node, image_layout: str, layout: str) -> Format:

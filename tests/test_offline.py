@@ -221,7 +221,7 @@ def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) 
     run, strict = lz.compile(model, plan=plan), lz.compile(model, plan=plan, layout_mode="strict")
     cases = {
         "outside of the plan": ids(33), "torch.int32, planned as torch.int64": ids(8).int(),
-        "strides": ids(16).repeat_interleave(2, 1)[:, ::2],
+        "not dense": ids(16).repeat_interleave(2, 1)[:, ::2],
     }  # fmt: skip
     for what, x in cases.items():
         with pytest.warns(UserWarning, match=what):
@@ -238,6 +238,51 @@ def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) 
     for called, x in ((run, ids(8)[None]), (strict, ids(8, batch=2))):
         with pytest.raises(PlanError, match=r"sizes \[\(1, -1\)\] \(-1 varies\); given"):
             called(x)
+
+
+def test_a_conversion_warns_once_for_all_sizes_and_says_what_it_costs() -> None:
+    model = nn.Linear(8, 8).eval()
+    plan = lz.solve(model, (torch.randn(4, 8),), dynamic={"input": {0: "rows"}}, buckets={"rows": [32]}, **FAST)
+    run = lz.compile(model, plan=plan)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rows in (2, 3, 4, 5):
+            for x in (torch.randn(8, rows).t(), torch.randn(rows, 16)[:, ::2], torch.randn(rows, 8).double()):
+                torch.testing.assert_close(run(x), model(x.float()))
+    said = [str(w.message) for w in caught]
+    assert len(said) == 3, said
+    assert "in the order (1, 0)" in said[0]
+    assert "writes 64 bytes for (2, 8) with strides (1, 2)" in said[0]
+    assert list(run.adapted.values()) == [4, 4, 4]
+    assert not any("strides" in case for case in run.adapted)
+
+
+def test_arguments_that_require_gradients_are_taken_as_values() -> None:
+    model = nn.Linear(8, 8)
+    plan = lz.solve(model, (torch.randn(4, 8),), **FAST)
+    run = lz.compile(model, plan=plan)
+    for x in (torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True) * 2):
+        found = run(x)
+        torch.testing.assert_close(found, model(x))
+        assert not found.requires_grad
+    assert lz.solve(model, (torch.randn(4, 8, requires_grad=True),), **FAST).cells[0].fingerprint == plan.cells[0].fingerprint
+
+
+def test_buckets_that_do_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs are counted before anything is made; what the allocator says later is told in the same words."""
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    rows: dict[str, Any] = {"dynamic": {"input": {0: "rows"}}}
+    with pytest.raises(PlanError, match=r"cell rows 9\.\.1000000000000 does not fit in memory \(its inputs alone need 32,000\.0 GB"):
+        lz.solve(model, (x,), buckets={"rows": [8, 10**12]}, **rows, **FAST)
+    monkeypatch.setattr(torch_private, "free_memory", lambda device: None)
+    for end, words in ((10**15, "RuntimeError: .*can.t allocate memory"), (2**61, "RuntimeError: .*overflowed")):
+        with pytest.raises(PlanError, match=rf"cell rows 2\.\.{end} does not fit in memory \({words}.*lower the last end"):
+            lz.solve(model, (x,), buckets={"rows": [end]}, **rows, **FAST)
+
+
+def test_a_plan_is_saved_to_a_folder_that_is_there(small: tuple[nn.Module, Tensor, offline.ModelPlan], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"none/p\.json': there is no folder '.*none'\. Make it"):
+        small[2].save(tmp_path / "none" / "p.json")
 
 
 def test_sizes_beyond_the_plan_run_the_model_and_each_case_warns_once(planned: tuple[Llama, offline.ModelPlan]) -> None:
@@ -398,6 +443,22 @@ def test_choices_left_out_or_made_twice_are_refused(small: tuple[nn.Module, Tens
 def test_declarations_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         lz.solve(llama(), (ids(4),), **{**SEQ, **changes}, **FAST)
+
+
+def test_what_is_no_model_and_no_list(planned: tuple[Llama, offline.ModelPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = planned
+    with pytest.raises(OptionError, match=r"solve takes an nn\.Module; given: function\. Wrap it"):
+        lz.solve(lambda x: x, (ids(4),), **FAST)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"'seq' is 4\. Give a list of upper ends: buckets=\{'seq': \[4\]\}"):
+        lz.solve(model, (ids(4),), **{**SEQ, "buckets": {"seq": 4}}, **FAST)
+    with pytest.raises(PlanError, match=r"do not fit Llama\.forward: missing a required argument"):
+        lz.warmup(lz.compile(model, plan=plan))
+    with pytest.raises(OptionError, match=r"warmup takes a folder of lz\.bake.*given: lz_compiler\.zoo\.Llama"):
+        lz.warmup(model)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = dataclasses.replace(plan, environment={**plan.environment, "device": "cuda", "name": "NVIDIA H200"})
+    with pytest.raises(PlanError, match="is for the GPU 'NVIDIA H200', and here torch finds no GPU"):
+        lz.compile(model, plan=there)
 
 
 def test_a_model_that_does_not_allow_the_range() -> None:

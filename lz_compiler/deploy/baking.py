@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import keyword
 import logging
@@ -34,7 +35,7 @@ from ..errors import PlanError
 from ..options import Options
 from ..reports.report import milliseconds
 from ..timings import open_store
-from . import export, general
+from . import export, general, writing
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
 
@@ -64,7 +65,8 @@ class Loop:
     def text(self, name: str, compiled: torch_private.CompiledTriton | None) -> str:
         """The kernel as a global of the file."""
         if self.language == "cpp":
-            return f"{name} = _loop({name!r}, {list(self.detail)!r}, r'''{self.source}''')"
+            head = writing.wrapped(f"{name} = _loop({name!r}, {list(self.detail)!r}, r'''")
+            return "\n".join(head) + f"{self.source}''')"
         if compiled is None:
             return f"{name} = _compiled({self.detail[0]!r}, r'''{self.source}''')"
         call = [f"_kernel, {', '.join(compiled.grid)}, {compiled.warps}, {compiled.shared}, {compiled.types!r}"]
@@ -108,7 +110,11 @@ def bake(
     writes into (a key-value cache) are the file's own state.
     """
     out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise PlanError(f"cannot bake to {os.fspath(out)!r}: {error.strerror or error}. Give another folder.") from error
+    if taken:
         raise PlanError(f"{os.fspath(out)!r} exists and is not an empty folder. Give a new one.")
     check_environment(plan)
     named = export.bind(model, args, kwargs)
@@ -118,11 +124,20 @@ def bake(
     for symbol in plan.buckets:
         _check_name(symbol, "symbol")
     setup()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # whole or not at all
+    with _folder_beside(out) as folder:  # whole or not at all
         _Writer(plan, model, named, Path(folder) / "plan").write()
         (Path(folder) / "plan").rename(out)
     return out / FILE
+
+
+def _folder_beside(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """An empty folder that can become `out`. PlanError where there cannot be one."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+    except OSError as error:
+        why = f"{os.fspath(out.parent)!r} cannot be written to: {error.strerror or error}"
+        raise PlanError(f"cannot bake to {os.fspath(out)!r}: {why}. Give a folder that can be.") from error
 
 
 class _Writer:
@@ -142,7 +157,7 @@ class _Writer:
         self.cuda = plan.environment["device"] == "cuda"
         self.graphs = self.cuda and (plan.options["cudagraphs"] or plan.options["mode"] in WITHOUT_GRAPHS)
         self.written: set[str] = set()  # arguments that some cell writes into
-        self.brgemm = False
+        self.brgemm = self.paged = False
         self.returns = ""
         self.beyond: list[tuple[Ranges, tuple[str, ...]]] = []  # of each general cell: its sizes, and what else is asked of them
 
@@ -239,9 +254,11 @@ class _Writer:
         for call, plain in PLAIN.items():
             text = text.replace(call, plain)
         self.brgemm |= "torch.ops.lz.attention_brgemm" in text
+        self.paged |= writing.CALLED in text
+        text = text.replace(writing.CALLED, f"{writing.PAGED}(")
         other = re.search(r"torch\.ops\.lz\.(?!attention_brgemm)\w+|extern_kernels\.\w+", text)
         if other:
-            raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with backends=... that leave it out.")
+            raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with a policy that denies it, or lz.compile(plan=...).")
         read = set(re.findall(r"\b[A-Za-z_]\w*\b", text))
         names, leaves, arguments = {}, iter(self.named), set()
         loads: dict[str, str] = {}
@@ -265,9 +282,9 @@ class _Writer:
         fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments else []
         self.written |= arguments
-        lines = [*comment, *loads.values(), *(f"    {line}" for line in text.splitlines())]
+        lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
         function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *lines])
-        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late"}
+        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late", writing.PAGED}
         assert not missing, f"the generated code reads {missing}"
         return function
 
@@ -311,21 +328,36 @@ class _Writer:
         )
         replaced = {
             "MODEL": _text(self.plan.model), "VERSION": __version__,
-            "ENVIRONMENT_TEXT": _text(", ".join(f"{k} {v}" for k, v in self.plan.environment.items())),
-            "ENVIRONMENT": repr(dict(self.plan.environment)), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
+            "ENVIRONMENT_TEXT": writing.filled("From a plan for " + _text(", ".join(map(" ".join, self.plan.environment.items()))) + "."),
+            "ENVIRONMENT": _pretty(self.plan.environment), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
             "STRIDES": repr({n: w.stride() for n, w in self.weights.items() if not w.is_contiguous()}),
-            "MEMORY": self._memory(), "DEVICE": repr(self.plan.environment["device"]), "WRITTEN": repr(tuple(sorted(self.written))),
+            "MEMORY": writing.filled(self._memory()), "DEVICE": repr(self.plan.environment["device"]),
+            "WRITTEN": repr(tuple(sorted(self.written))),
             "STATE": repr(tuple(sorted(n for n, e in self.globals.items() if e in {f"_weight({s!r})" for s in self.state}))),
             "CUDA": Path(__file__).with_name("baked_cuda.txt").read_text().strip() if self.cuda else "",
-            "LIBRARIES": library if self.brgemm else "", "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
+            "LIBRARIES": "\n\n\n".join([*([library] if self.brgemm else []), *([writing.paged_attention()] if self.paged else [])]),
+            "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
-            "SIGNATURE": ", ".join(_parameter(name, value) for name, value in self.named.items()),
+            "SIGNATURE": self._signature(),
             "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
             "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
+
+    def _signature(self) -> str:
+        """The parameters of `forward`, as the model has them: what it takes by name alone comes last."""
+        known = inspect.signature(self.model.forward).parameters
+        by_name = [n for n in self.named if n not in known or known[n].kind is inspect.Parameter.KEYWORD_ONLY]
+        texts = {name: _parameter(name, value) + ("=None" if name in self._defaulted() else "") for name, value in self.named.items()}
+        star = ["*"] if by_name else []
+        return ", ".join([*(texts[n] for n in self.named if n not in by_name), *star, *(texts[n] for n in by_name)])
+
+    def _defaulted(self) -> set[str]:
+        """Tensors that come after a constant: Python wants a default for them, too."""
+        first = next((i for i, name in enumerate(self.named) if name not in self.inputs), len(self.named))
+        return {name for name in list(self.named)[first:] if name in self.inputs}
 
     def _memory(self) -> str:
         """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
@@ -342,7 +374,8 @@ class _Writer:
     def _checks(self, constants: Mapping[str, Any]) -> str:
         """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""
         lines = [
-            f'    if {name} != {value!r}:\n        raise ValueError(f"{name} is {{{name}!r}}; this file was made for {value!r}")'
+            f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}:\n"
+            f"        raise ValueError(_constant({name!r}, {name}, {value!r}))"
             for name, value in constants.items()
         ]
         sizes: dict[str, None] = {}
@@ -352,6 +385,8 @@ class _Writer:
             fits = [f"{name}.dtype is torch.{planned.dtype}", f"{name}.is_{planned.device}", f"{name}.dim() == {dims}", ordered]
             fits += [f"not {name}.requires_grad"] if getattr(torch, planned.dtype).is_floating_point else []
             fits += [f"{name}.data_ptr() % 16 == 0"] if planned.device == "cuda" else []
+            if name in self._defaulted():
+                lines.append(f"    if {name} is None:\n        raise ValueError(_constant({name!r}, None, 'a tensor'))")
             lines.append(f"    if not ({' and '.join(fits)}):")
             lines.append(f"        {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
             found = [symbols[i] if symbols.get(i, "") not in ("", *sizes) else f"{name}_size_{i}" for i in range(dims)]
@@ -411,7 +446,7 @@ class _Writer:
         """Made-up inputs of each cell, for the self-test: {cell: {input: (shape, dtype, highest integer)}}."""
         found = {}
         for i, cell in enumerate(self.plan.cells):
-            sized = export.resized(self.named, self.plan.dynamic, {s: high for s, (_, high) in cell.ranges.items()})
+            sized = export.resized(self.named, self.plan.dynamic, cell.ranges)
             found[i] = {n: (tuple(sized[n].shape), str(sized[n].dtype)[6:], _highest(sized[n])) for n in self.inputs}
         return _pretty(found)
 
@@ -467,7 +502,8 @@ def _comment(cell: CellPlan) -> list[str]:
         lines.append("")
         lines.append(f"    predicted {milliseconds(plan.predicted)} ({plan.status}, bound {milliseconds(plan.bound)}):")
         for choice in (c for c in plan.choices if c.candidate.kernel != "inductor.loop"):
-            other = min(choice.alternatives, key=lambda a: a[1].ns, default=None)
+            same = [a for a in choice.alternatives if set(a[0].region.nodes) == set(choice.candidate.region.nodes)]
+            other = min(same, key=lambda a: a[1].ns, default=None)
             next_best = f"; next {other[0].kernel} {milliseconds(other[1].ns)}" if other else ""
             node = choice.candidate.region.nodes[-1]
             lines.append(f"    {node}: {choice.candidate.kernel} {milliseconds(choice.cost.ns)} {choice.cost.source}{next_best}")

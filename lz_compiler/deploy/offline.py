@@ -36,6 +36,7 @@ from ..types import Plan, Status
 from . import export
 from .export import Argument, Dynamic, Program, Ranges
 from .joint import Joint, plan_cells
+from .model_fingerprint import check_bundle
 from .model_fingerprint import fingerprint as fingerprint_folder
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,8 @@ def solve(
     `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`). With `freeze`, the cells are one
     integer program in which each weight has one format (`deploy.joint`); `one_format=False`: each cell packs as suits it.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"solve takes an nn.Module; given: {type(model).__name__}. Wrap it in a module whose forward calls it.")
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
@@ -213,6 +216,8 @@ def solve(
     backends.check_names(chosen)
     setup()
     store, boxes, dilution = open_store(chosen.cache_dir), export.cells(buckets), DILUTION
+    for ranges in boxes:
+        export.check_memory(named, dynamic, ranges)
     for left in reversed(range(1 + TIGHTEN)):
         joint = chosen.freeze and one_format and len(boxes) > 1
         solved, sessions, state, result = _solved(model, named, dynamic, boxes, chosen, store, dilution, joint)
@@ -257,7 +262,8 @@ def _solved(
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
         if written is not None:
             state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
-        _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
+        with export.in_memory(ranges):
+            _race(session, run, written, _flat(program, export.resized(named, dynamic, ranges)))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
         sessions.append(session)
@@ -454,7 +460,8 @@ class PlannedModel(nn.Module):
         for i, planned in zip(places, self.plan.tensors, strict=True):
             why = planned.misfit(leaves[i])
             if why:
-                self._adapt(f"an input {why}", "it is converted in every call")
+                name = [name for name, value in named.items() for _ in pytree.tree_leaves(value)][i]
+                self._adapt(f"{name} {why}", planned.copied(leaves[i]))
                 leaves[i] = planned.converted(leaves[i])
         return pytree.tree_unflatten(leaves, spec)
 
@@ -475,24 +482,12 @@ def _environment(device: str) -> dict[str, str]:
     return {**environment(device), "capabilities": hashlib.sha256(repr(sorted(claims)).encode()).hexdigest()[:16]}
 
 
-def check_bundle(planned: Mapping[str, str], folder: str | os.PathLike[str] | None, strict: bool) -> None:
-    """Whether a model's folder has the tokenizer and config that a plan was solved with: else PlanError, or a warning if not strict."""
-    if folder is None:
-        return
-    if not planned:
-        raise PlanError("the plan was solved without bundle=...: there is nothing to compare the folder with. Solve again with it.")
-    found = fingerprint_folder(folder).digests()
-    other = [group for group in ("tokenizer", "config") if found[group] != planned.get(group)]
-    if other and strict:
-        raise PlanError(f"{os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with. Solve again.")
-    if other:
-        warnings.warn(f"LayerZero: {os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with", stacklevel=4)
-
-
 def check_environment(plan: ModelPlan) -> None:
     """PlanError on another device or torch, a warning where another library could change a price."""
     device = plan.environment.get("device", "cpu")
-    here = _environment(device) if device != "cuda" or torch.cuda.is_available() else {}
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f"the plan is for the GPU {plan.environment.get('name')!r}, and here torch finds no GPU. Solve again here.")
+    here = _environment(device)
     for name in ("device", "name", "torch"):
         if here.get(name) != plan.environment.get(name):
             raise PlanError(f"the plan is for {name} {plan.environment.get(name)!r}, here it is {here.get(name)!r}. Solve again here.")

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,18 @@ def kernel_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return errors
     return (*errors, TritonError)
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a new tensor may take on this kind of device; None where the system does not say."""
+    if device == "cuda":
+        cached: int = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + cached
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def counters() -> Any:
