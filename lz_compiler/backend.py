@@ -190,7 +190,8 @@ class Session:
             team.say("verdict", self._verdict(self.record.winner, self.record.times) | {"lossless": lossless})
         else:
             run = self._compile(team.verdict())
-        self.record.ranks = team.confirm(self.record.winner, [plan_to_dict(p) for p in self.record.plans])
+        plans = self.record.plans
+        self.record.ranks = team.confirm(self.record.winner, [plan_to_dict(p) for p in plans], collectives.kernels(plans))
         return run
 
     def _stored_verdict(self) -> Mapping[str, Any] | None:
@@ -203,18 +204,19 @@ class Session:
                 return None
         if verdict is None or verdict["winner"] not in (PLANNED, LOSSLESS):
             return verdict
-        failed = Quarantine(self.store, self.device).of_plans(map(plan_from_dict, verdict["plans"]))
+        plans = [plan_from_dict(p) for p in verdict["plans"]]
+        failed = Quarantine(self.store, self.device).of_plans(plans) or collectives.missing(plans, self.links)
         if failed is not None:
             self.record.notes.append(f"planned anew: {failed}")
         return verdict if failed is None else None
 
-    def _watched(self, run: Callable[..., Any]) -> functools.partial[Any]:
+    def _watched(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """What Dynamo calls; a race watches by itself, and eager needs no watching."""
         if isinstance(run, race.Race) or run == self.gm.forward or self.record.winner == INDUCTOR:
             return functools.partial(run)
         return guarded(run, lambda error, args: self._rescue(PLANNED, error, args), self._reference())
 
-    def _watched_backward(self, run: Callable[..., Any]) -> functools.partial[Any]:
+    def _watched_backward(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """What autograd calls. Its inputs may be written over (donated buffers), so that no other plan could repeat the call."""
         stop = "the backward pass uses up what the forward pass kept"
         return guarded(run, lambda error, args: self._rescue(PLANNED, error, args, stop), None)
@@ -419,6 +421,9 @@ class Session:
             plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, follow, self.dilution))
             for kernel, names in called_as(graph).items():
                 self.breaker.calls.setdefault(kernel, set()).update(names)
+            late = self.record.decided and self.record.plans is plans and plans[-1] not in known and self.breaker.tripped is None
+            if late and self.record.winner in (PLANNED, LOSSLESS):  # a backward graph, lowered when it first ran
+                self._store(self.record.winner, self.record.times)
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
         uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"

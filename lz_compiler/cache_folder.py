@@ -32,6 +32,26 @@ def check(file: Path) -> None:
         _check(path, found)
 
 
+def check_plain(folder: Path) -> None:
+    """UnsafeFolderError if a folder inside the cache folder, or that one, is writable by everyone, of another user, or a link."""
+    if sys.platform == "win32":
+        return
+    _check(folder.parent, os.stat(folder.parent))
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode):
+        raise UnsafeFolderError(f"{folder} is not a plain folder: remove it")
+    _check(folder, found)
+
+
+def check_open(handle: int, path: Path) -> None:
+    """UnsafeFolderError if an open file is not a plain one, or others may have written it."""
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        raise UnsafeFolderError(f"{path} is not a plain file, but a link, a pipe or a folder: remove it")
+    if sys.platform != "win32":
+        _check(path, found)
+
+
 def _check(path: Path, found: os.stat_result) -> None:
     user = os.geteuid()
     if found.st_mode & stat.S_IWOTH:

@@ -254,7 +254,8 @@ def canary(
     backend: Annotated[list[str] | None, typer.Option(help="Only this kernel library; repeatable.")] = None, as_json: Json = False,
     diff: Annotated[bool, typer.Option("--diff", help="Show what changed since the last stored run.")] = False,
     row_s: Annotated[float, typer.Option(help="Seconds for one kernel on one shape.")] = 60.0,
-    jobs: Annotated[int, typer.Option(help="Processes at once.")] = 1, cache_dir: CacheDir = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes at once; by default one for each core, at most 4, and one on a GPU.")] = None,
+    cache_dir: CacheDir = None,
 ) -> None:  # fmt: skip
     """Try every declared capability of the kernel libraries on this machine. Exit code 1 if something failed."""
     from rich.progress import Progress
@@ -346,7 +347,11 @@ def demo(rounds: int = 15) -> None:
 @cache_app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
     """What is stored, by kind."""
-    held = _store(cache_dir).ls()
+    from .trust.failures import take
+
+    store = _store(cache_dir)
+    take(store)
+    held = store.ls()
     if as_json:
         found = {
             "path": str(held.path) if held.path else None,
@@ -361,7 +366,7 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
         out.print(f"  {kind}: {count}")
     if len(held.machines) > 1:
         out.print(f"  from {', '.join(f'{name} ({n})' for name, n in sorted(held.machines.items()))}", markup=False)
-    for value in _store(cache_dir).get_records("quarantine").values():
+    for value in store.get_records("quarantine").values():
         out.print(f"    {value.get('kernel')} for {value.get('op')} in {value.get('dtype')}: {value.get('error')}", markup=False)
 
 

@@ -21,6 +21,7 @@ from . import ops, torch_private
 from .capture import tensors_in
 from .target import environment, event_timed
 from .timings import TimingStore
+from .types import Plan
 
 KIND = "links"
 OWN = "c10d.all_reduce"
@@ -77,6 +78,17 @@ def joined(found: Sequence[Curves]) -> dict[str, list[list[int]]]:
         name: [[points[0][0], max(ns for _, ns in points)] for points in zip(*(curves[name] for curves in found), strict=True)]
         for name in sorted(names)
     }
+
+
+def kernels(plans: Sequence[Plan]) -> list[str]:
+    """What does the plans' all-reduces, in their order."""
+    return [c.candidate.kernel for p in plans for c in p.choices if c.candidate.region.op == "all_reduce"]
+
+
+def missing(plans: Sequence[Plan], links: Curves) -> str | None:
+    """The first all-reduce of these plans that the ranks of this job cannot do, in words."""
+    unknown = (kernel for kernel in kernels(plans) if kernel not in {OWN, *links})
+    return next((f"{kernel} is not known to work between these ranks" for kernel in unknown), None)
 
 
 def measure(group: str, graphs: bool) -> Curves:

@@ -55,7 +55,7 @@ class Race:
             if self.winner is not None:
                 return self.winner(*args)
             return self._race(args)
-        except torch_private.kernel_errors() as error:
+        except torch_private.run_errors() as error:
             return self._rescued(error, args)
 
     def _rescued(self, error: Exception, args: tuple[Any, ...]) -> Any:

@@ -103,10 +103,11 @@ class Team:
     def links(self, known: Curves | None, measure: Callable[[], Curves]) -> Curves:
         """What all-reduces take, where every rank's graph wants to know: what is `known`, or measured by all if one rank does not know it.
 
-        Each rank came with "known" or "unknown" in its facts, or with nothing where its graph has no collectives.
+        Each rank came with "known" or "unknown" in its facts, or with nothing where its graph has no collectives. Where several groups
+        plan, nothing: ranks that chose differently would wait for each other for ever.
         """
         wishes = {told["links"] for told in self.told.values()}
-        if "" in wishes:
+        if "" in wishes or len(self.members) < self.size:
             return {}
         if known is not None and wishes == {"known"}:
             return known
@@ -118,13 +119,15 @@ class Team:
         """What the group's leader decided."""
         return self.hear("verdict", self.members[:1], self.work_s)[self.members[0]]
 
-    def confirm(self, winner: str, plans: Sequence[Mapping[str, Any]]) -> str:
-        """Agree on what each member made of the verdict: one line that says so, for `explain`."""
-        own = {"plan": digest([winner, *plans]), "winner": winner, "graphs": {p["fingerprint"]: digest(p) for p in plans}}
+    def confirm(self, winner: str, plans: Sequence[Mapping[str, Any]], sums: Sequence[str] = ()) -> str:
+        """Agree on what each member made of the verdict: one line that says so, for `explain`. `sums`: the kernels of its all-reduces, in
+        order, which must be the same whatever else differs."""
+        own = {"plan": digest([winner, *plans]), "winner": winner, "graphs": {p["fingerprint"]: digest(p) for p in plans}, "sums": [*sums]}
         self.say("done", own)
         known = self.hear("done", self.members, self.work_s)
         first = known[self.members[0]]
         wrong = [r for r, told in known.items() if told["winner"] != first["winner"] or _conflicting(told["graphs"], first["graphs"])]
+        wrong += [r for r, told in known.items() if told["sums"] != first["sums"] and r not in wrong]
         if wrong:
             told = {rank: f"{known[rank]['winner']} {known[rank]['plan']}" for rank in (self.members[0], *wrong)}
             raise RankError(f"graph {self.number}: the same graph has several plans: {_by_rank(told)}. Clear the caches: lz cache clear")

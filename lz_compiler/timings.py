@@ -82,11 +82,12 @@ class Listing:
 class TimingStore:
     """Facts by key. One connection, opened when needed; safe for threads, processes and forks.
 
-    `path` is the file, or None once the store has gone on in memory.
+    `path` is the file, or None once the store has gone on in memory; `folder` is where it was to be.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.folder = None if path is None else path.parent
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None

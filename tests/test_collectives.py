@@ -105,8 +105,16 @@ def test_a_price_lies_between_those_of_the_sizes_around_it(points: list[tuple[in
         assert found == (above[0][1] if above else pytest.approx(below[-1][1] * size / below[-1][0], abs=1))
 
 
-@pytest.mark.parametrize("wishes", [("unknown", "known"), ("known", "known"), ("unknown", "")])
-def test_ranks_measure_together_if_one_of_them_does_not_know(wishes: tuple[str, str]) -> None:
+def test_a_stored_plan_is_not_followed_where_the_ranks_cannot(two_ranks: None, tmp_path: Path) -> None:
+    plan = planned(parallel(1), SEEN, tmp_path)
+    assert collectives.kernels([plan]) == ["symm_mem.one_shot"]
+    assert collectives.missing([plan], SEEN) is None
+    assert collectives.missing([plan], {}) == "symm_mem.one_shot is not known to work between these ranks"
+    assert collectives.missing([planned(parallel(1), {}, tmp_path)], {}) is None
+
+
+@pytest.mark.parametrize("wishes", [("unknown", "known"), ("known", "known"), ("unknown", ""), ("unknown", "unknown", "another graph")])
+def test_ranks_measure_together_if_one_of_them_does_not_know(wishes: tuple[str, ...]) -> None:
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=20))
     mine = [{"a": [[1, 10], [2, 30]], "b": [[1, 1], [2, 1]]}, {"a": [[1, 20], [2, 20]]}]  # kernel b is wrong on the second
@@ -119,14 +127,15 @@ def test_ranks_measure_together_if_one_of_them_does_not_know(wishes: tuple[str, 
 
     def run(rank: int) -> None:
         team = Team(store, rank, 2, 0, 20.0, 20.0)
-        team.meet(facts({"device": "cuda"}, {}, (), "g", wishes[rank]))
+        graph = "h" if len(wishes) > 2 and rank else "g"  # two groups, which plan by themselves
+        team.meet(facts({"device": "cuda"}, {}, (), graph, wishes[rank]))
         found[rank] = team.links(known if wishes[rank] == "known" else None, lambda: measured(rank))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for step in (threading.Thread.start, threading.Thread.join):
         for thread in threads:
             step(thread)
-    expected = {} if "" in wishes else known if wishes == ("known", "known") else {"a": [[1, 20], [2, 30]]}
+    expected = {} if "" in wishes or len(wishes) > 2 else known if wishes == ("known", "known") else {"a": [[1, 20], [2, 30]]}
     assert found == [expected, expected]
     assert sorted(calls) == ([0, 1] if wishes == ("unknown", "known") else [])
 

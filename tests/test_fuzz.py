@@ -81,13 +81,13 @@ def test_a_good_file_is_proved_and_passes(baked: Path) -> None:
 
 
 GAP = """
-    elif rows > 6:
-        out = cell_2(x)
-    else:
-        raise ValueError('rows')"""
+        elif rows > 6:
+            out = cell_2(x)
+        else:
+            raise ValueError('rows')"""
 # A fault: a change of the text, the proof's code and words, and the smallest sizes that fail when tried (None: no call shows it).
 FAULTS: dict[str, tuple[tuple[str, str], str, str, dict[str, int] | None]] = {
-    "gap": (("\n    else:\n        out = cell_2(x)", GAP), "gap", "rows 5..6: no cell, an error", {"rows": 5}),
+    "gap": (("\n        else:\n            out = cell_2(x)", GAP), "gap", "rows 5..6: no cell, an error", {"rows": 5}),
     "constraint": (("out = cell_1(x)", "out = cell_0(x)"), "constraint", "called for rows 1..4, compiled for rows 1..1", {"rows": 2}),
     "edge": (("if rows <= 1:", "if rows <= 2:"), "edge", "called for rows 1..2, compiled for rows 1..1", {"rows": 2}),
     "beyond": (("if not 1 <= rows <= 32:", "if not 0 < rows < 34:"), "edge", "outside of the declared rows 1..32", None),
@@ -95,7 +95,7 @@ FAULTS: dict[str, tuple[tuple[str, str], str, str, dict[str, int] | None]] = {
     "general gap": (("if rows >= 2:", "if rows >= 34:"), "gap", "rows 33..33: no cell, an error", {"rows": 33}),
     "general edge": (("if not 1 <= rows <= 32:", "if not 1 <= rows <= 31:"), "overlap", "rows 32..32: general_0, but a cell was", None),
     "slow edge": (("if rows <= 4:", "if rows < 4:"), "edge", "called for rows 4..32, compiled for rows 5..32", None),
-    "overlap": (("out = cell_2(x)", "out = cell_2(x)\n        out = cell_1(x)"), "overlap", "cell_2 and cell_1", None),
+    "overlap": (("out = cell_2(x)", "out = cell_2(x)\n            out = cell_1(x)"), "overlap", "cell_2 and cell_1", None),
 }
 
 

@@ -31,9 +31,10 @@ from lz_compiler.errors import CapabilityError, FingerprintError, LayerZeroError
 from lz_compiler.plan_io import verdict_or_none
 from lz_compiler.target import stored_target
 from lz_compiler.timings import FILE_NAME, StoreError, Timing, TimingStore
+from lz_compiler.trust import failures
 from lz_compiler.trust.descriptors import Descriptor, read
 from lz_compiler.trust.policy import Policy, load_policy
-from lz_compiler.trust.verdicts import FAILED, Trust, _hardware
+from lz_compiler.trust.verdicts import FAILED, Trust, hardware
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="owners, links and pipes of POSIX")
 HERE = Path(__file__).parent
@@ -435,6 +436,75 @@ def test_a_folder_into_which_others_may_write_is_refused(tmp_path: Path, monkeyp
         cache_folder.check(folder / FILE_NAME)
 
 
+# --- reports of baked files -------------------------------------------------------------------------------------------------
+
+
+REPORT: dict[str, Any] = {
+    "layerzero_failure": 1, "cell": "cell_0", "plan": "0123456789abcdef", "error": "RuntimeError: \x1b[2J no\n", "environment": ENV,
+    "failed": [{"kernel": "aten.mm", "version": "1", "library": "2.13.0", "op": "linear", "dtype": "float32"}],
+}  # fmt: skip
+
+
+def test_reports_of_baked_files(tmp_path: Path) -> None:
+    """One of a few classes of error, told in few words, or a report of which every text is short and harmless."""
+    path = tmp_path / "r.json"
+
+    def read(data: bytes) -> failures.Report | None:
+        path.write_bytes(data)
+        start = time.process_time()
+        try:
+            found = failures.read(path)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            return None
+        assert time.process_time() - start < SECONDS
+        texts = [found.error, found.cell, found.plan, *found.environment, *found.environment.values()]
+        texts += [getattr(f, name) for f in found.failed for name in failures.Failed.__slots__]
+        assert all(isinstance(t, str) and len(t) <= failures.MAX_TEXT and (not t or t.isprintable()) for t in texts)
+        assert len(found.failed) <= failures.MAX_KERNELS
+        return found
+
+    good = read(json.dumps(REPORT).encode())
+    assert good is not None
+    assert good.error == "RuntimeError: [2J no"
+    for bomb in BOMBS.values():
+        assert read(bomb) is None
+    many, long = {**REPORT, "failed": REPORT["failed"] * 65}, {**REPORT, "error": "x" * 1001}
+    other, named = {**REPORT, "layerzero_failure": 2}, {**REPORT, "failed": [{**REPORT["failed"][0], "op": "../../etc|x"}]}
+    for wrong in (many, long, other, named, {**REPORT, "padding": "x" * failures.MAX_BYTES}):
+        assert read(json.dumps(wrong).encode()) is None
+
+    @fuzzed
+    @given(damaged(json.dumps(REPORT)))
+    def exchanged(data: bytes) -> None:
+        read(data)
+
+    exchanged()
+
+
+@posix
+def test_reports_that_are_no_plain_files_are_set_aside(tmp_path: Path) -> None:
+    store, folder = TimingStore.open(tmp_path / "cache"), tmp_path / "cache" / failures.FOLDER
+    folder.mkdir(mode=0o700)
+    (tmp_path / "secret").write_text(json.dumps(REPORT))
+    (folder / "a.json").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "b.json")
+    (folder / "c.json").mkdir()
+    (folder / "d.json").write_text(json.dumps(REPORT))
+    (folder / "d.json").chmod(0o666)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        failures.take(store)
+    assert len(caught) == 4
+    assert all("is no report of a baked file" in str(w.message) for w in caught)
+    assert sorted(p.suffix for p in folder.iterdir()) == [failures.DAMAGED] * 4
+    for i in range(failures.MAX_FILES + 50):  # of another machine: they stay, and no more than so many are read
+        (folder / f"{i}.json").write_text(json.dumps(REPORT))
+    start = time.process_time()
+    failures.take(store)
+    assert time.process_time() - start < SECONDS
+    assert not store.get_records(failures.KIND)
+
+
 @posix
 def test_links_and_pipes_in_the_cache_folder_are_refused(tmp_path: Path) -> None:
     filled(tmp_path / "victim", 3)
@@ -455,7 +525,7 @@ def test_links_and_pipes_in_the_cache_folder_are_refused(tmp_path: Path) -> None
 def test_records_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     """Whole rows with right checksums, and nonsense in them."""
     store = TimingStore.open(tmp_path)
-    key = _hardware(ENV)
+    key = hardware(ENV)
     for value in ({"backends": 3}, {"backends": [3, None, "aten", "no such"]}, {"backends": {"a": 1}}, {}):
         store.put_record(FAILED, key, value)
         assert Trust(store, ENV).failed == {}

@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -647,16 +651,90 @@ def test_where_nobody_can_be_named_the_graph_is_given_up() -> None:
     assert acme.licence["calls"] == calls
 
 
-def test_the_steady_state_is_not_watched() -> None:
-    """After the first calls, what Dynamo calls is the compiled graph, with nothing of ours around it."""
-    seen = []
+def test_later_calls_are_watched_too() -> None:
+    """Far beyond the first calls, once, whatever a library raises; the reference's own errors are the caller's."""
+    calls: list[Exception] = []
 
-    def run(*args: Any) -> int:
-        seen.append(args)
-        return 7
+    def run(x: int) -> int:
+        if x > 50:
+            raise KeyError("no such key")
+        return x
 
-    watched = circuit.guarded(run, lambda error, args: 0, run)
-    assert watched.func is not run
-    assert [watched(i) for i in range(circuit.FIRST_CALLS)] == [7] * circuit.FIRST_CALLS
-    assert watched.func is run
-    assert type(watched) is functools.partial
+    def rescue(error: Exception, args: tuple[Any, ...]) -> int:
+        calls.append(error)
+        return -1
+
+    def reference(x: int) -> int:
+        return 100 // (x - 70)
+
+    watched = circuit.guarded(run, rescue, reference)
+    assert [watched(i) for i in range(53)] == [*range(51), -1, 100 // (52 - 70)]
+    with pytest.raises(ZeroDivisionError):
+        watched(70)
+    assert [type(error) for error in calls] == [KeyError]
+
+
+@pytest.mark.parametrize("race", [False, True])
+def test_a_kernel_that_raises_in_a_late_call(race: bool) -> None:
+    model, x = linear(16, 16), torch.randn(3, 16)
+    fast = compiled(model, policy=ACME, race=race)
+    with torch.no_grad():
+        for _ in range(60):
+            fast(x)
+        assert "acme.linear" in kernels() or RECORDS[-1].winner != PLANNED
+        record, calls = RECORDS[-1], acme.licence["calls"]
+        acme.licence["valid"] = False
+        if record.winner == PLANNED:
+            with pytest.warns(UserWarning, match="licence has expired"):
+                torch.testing.assert_close(fast(x), model(x))
+            assert [value["kernel"] for value in quarantined().values()] == ["acme.linear"]
+            assert acme.licence["calls"] == calls + 1
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_late_backward_is_watched() -> None:
+    model, x = linear(16, 16), torch.randn(3, 16, requires_grad=True)
+    fast = compiled(model, policy=PRODUCTS)
+    for _ in range(20):
+        fast(x).sum().backward()
+    acme.licence["products"] = False
+    y = fast(x)
+    with pytest.raises(KernelError, match=r"acme\.product raised .*cannot be repeated: the backward pass"):
+        y.sum().backward()
+    assert [value["kernel"] for value in quarantined().values()] == ["acme.product"]
+
+
+CACHED_STEP = """
+import sys, acme, torch
+from torch._dynamo.utils import counters
+from test_policy import PRODUCTS, compiled, linear, quarantined
+from lz_compiler.backend import RECORDS
+from lz_compiler.errors import KernelError
+model, x = linear(16, 16), torch.randn(3, 16, requires_grad=True)
+y = compiled(model, policy=PRODUCTS, deterministic=True)(x)
+hits, planned = counters["aot_autograd"]["autograd_cache_hit"], counters["layerzero"]["plans"]
+if len(sys.argv) > 1:
+    acme.licence["products"] = False
+try:
+    y.sum().backward()
+    print(hits, planned, "ran")
+except KernelError as error:
+    print(hits, planned, error, [value["kernel"] for value in quarantined().values()])
+"""
+
+
+def test_a_backward_from_autograds_cache_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes: one plans, one fills torch's caches, one shows that nothing is compiled, and in one the kernel raises."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "LAYERZERO_CACHE_DIR": str(tmp_path / "facts")}
+    env["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])
+    shutil.copytree(os.environ["LAYERZERO_CACHE_DIR"], env["LAYERZERO_CACHE_DIR"])
+
+    def step(*args: str) -> str:
+        ran = subprocess.run([sys.executable, "-c", CACHED_STEP, *args], env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.strip()
+
+    assert [step() for _ in range(3)] == ["0 1 ran", "0 0 ran", "1 0 ran"]
+    said = step("raise")
+    assert said.startswith("1 0 graph 0/0: acme.product raised RuntimeError: acme: no licence for products. The call cannot be repeated")
+    assert said.endswith("['acme.product']")

@@ -140,3 +140,21 @@ def test_the_same_graph_with_another_plan_is_an_error_and_a_lossy_plan_is_droppe
             step(thread)
     assert [found[rank][0] for rank in (0, 1)] == [["layerzero"], ["layerzero"]]
     assert all("the same graph has several plans" in error for _, error in found.values())
+
+
+def test_other_all_reduces_are_an_error_whatever_else_differs() -> None:
+    """Ranks that use different ones would wait for each other for ever."""
+    teams = [t for t in _meeting([_told(), _told()]) if isinstance(t, Team)]
+    found: dict[int, str] = {}
+
+    def run(team: Team) -> None:
+        try:
+            team.confirm("layerzero", [{"fingerprint": f"graph {team.rank}"}], ["c10d.all_reduce", "symm_mem.one_shot"][: 1 + team.rank])
+        except RankError as error:
+            found[team.rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(team,)) for team in teams]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert sorted(found) == [0, 1]

@@ -15,7 +15,7 @@ def _own(emit: Emitter, t: Values, p: Values) -> object:
 
 
 def _symmetric(emit: Emitter, t: Values, p: Values) -> object:
-    return emit.call(ops.all_reduce, t["x"], p["variant"], p["group"])
+    return emit.call(ops.all_reduce, t["x"], p["shots"], p["group"])
 
 
 class Collectives(BuiltIn):
@@ -36,4 +36,4 @@ class Collectives(BuiltIn):
             if name == "c10d.all_reduce":
                 yield ctx.candidate(self.kernels[name], as_is=True)
             else:
-                yield ctx.candidate(self.kernels[name], variant=name.partition(".")[2])
+                yield ctx.candidate(self.kernels[name], shots=name.partition(".")[2])

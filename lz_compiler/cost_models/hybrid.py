@@ -1,32 +1,107 @@
-"""Learned prices, and a measurement only where their uncertainty could change the decision.
+"""Estimated prices, and a measurement only while not measuring is expected to cost more than a tolerance.
 
-Every unmeasured kernel has an interval. A plan's worst regret is what it could lose to any other plan: its own kernels at their
-upper ends, all others at their lower ends (Kouvelis and Yu, Robust discrete optimization, 1997: for a fixed plan this is the
-worst scenario, and finding it is one more solve). While that is more than the tolerance, the kernels in which the plan and its
-worst rival differ are measured, and the plan is solved again; what both use cannot change the decision, and is left alone.
+Kernels have learned prices, or the roofline's where the learned model abstains; a Gaussian process (gaussian.py) says how far off they may
+be, and learns from every measurement. In worlds drawn from it the plan is compared with rivals: the mean of what the best of them
+saves is the plan's expected regret, the value of knowing everything (Raiffa and Schlaifer, Applied statistical decision theory, 1961; as
+a rule of when to stop sampling: Chick and Inoue, Operations Research 2001). While it is more than the tolerance, that kernel is measured
+which tells most about the difference between the plan and the rival that saves most in the mean; what both use cancels out.
+
+Rivals are the best plans of drawn worlds (Thompson, Biometrika 1933) and of the optimistic one, and are kept from step to step.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ..backends.base import SelectionContext
 from ..types import Candidate, Cost, Problem, Rejection, Solution
 from . import CostModel, Priced
+from .features import Features, features
+from .gaussian import Array, Posterior, prior
 from .learned import Estimate, Learned
 from .roofline import assumed_error
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 0.01  # of the plan's price
-CAUTION = 0.3  # of an interval's half-width counts: the errors of many kernels do not all lie at their ends together
-WIDEST = 0.5  # of the kernels that a plan and its rival differ in, this part (the most uncertain) is measured at once
-ABSTAINED = 20.0  # how far above the roofline an unknown kernel may be
+TOLERANCE = 0.02  # of the plan's price, as expected regret
+WORLDS = 64  # in which plans are compared
+DRAWS = 2  # of them are solved for rivals whenever the known rivals leave nothing to measure
+NINETY = 1.645  # standard deviations are the half-width of a 90 % interval
+SURE = 0.01  # no estimate has less of a standard deviation
 
 Solve = Callable[[Problem], Solution]
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """`deviation`: of the logarithm of `ns`, which is the kernel alone; `traffic`: ns that using it costs elsewhere."""
+
+    ctx: SelectionContext
+    candidate: Candidate
+    found: Features
+    ns: float
+    deviation: float
+    traffic: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What it costs: `fixed` ns, and each kernel's price times `uses`."""
+
+    uses: Array
+    fixed: float
+
+
+class Belief:
+    """Prices of all kernels asked for, by key: an answer where there is one, else what the Gaussian process expects."""
+
+    def __init__(self, guesses: dict[str, Guess], answers: dict[str, Priced], least: int) -> None:
+        self.keys, self.guesses, self.least = list(guesses), list(guesses.values()), least
+        self.index = {key: i for i, key in enumerate(self.keys)}
+        self.log_ns = np.log([g.ns for g in self.guesses])
+        self.traffic = np.array([g.traffic for g in self.guesses], dtype=np.float64)
+        self.posterior: Posterior = prior([g.found for g in self.guesses], [g.deviation for g in self.guesses])
+        self.normal = np.random.default_rng(0).standard_normal((WORLDS, len(self.keys)))
+        self.exact = np.full(len(self.keys), np.nan)
+        for key, answer in answers.items():
+            self.learn(self.index[key], answer)
+
+    def learn(self, i: int, answer: Priced) -> None:
+        if isinstance(answer, Rejection):
+            self.exact[i] = 0.0  # no plan uses it
+            return
+        self.exact[i] = answer[1].ns
+        if answer[1].source == "measured":
+            own = max(1.0, answer[1].ns - self.traffic[i])
+            self.posterior.observe(i, math.log(own) - self.log_ns[i])
+
+    def expected(self) -> Array:
+        return self._prices(self.posterior.mean + self.posterior.variance() / 2)  # the mean of a log-normal
+
+    def optimistic(self) -> Array:
+        """All unmeasured kernels one standard deviation below their medians."""
+        return self._prices(self.posterior.mean - np.sqrt(self.posterior.variance()))
+
+    def worlds(self) -> Array:
+        open_ = np.flatnonzero(np.isnan(self.exact))
+        drawn = np.zeros((WORLDS, len(self.keys)))
+        drawn[:, open_] = self.posterior.draw(open_, self.normal)
+        return self._prices(drawn)
+
+    def _prices(self, residual: Array) -> Array:
+        ns = np.maximum(np.exp(self.log_ns + residual), self.least) + self.traffic
+        return np.where(np.isnan(self.exact), np.maximum(np.round(ns), 1.0), self.exact)
+
+    def telling(self, difference: Array) -> Array:
+        """By how much (a standard deviation, in ns) a measurement of each kernel would move a difference between two plans."""
+        slope = np.where(np.isnan(self.exact), difference * (self.expected() - self.traffic), 0.0)
+        moved = np.abs(self.posterior.covariance @ slope) / np.sqrt(self.posterior.variance())
+        return np.where(np.isnan(self.exact) & (difference != 0), moved, 0.0)
 
 
 class Hybrid:
@@ -34,100 +109,123 @@ class Hybrid:
     decide, `checked` those measured because the plan uses them."""
 
     def __init__(self, learned: Learned, known: CostModel, exact: CostModel, identify: Callable[[SelectionContext, Candidate], str],
-                 tolerance: float = TOLERANCE, caution: float = CAUTION, checks: bool = True) -> None:  # fmt: skip
+                 tolerance: float = TOLERANCE, checks: bool = True) -> None:  # fmt: skip
         self.learned, self.known, self.exact, self.identify = learned, known, exact, identify
-        self.tolerance, self.caution, self.checks = tolerance, caution, checks
+        self.tolerance, self.checks = tolerance, checks
         self.measured = self.checked = 0
-        self._open: dict[str, tuple[SelectionContext, Candidate, int, int]] = {}  # by key: interval's ends in ns, traffic included
-        self._failed: dict[str, Rejection] = {}
+        self.least = learned.target.launch_ns if learned.target.device == "cuda" else 1
+        self._guesses: dict[str, Guess] = {}
+        self._answers: dict[str, Priced] = {}
 
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
         answers = self.known.price(ctx, candidates)
-        return [self._guessed(ctx, c) if _is_open(a) else a for c, a in zip(candidates, answers, strict=True)]
+        return [self._guessed(ctx, c, a) for c, a in zip(candidates, answers, strict=True)]
 
-    def _guessed(self, ctx: SelectionContext, candidate: Candidate) -> Priced:
+    def _guessed(self, ctx: SelectionContext, candidate: Candidate, answer: Priced) -> Priced:
         key = self.identify(ctx, candidate)
-        if key in self._failed:
-            return self._failed[key]
-        guess = self.learned.estimate(ctx, candidate)
-        if guess.why:
-            guess = Estimate(guess.ns * math.sqrt(ABSTAINED), guess.ns, guess.ns * ABSTAINED)
-        else:
-            guess = Estimate(
-                guess.ns, guess.ns * (guess.low / guess.ns) ** self.caution, guess.ns * (guess.high / guess.ns) ** self.caution
-            )
-        extra = self.learned.traffic(candidate)
-        low, middle, high = (max(1, round(v)) + extra for v in (guess.low, guess.ns, guess.high))
-        self._open[key] = ctx, candidate, low, high
-        return replace(assumed_error(candidate, ctx), key=key), Cost(middle, "learned", high - low)
+        if isinstance(answer, Rejection) and answer.code != "not_measured":
+            return answer
+        guess = self._guesses.setdefault(key, self._guess(ctx, candidate, self.learned.estimate(ctx, candidate)))
+        if not isinstance(answer, Rejection) and answer[1].source == "measured":
+            self._answers[key] = answer
+        if key in self._answers:
+            return self._answers[key]
+        return replace(assumed_error(candidate, ctx), key=key), Cost(max(1, round(guess.ns)) + guess.traffic, "learned")
+
+    def _guess(self, ctx: SelectionContext, candidate: Candidate, estimate: Estimate) -> Guess:
+        deviation = 1.0 if estimate.why else max(math.log(estimate.high / estimate.ns) / NINETY, SURE)
+        found = features(ctx, candidate, self.learned.target)
+        return Guess(ctx, candidate, found, estimate.ns, deviation, self.learned.traffic(candidate))
 
     def refine(self, problem: Problem, solve: Solve) -> tuple[Problem, Solution]:
-        """Measure until no unmeasured price can make another plan better by more than the tolerance.
+        """Measure until the plan's expected regret is within the tolerance.
 
-        What the plan then uses unmeasured is measured too if `checks`, since a measurement is also the numerical check.
+        What the plan then uses unmeasured is measured too if `checks`, since a measurement is also the numerical check; the plan may
+        change by it, and then it is asked again.
         """
+        belief = Belief(self._guesses, self._answers, self.least)
+        problem, rivals = self._priced(problem, belief), list[Plan]()
         while True:
-            problem, solution = self._decide(problem, solve)
-            unchecked = {problem.candidates[k].key for k in solution.chosen if not dict(problem.candidates[k].params).get("as_is")}
-            todo = sorted(unchecked & self._open.keys()) if self.checks else []
-            log.info("%d kernels measured to decide, %d to check", self.measured, self.checked)
-            if not todo:
-                return problem, solution
-            self.checked += len(todo)
-            for key in todo:
-                problem = self._measure(problem, key)
-
-    def _decide(self, problem: Problem, solve: Solve) -> tuple[Problem, Solution]:
-        solution = solve(problem)
-        while True:
-            rival, lost = self._worst(problem, solution, solve)
-            if lost <= self.tolerance * solution.objective:
-                return problem, solution
-            differ = {problem.candidates[k].key for k in set(solution.chosen) ^ set(rival.chosen)}
-            todo = sorted((key for key in differ if key in self._open), key=lambda key: self._stake(problem, key), reverse=True)
-            if not todo:  # a solver that proves no optimum may have missed the rival: nothing to measure decides between them
-                return problem, rival
-            todo = todo[: math.ceil(WIDEST * len(todo))]
-            self.measured += len(todo)
-            for key in todo:
-                problem = self._measure(problem, key)
             solution = solve(problem)
+            i = self._worth(problem, solution, belief, rivals, solve)
+            if i is not None:
+                self.measured += 1
+            else:
+                i = self._unchecked(problem, solution, belief)
+                if i is None:
+                    log.info("%d kernels measured to decide, %d to check", self.measured, self.checked)
+                    return problem, solution
+                self.checked += 1
+            if self._measure(belief, i):
+                rivals[:] = [plan for plan in rivals if not plan.uses[i]]  # they may not be plans any more
+            problem = self._priced(problem, belief)
 
-    def _worst(self, problem: Problem, solution: Solution, solve: Solve) -> tuple[Solution, int]:
-        """The plan that could beat this one by most, and by how much, in ns."""
-        chosen = {problem.candidates[k].key for k in solution.chosen}
-        costs = []
-        for candidate, cost in zip(problem.candidates, problem.costs, strict=True):
-            if candidate.key in self._open:
-                _, _, low, high = self._open[candidate.key]
-                cost = replace(cost, ns=high if candidate.key in chosen else low)
-            costs.append(cost)
-        worst = replace(problem, costs=tuple(costs))
-        rival = solve(worst)
-        own = sum(costs[k].weighed for k in solution.chosen) + sum(problem.conversion_costs[c].weighed for c in solution.converted)
-        return rival, own - rival.objective
+    def _worth(self, problem: Problem, solution: Solution, belief: Belief, rivals: list[Plan], solve: Solve) -> int | None:
+        """The kernel to measure next, or None if the plan's expected regret is within the tolerance."""
+        worlds, plan = belief.worlds(), _plan(problem, solution, belief)
+        rivals.append(plan)
+        more = self._more(problem, belief, worlds, solve)
+        while True:
+            costs = worlds @ np.array([rival.uses for rival in rivals]).T + np.array([rival.fixed for rival in rivals])
+            saved = np.maximum((worlds @ plan.uses + plan.fixed)[:, None] - costs, 0.0)
+            if saved.max(1).mean() > self.tolerance * solution.objective:
+                telling = belief.telling(plan.uses - rivals[int(saved.mean(0).argmax())].uses)
+                if telling.any():
+                    return int(telling.argmax())
+            rival = next(more, None)
+            if rival is None:
+                return None
+            rivals.append(rival)
 
-    def _stake(self, problem: Problem, key: str) -> int:
-        """Width of the interval, over all places where the kernel stands."""
-        _, _, low, high = self._open[key]
-        return (high - low) * sum(c.key == key for c in problem.candidates)
+    def _more(self, problem: Problem, belief: Belief, worlds: Array, solve: Solve) -> Iterator[Plan]:
+        for prices in (belief.optimistic(), *worlds[:DRAWS]):
+            yield _plan(problem, solve(_with(problem, belief, prices)), belief)
 
-    def _measure(self, problem: Problem, key: str) -> Problem:
-        ctx, candidate, _, _ = self._open.pop(key)
-        (answer,) = self.exact.price(ctx, [candidate])
-        candidates, costs = list(problem.candidates), list(problem.costs)
+    def _unchecked(self, problem: Problem, solution: Solution, belief: Belief) -> int | None:
+        """Of what the plan uses unmeasured, the kernel that may be furthest off. The graph as it stands needs no check."""
+        if not self.checks:
+            return None
+        needed = [problem.candidates[k] for k in solution.chosen]
+        todo = {belief.index[c.key] for c in needed if c.key in belief.index and not dict(c.params).get("as_is")}
+        stake = belief.telling(_plan(problem, solution, belief).uses)
+        return max(sorted(i for i in todo if np.isnan(belief.exact[i])), key=lambda i: stake[i], default=None)
+
+    def _measure(self, belief: Belief, i: int) -> bool:
+        """Whether the kernel's error is another than was assumed."""
+        guess, key = belief.guesses[i], belief.keys[i]
+        (answer,) = self.exact.price(guess.ctx, [guess.candidate])
+        self._answers[key] = answer
+        belief.learn(i, answer)
+        return isinstance(answer, Rejection) or answer[0].epsilon != assumed_error(guess.candidate, guess.ctx).epsilon
+
+    def _priced(self, problem: Problem, belief: Belief) -> Problem:
+        """With all answers, and what is expected of the rest. The same object if nothing changes."""
+        candidates, costs = list(problem.candidates), list(_with(problem, belief, belief.expected()).costs)
         for i, c in enumerate(candidates):
-            if c.key == key and isinstance(answer, Rejection):
-                self._failed[key] = answer
+            answer = self._answers.get(c.key)
+            if isinstance(answer, Rejection):
                 candidates[i] = replace(c, epsilon=math.inf)  # no budget allows it: solvers leave it out, with its class
-            elif c.key == key and not isinstance(answer, Rejection):
+            elif answer is not None:
                 candidates[i] = replace(c, epsilon=answer[0].epsilon)
                 costs[i] = replace(answer[1], factor=costs[i].factor)
-        return replace(problem, candidates=tuple(candidates), costs=tuple(costs))
+        new = replace(problem, candidates=tuple(candidates), costs=tuple(costs))
+        return problem if new == problem else new
 
 
-def _is_open(answer: Priced) -> bool:
-    """Neither a stored price nor a stored failure."""
-    if isinstance(answer, Rejection):
-        return answer.code == "not_measured"
-    return answer[1].source != "measured"
+def _with(problem: Problem, belief: Belief, prices: Array) -> Problem:
+    costs = list(problem.costs)
+    for k, c in enumerate(problem.candidates):
+        if c.key in belief.index:
+            costs[k] = replace(costs[k], ns=int(prices[belief.index[c.key]]))
+    return replace(problem, costs=tuple(costs))
+
+
+def _plan(problem: Problem, solution: Solution, belief: Belief) -> Plan:
+    uses, fixed = np.zeros(len(belief.keys)), float(sum(problem.conversion_costs[c].weighed for c in solution.converted))
+    for k in solution.chosen:
+        i = belief.index.get(problem.candidates[k].key)
+        if i is None:
+            fixed += problem.costs[k].weighed
+        else:
+            uses[i] += problem.costs[k].factor
+    return Plan(uses, fixed)

@@ -19,22 +19,23 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .. import __version__, ops, torch_private
 from ..backend import EAGER, PLANNED, setup
 from ..capture import fingerprint
 from ..errors import PlanError
 from ..options import Options
+from ..plan_io import plan_to_dict
 from ..reports.report import milliseconds
 from ..timings import open_store
+from ..trust import circuit
 from . import export, general, writing
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
@@ -91,14 +92,15 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """One cell, compiled: its graph and what was generated for it, which of the graph's placeholders it writes into, and, of a general
-    cell, what else `forward` must ask of sizes."""
+    """One cell, compiled: its graph and what was generated for it, which of the graph's placeholders it writes into; of a general cell,
+    what else `forward` must ask of sizes; of a planned one, by which names each kernel is called."""
 
     program: Program
     body: Body
     code: torch_private.Generated
     written: frozenset[int]
     asked: tuple[str, ...] = ()
+    calls: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 def bake(
@@ -159,6 +161,8 @@ class _Writer:
         self.written: set[str] = set()  # arguments that some cell writes into
         self.brgemm = self.paged = False
         self.returns = ""
+        self.planned: dict[str, dict[str, Any]] = {}  # of each cell: what to blame for an error in it
+        self.references: dict[str, str] = {}  # of each cell that may run twice: the function that repeats it
         self.beyond: list[tuple[Ranges, tuple[str, ...]]] = []  # of each general cell: its sizes, and what else is asked of them
 
     def write(self) -> None:
@@ -169,6 +173,8 @@ class _Writer:
         generals = self._generals({g.program.names[i] for g in generated for i in g.written})
         self.beyond = [(g.program.ranges, g.asked) for g in generals]
         cells += [self._function(f"general_{i}", _general_comment(g), g, late=True) for i, g in enumerate(generals)]
+        self.planned = {f"cell_{i}": _blame(p, g) for i, (p, g) in enumerate(zip(self.plan.cells, generated, strict=True))}
+        cells += self._references(generated, generals)
         for loop, name in self.loops.items():
             if loop.language == "cpp":
                 shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{name}.so")
@@ -188,7 +194,7 @@ class _Writer:
         manifest = {
             "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "bundle": dict(self.plan.bundle),
             "inputs": shapes, "buckets": dict(self.plan.buckets), "error_budget": self.plan.options["error_budget"],
-            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)],
+            "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "plan": _plan_hash(self.plan),
             "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -210,7 +216,8 @@ class _Writer:
             raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
         planned = {**stored_options(self.plan), "cudagraphs": False}  # the file captures its own
         mode = planned.pop("mode")
-        session = session_for(program, Options.resolve(planned, WITHOUT_GRAPHS.get(mode, mode)), open_store(None))
+        options = Options.resolve(planned, WITHOUT_GRAPHS.get(mode, mode))
+        session = session_for(program, options, open_store(options.cache_dir))
         winner = PLANNED if cell.winner == EAGER else cell.winner
         with torch_private.generated_code() as code:
             _, written, aliased = compile_cell(session, program, cell, winner)
@@ -218,10 +225,10 @@ class _Writer:
             raise PlanError("AOTAutograd merged inputs of this graph, so that it is not known which ones the model writes into.")
         if len(code.sources) != 1 or aliased:
             raise PlanError("a model that returns views of its arguments, buffers or other outputs cannot be baked. Return copies.")
-        returns = _render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
+        returns = writing.render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
         assert self.returns in ("", returns)
         self.returns = returns
-        return Generated(program, read_generated(code.sources[0]), code, frozenset(written))
+        return Generated(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
 
     def _holds(self, cell: CellPlan, made: Generated) -> dict[str, Any]:
         """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
@@ -248,6 +255,28 @@ class _Writer:
             made.append(Generated(program, body, torch_private.Generated(), places, asked))
         return made
 
+    def _references(self, generated: Sequence[Generated], generals: Sequence[Generated]) -> list[str]:
+        """Finds or writes what repeats a call in which a kernel of a cell raised: the general cell for its sizes, or else the cell's own
+        graph as plain ATen calls. None in strict, nor for a cell that writes into its inputs."""
+        functions = []
+        for i, made in enumerate(generated if self.plan.options["layout_mode"] == "adapt" else ()):
+            if made.written:
+                continue
+            found = next((j for j, g in enumerate(generals) if general.covers(g.program.ranges, g.asked, made.program.ranges)), None)
+            if found is not None:
+                self.references[f"cell_{i}"] = f"general_{found}"
+            if found is not None or not self.planned[f"cell_{i}"]:
+                continue
+            try:
+                body = Body(*general.aten_code(made.program.gm.graph), {})
+            except PlanError as error:
+                log.warning("nothing can take the place of cell_%d, should a kernel raise: %s", i, error)
+                continue
+            plain = Generated(made.program, body, torch_private.Generated(), frozenset())
+            functions.append(self._function(f"reference_{i}", [f'    """What cell_{i} does, as plain ATen calls."""'], plain, late=True))
+            self.references[f"cell_{i}"] = f"reference_{i}"
+        return functions
+
     def _function(self, name: str, comment: Sequence[str], made: Generated, late: bool = False) -> str:
         """A cell's source. `late`: weights that no cell before it reads are loaded when it first runs."""
         text, program = "\n".join(made.body.lines), made.program
@@ -269,7 +298,7 @@ class _Writer:
             elif argument in read:
                 stored = self._store(target, value)
                 if late and f"_weight({stored!r})" not in self.globals.values() and stored not in self.state:
-                    names[argument] = _identifier("w", stored, {*loads, *self.globals})
+                    names[argument] = writing.identifier("w", stored, {*loads, *self.globals})
                     loads[names[argument]] = f"    {names[argument]} = _late({stored!r})"
                     self.late.add(stored)
                 else:
@@ -280,7 +309,7 @@ class _Writer:
         for loop_name in self.loops.values():
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
-        graphed = ["@_graphed"] if self.graphs and fixed and not arguments else []
+        graphed = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
         self.written |= arguments
         lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
         function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *lines])
@@ -315,7 +344,7 @@ class _Writer:
         return self._load("packed", stored, f"_packed({call})")
 
     def _load(self, kind: str, name: str, expression: str) -> str:
-        identifier = _identifier(kind, name, {known for known, loads in self.globals.items() if loads != expression})
+        identifier = writing.identifier(kind, name, {known for known, loads in self.globals.items() if loads != expression})
         self.globals[identifier] = expression
         return identifier
 
@@ -326,10 +355,11 @@ class _Writer:
             'if not hasattr(torch.ops.lz, "attention_brgemm"):  # another file may have brought it\n'
             '    torch.ops.load_library(HERE / "kernels" / "attention_brgemm.so")'
         )
+        solved = writing.prose(", ".join(f"{k} {v}" for k, v in self.plan.environment.items()))
         replaced = {
-            "MODEL": _text(self.plan.model), "VERSION": __version__,
-            "ENVIRONMENT_TEXT": writing.filled("From a plan for " + _text(", ".join(map(" ".join, self.plan.environment.items()))) + "."),
-            "ENVIRONMENT": _pretty(self.plan.environment), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
+            "MODEL": writing.prose(self.plan.model), "VERSION": __version__,
+            "ENVIRONMENT_TEXT": writing.filled(f"From a plan for {solved}."),
+            "ENVIRONMENT": writing.pretty(self.plan.environment), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
             "STRIDES": repr({n: w.stride() for n, w in self.weights.items() if not w.is_contiguous()}),
             "MEMORY": writing.filled(self._memory()), "DEVICE": repr(self.plan.environment["device"]),
             "WRITTEN": repr(tuple(sorted(self.written))),
@@ -342,6 +372,8 @@ class _Writer:
             "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
             "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
+            "PLAN": repr(_plan_hash(self.plan)), "PLANNED": writing.pretty(self.planned),
+            "REFERENCES": writing.pretty(self.references),
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
@@ -367,7 +399,7 @@ class _Writer:
         several = sum(count > 1 for count in layouts.values())
         more = f", {several} of them in more than one layout" if several else ""
         more += f"; {later / 1e6:.1f} MB more once a general cell runs" if later else ""
-        planned = "" if self.plan.joint is None else f"\nPlanned with {_text(str(self.plan.joint))}."
+        planned = "" if self.plan.joint is None else f"\nPlanned with {writing.prose(str(self.plan.joint))}."
         stored = sum(weight.nbytes for weight in self.weights.values())
         return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}.{planned}"
 
@@ -420,8 +452,11 @@ class _Writer:
         return [*lines, "        else:", f"            raise ValueError(_nowhere({together}))", f"        return {self.returns}"]
 
     def _dispatch(self) -> str:
-        """A binary search for the cell, symbol by symbol, by the buckets' upper ends; sizes outside of them were refused before."""
-        lines: list[str] = []
+        """A binary search for the cell, symbol by symbol, by the buckets' upper ends; sizes outside of them were refused before.
+
+        A `try` costs a call nothing unless something is raised.
+        """
+        lines: list[str] = ["    try:"]
 
         def level(cells: Sequence[tuple[int, Ranges]], symbols: Sequence[str], indent: str) -> None:
             if not symbols:
@@ -438,7 +473,8 @@ class _Writer:
             lines.append(f"{indent}else:")
             level([c for c in cells if c[1][symbols[0]][1] > middle], symbols, indent + "    ")
 
-        level([(i, cell.ranges) for i, cell in enumerate(self.plan.cells)], list(self.plan.buckets), "    ")
+        level([(i, cell.ranges) for i, cell in enumerate(self.plan.cells)], list(self.plan.buckets), "        ")
+        lines += ["    except _raised() as _error:", f"        out = _rescued({', '.join(['_error', *self.inputs])})"]
         lines.append(f"    return {self.returns}")
         return "\n".join(lines)
 
@@ -448,7 +484,7 @@ class _Writer:
         for i, cell in enumerate(self.plan.cells):
             sized = export.resized(self.named, self.plan.dynamic, cell.ranges)
             found[i] = {n: (tuple(sized[n].shape), str(sized[n].dtype)[6:], _highest(sized[n])) for n in self.inputs}
-        return _pretty(found)
+        return writing.pretty(found)
 
 
 def _highest(value: Tensor) -> int:
@@ -507,8 +543,25 @@ def _comment(cell: CellPlan) -> list[str]:
             next_best = f"; next {other[0].kernel} {milliseconds(other[1].ns)}" if other else ""
             node = choice.candidate.region.nodes[-1]
             lines.append(f"    {node}: {choice.candidate.kernel} {milliseconds(choice.cost.ns)} {choice.cost.source}{next_best}")
-    text = [_text(line) for line in lines]
+    text = [writing.prose(line) for line in lines]
     return [f'    """{text[0].strip()}', *text[1:], '    """']
+
+
+def _blame(cell: CellPlan, made: Generated) -> dict[str, Any]:
+    """For each kernel that a cell's plan placed: how the cell calls it, as a regular expression, and what a report says of it."""
+    found = {}
+    for kernel, names in made.calls.items():
+        chosen = [c.candidate for p in cell.plans for c in p.choices if c.candidate.kernel == kernel]
+        subjects = dict.fromkeys(circuit.subject(c) for c in chosen if not dict(c.params).get("as_is"))
+        called = "|".join(circuit.pattern(PLAIN.get(f"{name}(", f"{name}(")[:-1]) for name in sorted(names))
+        if subjects:
+            found[kernel] = {"called": called, "failed": [asdict(s) for s in subjects]}
+    return found
+
+
+def _plan_hash(plan: ModelPlan) -> str:
+    plans = [(cell.fingerprint, [plan_to_dict(p) for p in cell.plans]) for cell in plan.cells]
+    return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _general_comment(made: Generated) -> list[str]:
@@ -521,19 +574,6 @@ def _general_holds(made: Generated) -> dict[str, Any]:
     return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
 
 
-def _identifier(kind: str, name: str, taken: Collection[str]) -> str:
-    """A name in the file for what is stored as `name`."""
-    identifier = f"{kind}_{re.sub(r'[^A-Za-z0-9]+', '_', name.removeprefix('plain.').removeprefix('constant.'))}"
-    while identifier in taken:
-        identifier += "_"
-    return identifier
-
-
-def _text(words: str) -> str:
-    """What stands in a plan as it may stand in a docstring: nothing that could end it."""
-    return re.sub(r"[^\w .,:;()\[\]<>=+/*%-]", "?", words)
-
-
 def _parameter(name: str, value: Any) -> str:
     _check_name(name, "argument")
     return name if isinstance(value, Tensor) else f"{name}={value!r}"
@@ -544,19 +584,6 @@ def _check_name(name: str, what: str) -> None:
         raise PlanError(f"{what} {name!r} cannot be a name in the generated function. Rename it.")
 
 
-def _render(spec: pytree.TreeSpec, leaves: list[str]) -> str:
-    """The model's output structure as an expression of its leaves."""
-    if spec.is_leaf():
-        return leaves.pop(0)
-    parts = [_render(child, leaves) for child in spec.children()]
-    if spec.type is dict:
-        return "{" + ", ".join(f"{key!r}: {part}" for key, part in zip(spec.context, parts, strict=True)) + "}"
-    if spec.type in (tuple, list):
-        inner = ", ".join(parts)
-        return f"[{inner}]" if spec.type is list else f"({inner},)" if parts else "()"
-    raise PlanError(f"the model returns {spec.type.__name__}; baked files return tensors, tuples, lists and dicts. Wrap the model.")
-
-
 def _digest(value: Tensor) -> str:
     data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(repr((tuple(value.shape), value.dtype)).encode() + data.tobytes()).hexdigest()[:16]
@@ -565,7 +592,3 @@ def _digest(value: Tensor) -> str:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _pretty(value: Mapping[Any, Any]) -> str:
-    return "{\n" + "".join(f"    {k!r}: {v!r},\n" for k, v in value.items()) + "}"

@@ -40,6 +40,7 @@ import torch, warnings
 from safetensors.torch import load_file, save_file
 warnings.simplefilter("ignore")
 import _layerzero_plan as plan
+plan.REFERENCES.clear()  # a kernel that raises is a failure here
 kept = {name: getattr(plan, name).clone() for name in plan.STATE}
 print("ready", flush=True)
 for line in sys.stdin:

@@ -61,6 +61,12 @@ def program(
     return replace(made, ranges=ranges), asked
 
 
+def covers(ranges: Ranges, asked: Sequence[str], cell: Ranges) -> bool:
+    """Whether a general cell holds for all sizes of a planned one."""
+    inside = all(low <= cell[s][0] and cell[s][1] <= high for s, (low, high) in ranges.items())
+    return inside and all(always(text, cell) for text in asked)
+
+
 def aten_code(graph: fx.Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Parameters and lines of a function that calls what a graph calls. PlanError where a call has no name in torch."""
     for node in list(graph.nodes):

@@ -69,7 +69,7 @@ def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list
         common = intersection(one.box, other.box)
         if common and one.cells != other.cells:
             found.append(("overlap", f"{_text(common)}: {one.cells[0]} and {other.cells[0]}"))
-    packed = _packed_rows(source)
+    packed, references = _packed_rows(source), _references(source)
     for index, cell in enumerate(manifest["cells"]):
         name = f"cell_{index}"
         boxes = [b for p in paths if name in p.cells and (b := intersection(p.box, declared))]
@@ -78,6 +78,7 @@ def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list
             continue
         hull: Box = {axis: (min(b[axis][0] for b in boxes), max(b[axis][1] for b in boxes)) for axis in declared}
         found += _against(name, hull, cell)
+        found += _repeated(name, hull, references.get(name, ""), manifest)
         if name in functions:
             found += [("constraint", f"{name}: {why}") for why in _Body(walk.axes, hull, packed).check(functions[name])]
     for index, cell in enumerate(manifest.get("general", ())):
@@ -85,6 +86,25 @@ def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list
             found += _against(f"general_{index}", path.box, cell)
         found += _unasked(f"general_{index}", cell.get("asked", ()), functions["forward"])
     return list(dict.fromkeys(found)), paths
+
+
+def _references(source: str) -> dict[str, str]:
+    """What takes a cell's place once a kernel raised in it."""
+    found = [n.value for n in ast.parse(source).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "REFERENCES"]
+    return dict(ast.literal_eval(found[0])) if found else {}
+
+
+def _repeated(name: str, hull: Box, reference: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether a cell's reference is its own, or a general cell that holds for all its sizes."""
+    if reference.startswith("general_"):
+        cell = manifest["general"][int(reference.removeprefix("general_"))]
+        holds, asked = ranges_of(cell), cell.get("asked", ())
+        yield from _excess(hull, holds, f"{reference} takes the place of {name} for {{}}, but holds for {{}}", "constraint")
+        for text in asked:
+            if not always(text, {s: hull[s] for s in holds}):
+                yield "constraint", f"{reference} takes the place of {name}, and is for {text}"
+    elif reference not in ("", name.replace("cell", "reference")):
+        yield "constraint", f"{reference} takes the place of {name}"
 
 
 def _unasked(name: str, texts: Sequence[str], forward: ast.FunctionDef) -> Iterator[Finding]:
@@ -170,7 +190,7 @@ class _Walk:
                 return self._branch(test, [ast.Assign(targets, body)], [ast.Assign(targets, orelse)], path)
             case ast.Return(ast.IfExp(test, body, orelse)):
                 return self._branch(test, [ast.Return(body)], [ast.Return(orelse)], path)
-            case ast.With(_, body):
+            case ast.With(_, body) | ast.Try(body, [ast.ExceptHandler(body=[ast.Assign(value=ast.Call(ast.Name("_rescued")))])], [], []):
                 return self.run(body, [path])
             case ast.Raise():
                 self.ended.append(replace(path, error=True))

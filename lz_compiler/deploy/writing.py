@@ -8,11 +8,14 @@ import io
 import re
 import textwrap
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
+from torch.utils import _pytree as pytree
+
 from .. import ops
+from ..errors import PlanError
 
 WIDTH = 140
 CALLED = "torch.ops.lz.paged_attention.default("  # how generated code calls the reference of paged attention
@@ -61,3 +64,34 @@ def wrapped(line: str) -> list[str]:
 def filled(text: str) -> str:
     """Prose at most WIDTH columns wide, its own line breaks kept."""
     return "\n".join(textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in text.splitlines())
+
+
+def render(spec: pytree.TreeSpec, leaves: list[str]) -> str:
+    """The model's output structure as an expression of its leaves."""
+    if spec.is_leaf():
+        return leaves.pop(0)
+    parts = [render(child, leaves) for child in spec.children()]
+    if spec.type is dict:
+        return "{" + ", ".join(f"{key!r}: {part}" for key, part in zip(spec.context, parts, strict=True)) + "}"
+    if spec.type in (tuple, list):
+        inner = ", ".join(parts)
+        return f"[{inner}]" if spec.type is list else f"({inner},)" if parts else "()"
+    raise PlanError(f"the model returns {spec.type.__name__}; baked files return tensors, tuples, lists and dicts. Wrap the model.")
+
+
+def prose(words: str) -> str:
+    """What stands in a plan as it may stand in a docstring: nothing that could end it."""
+    return re.sub(r"[^\w .,:;()\[\]<>=+/*%-]", "?", words)
+
+
+def pretty(value: Mapping[Any, Any]) -> str:
+    lines = [part for k, v in value.items() for part in wrapped(f"    {k!r}: {v!r},")]
+    return "\n".join(["{", *lines, "}"])
+
+
+def identifier(kind: str, name: str, taken: Collection[str]) -> str:
+    """A name in the file for what is stored as `name`."""
+    identifier = f"{kind}_{re.sub(r'[^A-Za-z0-9]+', '_', name.removeprefix('plain.').removeprefix('constant.'))}"
+    while identifier in taken:
+        identifier += "_"
+    return identifier

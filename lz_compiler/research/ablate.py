@@ -25,16 +25,16 @@ from .. import planner
 from ..backends.base import SelectionContext
 from ..cost_models import CostModel, Priced, RefiningCostModel, learned
 from ..cost_models.constant import Constant
-from ..cost_models.hybrid import CAUTION, Hybrid
+from ..cost_models.hybrid import TOLERANCE, Hybrid
 from ..cost_models.learned import Forest, Learned
 from ..cost_models.roofline import Roofline, traffic_ns
 from ..errors import OptionError, SolverError, unknown
 from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 from .corpus import Case, Sample, with_prices
 
-MODELS = ("measured", "hybrid", "hybrid:1", "learned", "learned:always", "roofline", "constant")
+MODELS = ("measured", "hybrid", "hybrid:0.005", "learned", "learned:always", "roofline", "constant")
 SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "local_search", "greedy", "one_layout", "priority")
-TRAINED = ("learned", "learned:always", "hybrid", "hybrid:1")  # `always`: never abstains; `1`: the whole interval counts
+TRAINED = ("learned", "learned:always", "hybrid", "hybrid:0.005")  # `always`: never abstains; `0.005`: the tolerance
 EXPERIMENTS = ("models", "device")
 KEY = ("case", "digest", "experiment", "cost_model", "seed")  # of a unit of work
 FOLDS = 6
@@ -177,8 +177,8 @@ def make_model(name: str, case: Case, forest: Callable[[], Forest]) -> CostModel
         return Constant(case.target)
     if name.startswith("learned"):
         return Learned(case.target, forest(), abstains=name != "learned:always")
-    caution = float(name.partition(":")[2] or CAUTION)
-    return Hybrid(Learned(case.target, forest()), Nothing(), Recorded(case), lambda ctx, c: c.key, caution=caution, checks=False)
+    tolerance = float(name.partition(":")[2] or TOLERANCE)
+    return Hybrid(Learned(case.target, forest()), Nothing(), Recorded(case), lambda ctx, c: c.key, tolerance=tolerance)
 
 
 def priced(case: Case, model: CostModel) -> tuple[dict[str, Cost | None], list[tuple[int, str, Cost | None]]]:
@@ -264,7 +264,7 @@ def plan_rows(work: Work, solvers: Sequence[str], forests: Forests, best: tuple[
             continue
         cost = judged(judge_problem, solution)
         tau, pairs = tau_of(case, listed, judge)
-        asked = model.measured if isinstance(model, Hybrid) else len(case.timings) if isinstance(model, Recorded) else 0
+        asked = model.measured + model.checked if isinstance(model, Hybrid) else len(case.timings) if isinstance(model, Recorded) else 0
         rows.append(PlanRow(
             case.name, case.family, case.target.name, name, work.experiment, work.cost_model, solver, work.seed,
             str(solution.status), solution.objective, cost, best_solution.objective, cost / best_solution.objective - 1,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ def compile_with_inductor(
     """TorchInductor's whole pipeline (AOTAutograd, partitioning, lowering) under a configuration.
 
     What our own passes raise on purpose comes out as it is; Inductor would wrap it. `backward` is given what a compiled backward
-    graph runs, and returns what it shall run; one from AOTAutograd's cache is not seen.
+    graph runs, also one from AOTAutograd's cache, and returns what it shall run.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.exc import InductorError
@@ -35,11 +37,10 @@ def compile_with_inductor(
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         token = _is_inference.set(bool(kwargs.get("is_inference")))
         try:
-            compiled = compile_fx_inner(gm, inputs, **kwargs)
+            with _backwards_by(backward):  # again: this may run long after compile_fx has returned
+                compiled = compile_fx_inner(gm, inputs, **kwargs)
         finally:
             _is_inference.reset(token)
-        if kwargs.get("is_backward"):
-            compiled.current_callable = backward(compiled.current_callable)  # type: ignore[attr-defined]
         generated = collected()
         if generated is not None:
             generated.sources.append(compiled.source_code)  # type: ignore[attr-defined]
@@ -47,7 +48,8 @@ def compile_with_inductor(
         return compiled
 
     try:
-        return compile_fx(gm, list(example_inputs), config_patches=dict(patches), inner_compile=inner)  # type: ignore[return-value,arg-type]
+        with _backwards_by(backward):
+            return compile_fx(gm, list(example_inputs), config_patches=dict(patches), inner_compile=inner)  # type: ignore[return-value,arg-type]
     except InductorError as error:
         if isinstance(error.inner_exception, LayerZeroError):
             raise error.inner_exception from None
@@ -55,6 +57,35 @@ def compile_with_inductor(
 
 
 _is_inference: ContextVar[bool] = ContextVar("is_inference", default=False)
+_backward: ContextVar[Callable[[Any], Any] | None] = ContextVar("backward", default=None)
+
+
+@contextmanager
+def _backwards_by(backward: Callable[[Any], Any]) -> Iterator[None]:
+    """What every backward graph that is made ready inside runs, goes through `backward` first."""
+    _see_backwards()
+    token = _backward.set(backward)
+    try:
+        yield
+    finally:
+        _backward.reset(token)
+
+
+@functools.cache
+def _see_backwards() -> None:
+    """Every compiled graph passes here before it first runs: just compiled, from FX's cache, or from AOTAutograd's, which does not ask
+    the inner compiler. There is no other place that sees the last."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    ready = CompiledFxGraph.post_compile
+
+    def seen(self: Any, *args: Any, **kwargs: Any) -> None:
+        ready(self, *args, **kwargs)
+        backward = _backward.get()
+        if backward is not None and self.fx_kwargs["is_backward"]:
+            self.current_callable = backward(self.current_callable)
+
+    CompiledFxGraph.post_compile = seen  # type: ignore[method-assign]
 
 
 def _passes_know_inference() -> bool:
@@ -123,6 +154,21 @@ def compile_region(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Calla
         with mode:
             compiled = compile_fx_inner(gm, [mode.from_tensor(tensors[n]) for n in names], is_inference=True)
     return lambda values: compiled([values[name] for name in names])[0]
+
+
+def precompile_headers() -> None:
+    """Have the compiler read the headers of C++ templates now, and not for each kernel: nearly half of what compiling an attention
+    kernel takes. TorchInductor does so with its own prefix; the code and its cache's keys stay the same."""
+    from torch._inductor import codecache
+
+    header = str(Path(__file__).with_name("templates.h"))
+    usual = codecache.CppPythonBindingsCodeCache._get_uncompiled_header
+
+    def chosen(cls: Any, device: str) -> str | None:
+        return header if usual(device) else None
+
+    codecache.CppPythonBindingsCodeCache._get_uncompiled_header = classmethod(chosen)  # type: ignore[assignment,method-assign]
+    compile_region(lambda t: t["x"] + 1, {"x": torch.zeros(16)})  # also finds out what instructions the compiler may use
 
 
 @functools.cache

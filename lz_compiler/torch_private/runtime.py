@@ -74,6 +74,12 @@ def kernel_errors() -> tuple[type[Exception], ...]:
     return (*errors, TritonError)
 
 
+@functools.cache
+def run_errors() -> tuple[type[Exception], ...]:
+    """What a compiled graph may raise because of a kernel in it, whose library may also assert, or load a part of itself late."""
+    return (*kernel_errors(), LookupError, AssertionError, AttributeError, ArithmeticError, ImportError, OSError)
+
+
 def free_memory(device: str) -> int | None:
     """Bytes that a new tensor may take on this kind of device; None where the system does not say."""
     if device == "cuda":

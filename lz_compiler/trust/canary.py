@@ -34,6 +34,7 @@ from .verdicts import BAD, last_run, remember
 
 ROW_S = 60.0  # a kernel that is compiled first has to fit
 TOTAL_S = 1800.0  # on a GPU most of it goes into compiling Triton kernels
+MAX_JOBS = 4  # unless asked for: each is a process with torch in it
 _ORDER = ("not_offered", "passed", "failed", "timed_out", "crashed")  # of one capability at several shapes, the worst counts
 
 Progress = Callable[[str, int, int], None]
@@ -113,17 +114,18 @@ class CanaryReport:
 
 def canary(
     backends: Iterable[str] | None = None, *, cache_dir: str | None = None, row_s: float = ROW_S, total_s: float = TOTAL_S,
-    jobs: int = 1, progress: Progress | None = None,
+    jobs: int | None = None, progress: Progress | None = None,
 ) -> CanaryReport:  # fmt: skip
     """Try every declared capability of the named backends (default: all) on this machine, and keep the verdicts.
 
-    `row_s`, `total_s`: seconds for one kernel on one shape, and for one backend; `jobs`: processes at once.
+    `row_s`, `total_s`: seconds for one kernel on one shape, and for one backend; `jobs`: processes at once, by default one for each core,
+    at most 4, and one on a GPU.
     `progress(label, done, regions)` is told as it goes.
     OptionError for a backend that does not exist, CapabilityError for a descriptor that cannot be read.
     """
     known = all_backends()
     wanted = list(known) if backends is None else list(backends)
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise OptionError(f"jobs is {jobs!r}. Give 1 or more.")
     for name in wanted:
         if name not in known:
@@ -131,7 +133,7 @@ def canary(
     store, runs = open_store(cache_dir or Options.resolve().cache_dir), []
     for name in wanted:
         for device in known[name].devices:
-            run = _run(known[name], device, row_s, total_s, jobs, progress)
+            run = _run(known[name], device, row_s, total_s, jobs or (1 if device == "cuda" else _cores()), progress)
             if not run.skipped:
                 env = environment(device)
                 before = last_run(store, known[name], env)
@@ -141,6 +143,11 @@ def canary(
                     remember(store, known[name], env, value)
             runs.append(run)
     return CanaryReport(tuple(runs))
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_JOBS)
 
 
 def _fields(run: BackendRun) -> dict[str, Any]:

@@ -196,6 +196,9 @@ def _child(name: str, device: str, share: tuple[int, int], after: Place, emit: E
     backend = backends.all_backends()[name]
     known = descriptor(backend)
     assert known is not None
+    if device == "cpu" and any(kernel.compiled for kernel in backend.kernels.values()):
+        with torch_private.real_tensors():
+            torch_private.precompile_headers()  # here, so that no row's time pays for it
     found = list(regions(known, device))
     emit({"regions": len(found)})
     tried: set[tuple[str, str]] = set()

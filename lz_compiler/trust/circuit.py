@@ -1,15 +1,16 @@
 """Circuit breaking: a kernel that raises while a compiled graph runs is not planned again, and the call is answered by eager.
 
 What failed is a capability: a kernel in one version, for one op and dtype, on one environment. It is kept in the timings store
-under the kind `quarantine`; a new version of the kernel, its library, torch or the driver is another capability.
+under the kind `quarantine`; a new version of the kernel, its library, torch or the driver is another capability. What baked files
+reported of theirs is taken over from the cache folder (failures.py).
 
-Errors that reach Python are caught where a frame of ours stands anyway (the race), and in the first calls. A guard around every
-call would cost 30 to 260 ns of it (CPython 3.11, 2 to 300 arguments), so it is taken away after FIRST_CALLS.
+Errors that reach Python are caught in every call: by a frame around what Dynamo calls, and around what autograd calls in the
+backward pass. In the race its own frame does it. A call costs 60 to 90 ns more for it with 2 arguments, and 2.5 to 3.6 us
+with 300, on cores under load where an empty call through Dynamo's guards takes 42 us (`benchmarks/guard.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import linecache
 import logging
 import re
@@ -26,11 +27,11 @@ from ..errors import KernelError
 from ..target import environment
 from ..timings import TimingStore
 from ..types import Candidate, Plan, Rejection
+from .failures import KIND as KIND
+from .failures import Failed, take
+from .verdicts import hardware
 
 log = logging.getLogger(__name__)
-
-KIND = "quarantine"
-FIRST_CALLS = 3  # with CUDA graphs: one warm, one that is recorded, one that is replayed
 
 Rescue = Callable[[Exception, tuple[Any, ...]], Any]
 
@@ -40,8 +41,9 @@ class Quarantine:
 
     def __init__(self, store: TimingStore, device: str) -> None:
         self.store = store
+        take(store)
         self.known = store.get_records(KIND)
-        self.suffix = "|".join(f"{k}={v}" for k, v in sorted(environment(device).items())) if self.known else ""
+        self.suffix = hardware(environment(device)) if self.known else ""
 
     def names(self) -> list[str]:
         """What failed, without the environment."""
@@ -67,9 +69,14 @@ class Quarantine:
 
 
 def capability(candidate: Candidate, suffix: str) -> str:
+    return subject(candidate).capability(suffix)
+
+
+def subject(candidate: Candidate) -> Failed:
+    """What is to blame where this candidate raises."""
     known, library = backends.kernel(candidate.kernel), backends.all_backends()[backends.owners()[candidate.kernel]]
-    dtype = dict(candidate.params).get("dtype")
-    return f"{candidate.kernel}#{known.version}|{library.version()}|{candidate.region.op}|{dtype}|{suffix}"
+    dtype = str(dict(candidate.params).get("dtype"))
+    return Failed(candidate.kernel, str(known.version), library.version(), candidate.region.op, dtype)
 
 
 def called_as(graph: fx.Graph) -> dict[str, set[str]]:
@@ -86,39 +93,34 @@ def blamed(error: BaseException, calls: Mapping[str, Iterable[str]]) -> list[str
     frames = traceback.walk_tb(error.__traceback__)
     lines = [linecache.getline(frame.f_code.co_filename, number) for frame, number in frames]
     text = "".join(line for line in lines if line)
-    return [kernel for kernel, names in calls.items() if any(re.search(rf"(?<![\w.]){re.escape(n)}(?!\w)", text) for n in names)]
+    return [kernel for kernel, names in calls.items() if any(re.search(pattern(n), text) for n in names)]
 
 
-def guarded(run: Callable[..., Any], rescue: Rescue, reference: Callable[..., Any] | None) -> functools.partial[Any]:
-    """`run`, watched for its first calls: what it raises there goes to `rescue`, and then `reference`, if any, takes its place.
+def pattern(name: str) -> str:
+    """How a call by this name reads in generated code, as a regular expression: Inductor numbers Triton functions."""
+    return rf"(?<![\w.]){re.escape(name)}{'' if '.' in name else r'(_[0-9]+)*'}(?!\w)"
 
-    Afterwards the partial holds `run` itself, so that a call costs what it would cost without.
-    """
-    left = FIRST_CALLS
+
+def guarded(run: Callable[..., Any], rescue: Rescue, reference: Callable[..., Any] | None) -> Callable[..., Any]:
+    """`run`, watched: what it raises goes to `rescue`, and then `reference`, if any, takes its place."""
+    broken = False
 
     def watched(*args: Any) -> Any:
-        nonlocal left
+        nonlocal run, broken
         try:
-            out = run(*args)
-        except torch_private.kernel_errors() as error:
+            return run(*args)
+        except torch_private.run_errors() as error:
+            if broken:  # the reference's own
+                raise
             try:
                 out = rescue(error, args)
             except KernelError:
-                _become(compiled, reference or watched)
+                run, broken = reference or run, reference is not None
                 raise
-            _become(compiled, reference or watched)
+            run, broken = reference or run, reference is not None
             return out
-        left -= 1
-        if left == 0:
-            _become(compiled, run)
-        return out
 
-    compiled = functools.partial(watched)
-    return compiled
-
-
-def _become(compiled: functools.partial[Any], run: Callable[..., Any]) -> None:
-    compiled.__setstate__((run, (), {}, None))  # type: ignore[attr-defined]
+    return watched
 
 
 class Breaker:
@@ -160,13 +162,12 @@ class Breaker:
         return out
 
     def _put(self, candidate: Candidate, error: Exception) -> None:
-        suffix = "|".join(f"{k}={v}" for k, v in sorted(environment(self.device).items()))
-        dtype = dict(candidate.params).get("dtype")
+        failed = subject(candidate)
         value = {
-            "kernel": candidate.kernel, "op": candidate.region.op, "dtype": dtype, "graph": self.label,
+            "kernel": failed.kernel, "op": failed.op, "dtype": failed.dtype, "graph": self.label,
             "error": f"{type(error).__name__}: {_line(error)}",
         }  # fmt: skip
-        self.store.put_record(KIND, capability(candidate, suffix), value)
+        self.store.put_record(KIND, failed.capability(hardware(environment(self.device))), value)
 
 
 def _line(error: BaseException) -> str:

@@ -34,8 +34,8 @@ def _driver() -> str:
     return next((word for word in text.split() if word[0].isdigit() and word.count(".") >= 1), "")
 
 
-def _hardware(environment: Mapping[str, str]) -> str:
-    """Threads change times, not results."""
+def hardware(environment: Mapping[str, str]) -> str:
+    """What results depend on, as text: threads change times only."""
     known = {k: v for k, v in environment.items() if k != "threads"}
     known |= {"driver": _driver()} if environment["device"] == "cuda" else {}
     return "|".join(f"{k}={v}" for k, v in sorted(known.items()))
@@ -43,14 +43,14 @@ def _hardware(environment: Mapping[str, str]) -> str:
 
 def _key(backend: Backend, environment: Mapping[str, str]) -> str:
     known = descriptor(backend)
-    return f"{backend.name}|{backend.version()}|{known.digest if known else ''}|{_hardware(environment)}"
+    return f"{backend.name}|{backend.version()}|{known.digest if known else ''}|{hardware(environment)}"
 
 
 def remember(store: TimingStore, backend: Backend, environment: Mapping[str, str], value: Mapping[str, Any]) -> None:
     """Keep what a canary run found: {"capabilities": {name: {"status", "detail", "shape"}}, ...}."""
     before = last_run(store, backend, environment)
     store.put_record(CANARY, _key(backend, environment), {**value, "run": 1 + (before or {}).get("run", 0)})
-    index = _hardware(environment)
+    index = hardware(environment)
     named = set(_named(store, environment))
     failed = any(found["status"] in BAD for found in value["capabilities"].values())
     if failed != (backend.name in named):
@@ -68,7 +68,7 @@ def last_run(store: TimingStore, backend: Backend, environment: Mapping[str, str
 
 def _named(store: TimingStore, environment: Mapping[str, str]) -> list[str]:
     """The backends in which something failed, of a row that anyone may have written."""
-    names = (store.get_record(FAILED, _hardware(environment)) or {}).get("backends", ())
+    names = (store.get_record(FAILED, hardware(environment)) or {}).get("backends", ())
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
