@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from . import __version__, collectives, ops, race, ranks, torch_private
 from .backends import allowed_backends, check_names, set_up
 from .capture import GraphView, fingerprint, tensors_in
+from .cost_models.roofline import Roofline
 from .errors import PlanError
 from .options import Options
 from .passes.apply import apply_plan
@@ -34,7 +35,7 @@ from .passes.verify import interface, verify
 from .patterns import Recogniser
 from .plan_io import plan_from_dict, plan_to_dict, verdict_or_none
 from .planning import DILUTION, Posed, make_plan, pose
-from .problem import narrower
+from .problem import edited, narrower
 from .reports.profiling import Profile
 from .target import detect, environment
 from .timings import TimingStore, open_store
@@ -504,6 +505,9 @@ def plan_and_apply(
         failed = Trust(store, target.environment).of_plan(plan, lambda: Recogniser(view, options).regions())
         if failed is not None:
             raise PlanError(f"the stored plan uses what failed here: {failed}. Solve again.")
+        other = edited(view, options, Roofline(target), plan.choices)
+        if other is not None:
+            raise PlanError(f"the stored plan was edited, or made with other kernel libraries: {other}. Solve again.")
     plan = plan or make_plan(view, options, target, store, fingerprint=key, kind=kind, dilution=dilution)
     collected = torch_private.collected()
     if collected is not None:

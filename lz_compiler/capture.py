@@ -24,6 +24,16 @@ VIEWS = (
     aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.alias.default, aten.detach.default,
     aten.as_strided.default, aten.squeeze.dims, aten.squeeze.default, aten.diagonal.default,
 )  # fmt: skip
+# Nodes that write values into a part of their first input.
+UPDATES = (aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.scatter.src)
+
+
+def updated(node: fx.Node) -> fx.Node | None:
+    """The buffer that the graph was given, and that a node writes into (a KV cache): it is copied back there at the end."""
+    given = node.args[0] if node.target in UPDATES else None
+    if not isinstance(given, fx.Node) or given.op != "placeholder":
+        return None
+    return given if any(u.target is aten.copy_.default and u.args[0] is given for u in node.users) else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import ops, semantics, torch_private
 from .backends.base import SelectionContext
-from .capture import RESHAPES, GraphView, is_dynamic, spec_of, tensor_value
-from .kv_cache import KVCacheSpec
+from .capture import RESHAPES, VIEWS, GraphView, is_dynamic, spec_of, tensor_value, updated
+from .kv_cache import DEVICES, DTYPES, KVCacheSpec
 from .masks import describe, infer_mask
 from .options import Options
 from .types import Region, TensorSpec
@@ -227,7 +227,27 @@ class Recogniser:
             "causal": causal, "scale": scale, "gqa": gqa, "dynamic_rows": dynamic, "queries": queries, "keys": keys,
             "shift": 0, "window": 0, "uniform": False, "square": square,
         }  # fmt: skip
-        return _Draft("attention", [node], inputs, params)  # type: ignore[arg-type]
+        return _Draft("attention", [node], inputs, params, self._contiguous_cache(k, v))  # type: ignore[arg-type]
+
+    def _contiguous_cache(self, k: Any, v: Any) -> KVCacheSpec | None:
+        """The cache that keys and values are read from, where both are of buffers (B, G, tokens, D) that the graph writes into."""
+        found = []
+        for node in (k, v):
+            while node.op == "call_function" and node.target in (*RESHAPES, *VIEWS, aten.clone.default):
+                node = node.args[0]
+            buffer = updated(node) if node.op == "call_function" else None
+            if buffer is None:
+                return None
+            found.append(self.view.spec(buffer))
+        keys, values = found
+        if keys != values or len(keys.shape) != 4 or keys.dtype not in DTYPES or keys.device not in DEVICES:
+            return None
+        if keys.stride != tuple(math.prod(keys.shape[dim + 1 :]) for dim in range(4)):
+            return None
+        heads, head = keys.shape[1], keys.shape[3]
+        return _kv_cache_spec(
+            strategy="contiguous", layout="HND", kv_heads=heads, head_size=head, dtype=keys.dtype, device=keys.device
+        )  # fmt: skip
 
     def _paged_attention(self, node: fx.Node) -> _Draft:
         inputs = dict(zip(("q", "k_cache", "v_cache", "block_table", "seq_lens"), node.args, strict=False))
@@ -386,7 +406,7 @@ class Recogniser:
         if sources["k"].meta["val"].shape[1] != sources["v"].meta["val"].shape[1]:
             return None  # kernels take one number of groups for both, and read past the smaller
         order = sorted(nodes, key=self.view.position.__getitem__)
-        return _Draft("attention", [*order, draft.root], {**draft.inputs, **sources}, {**draft.params, "gqa": True})
+        return _Draft("attention", [*order, draft.root], {**draft.inputs, **sources}, {**draft.params, "gqa": True}, draft.kv_cache)
 
     def _understood_mask(self, draft: _Draft) -> _Draft | None:
         """Attention whose mask was proved to be a predicate: kernels do without the tensor, and it need not be computed."""
@@ -407,7 +427,9 @@ class Recogniser:
             return None  # sizes would enter the kernel's arguments as they are now
         inputs = {r: n for r, n in draft.inputs.items() if r != "mask"} | {role: reading.node for role, reading in reads}
         spelled = tuple((role, r.index, r.shift, r.negated) for role, r in reads)
-        return _Draft("attention", draft.nodes, inputs, {**draft.params, **params, "reads": spelled, "mask": describe(found)})
+        return _Draft(
+            "attention", draft.nodes, inputs, {**draft.params, **params, "reads": spelled, "mask": describe(found)}, draft.kv_cache
+        )
 
     def _merged(self, linears: list[_Draft]) -> Iterator[_Draft]:
         """Linears of one input with frozen weights: one product with the weights side by side."""

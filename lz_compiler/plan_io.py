@@ -68,9 +68,11 @@ def _tuples(value: Any) -> Any:
 
 def _candidate(d: Mapping[str, Any]) -> Candidate:
     region = Region(_is(d["region"]["op"], str), *(_names(d["region"][k]) for k in ("nodes", "inputs", "outputs")))
+    ins, outs = tuple(map(_format, d["in_formats"])), tuple(map(_format, d["out_formats"]))
+    if (len(ins), len(outs)) != (len(region.inputs), len(region.outputs)) or not region.nodes:
+        raise ValueError(f"a candidate of {_is(d['kernel'], str):.200} needs nodes, and one format for each input and output")
     return Candidate(
-        kernel=_is(d["kernel"], str), region=region, in_formats=tuple(map(_format, d["in_formats"])),
-        out_formats=tuple(map(_format, d["out_formats"])), epsilon=_is(d["epsilon"], float, int),
+        kernel=_is(d["kernel"], str), region=region, in_formats=ins, out_formats=outs, epsilon=_is(d["epsilon"], float, int),
         workspace=_is(d["workspace"], int), params=tuple((_is(k, str), _tuples(v)) for k, v in d["params"]), key=_is(d["key"], str),
     )  # fmt: skip
 
@@ -192,7 +194,4 @@ def problem_from_dict(d: Mapping[str, Any]) -> Problem:
     sizes = len(problem.candidates), len(problem.conversions)
     if (len(problem.costs), len(problem.conversion_costs)) != sizes or {len(problem.candidate_class), len(problem.part)} - {0, sizes[0]}:
         raise ValueError("as many costs as candidates and conversions are needed, and a class and a part for each candidate or for none")
-    for c in problem.candidates:
-        if (len(c.in_formats), len(c.out_formats)) != (len(c.region.inputs), len(c.region.outputs)) or not c.region.nodes:
-            raise ValueError(f"a candidate of {c.kernel} needs nodes, and one format for each input and output")
     return problem

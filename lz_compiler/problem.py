@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from . import backends, torch_private
 from .backends import answers
 from .backends.base import SelectionContext, natural_layout
-from .capture import RESHAPES, VIEWS, GraphView, tensor_value
+from .capture import RESHAPES, VIEWS, GraphView, tensor_value, updated
 from .cost_models import CostModel
 from .cost_models.roofline import Roofline, bytes_of, traffic_ns, work
 from .options import Options
@@ -29,8 +29,6 @@ from .trust.policy import Facts, Rule, facts
 from .types import Candidate, Choice, Conversion, Cost, Format, Problem, Region, Rejection
 
 aten = torch.ops.aten
-
-_UPDATES = (aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.scatter.src)
 
 # Loops over windows: Inductor computes their input once, in memory, and not again for every window that reads it.
 _FROM_MEMORY = ("max_pool2d_with_indices", "_low_memory_max_pool_with_offsets", "avg_pool2d", "_adaptive_avg_pool2d")
@@ -163,6 +161,53 @@ def narrower(
     return found
 
 
+def edited(view: GraphView, options: Options, roofline: Roofline, choices: Sequence[Choice]) -> str | None:
+    """What a stored plan decides for this graph and nothing here offers, in words; None for a plan as it was made.
+
+    Candidates are listed again, unpriced: of both layout modes and for any number of rows, since either may have been solved for.
+    """
+    options = replace(options, layout_mode="adapt", any_rows=True)
+    found = enumerate_regions(view, options, roofline, refused_when_smaller(view, options))
+    asked = {c.region.nodes[0]: c.region.op for c in found.candidates if len(c.region.nodes) == 1}
+    add_defaults(view, found, roofline, lossy=False)
+    offered: dict[Region, list[Candidate]] = {}
+    for candidate in found.candidates:
+        offered.setdefault(candidate.region, []).append(candidate)
+    made: dict[str, Candidate] = {}
+    for c in (choice.candidate for choice in choices):
+        if not any(_runs(c) == _runs(other) for other in offered.get(c.region, ())):
+            near = next((o for o in offered.get(c.region, ()) if o.kernel == c.kernel), None)
+            params = dict(near.params) if near else dict(c.params)
+            other = ", ".join(f"{k}={v!r}" for k, v in c.params if k not in params or params[k] != v)
+            return f"{c.kernel} {f'with {other} ' if other else ''}is not a candidate of {c.region.op} {' + '.join(c.region.nodes)}"
+        twice = next((node for node in c.region.nodes if node in made), None)
+        if twice is not None:
+            return f"two choices compute {twice}"
+        made |= dict.fromkeys(c.region.nodes, c)
+    bare = _uncovered(view, made, asked)
+    return f"no choice computes {asked[bare]} {bare}, which is a candidate of some kernels" if bare else None
+
+
+def _runs(candidate: Candidate) -> tuple[object, ...]:
+    """What decides what a candidate does; measuring may have changed the rest."""
+    return candidate.kernel, candidate.in_formats, candidate.out_formats, candidate.params
+
+
+def _uncovered(view: GraphView, made: Mapping[str, Candidate], asked: Mapping[str, str]) -> str | None:
+    """A node that has kernels, of which no choice was made though its result is needed: a mask that attention understands is not."""
+    needed = {name for name, _ in _sinks(view)}
+    for node in reversed(view.nodes):
+        if node.name not in needed or view.is_constant(node):
+            continue
+        if node.name in made:
+            needed.update(made[node.name].region.inputs)
+        elif node.name in asked:
+            return node.name
+        else:
+            needed.update(view.base(n).name for n in node.all_input_nodes)
+    return None
+
+
 def add_defaults(view: GraphView, found: Enumeration, roofline: Roofline, lossy: bool) -> None:
     """One candidate, or one per layout, for every node that no backend was asked about."""
     asked = (*found.candidates, *(c for c, _ in found.denied))  # a node whose kernels were all denied must not get another
@@ -199,10 +244,10 @@ def _gathered(view: GraphView, node: fx.Node) -> str | None:
 def _ways(view: GraphView, node: fx.Node, convolutional: bool, roofline: Roofline) -> Iterable[tuple[str, tuple[str, str], Cost]]:
     """(kernel, (layout of 4-d tensors, layout of the others), cost)."""
     moves = node.target in VIEWS or _is_getitem(node)
-    updated = _updates(node)
-    if updated is not None:
+    values = _updates(node)
+    if values is not None:
         back = node.target is aten.copy_.default
-        yield CALL, ("", ""), Cost(0, "assumed") if back else roofline.extern([view.spec(updated)] * 2)
+        yield CALL, ("", ""), Cost(0, "assumed") if back else roofline.extern([view.spec(values)] * 2)
         return
     fusable = torch_private.is_fusable(node.target) or _is_getitem(node)
     images = convolutional and _is_image(node)
@@ -227,10 +272,9 @@ def _updates(node: fx.Node) -> fx.Node | None:
     if node.target is aten.copy_.default:
         source = node.args[1]
         return _updates(source) if isinstance(source, fx.Node) and source.op == "call_function" else None
-    if node.target not in _UPDATES or not isinstance(node.args[0], fx.Node) or node.args[0].op != "placeholder":
+    if updated(node) is None:
         return None
-    back = any(u.target is aten.copy_.default and u.args[0] is node.args[0] for u in node.users)
-    return next(a for a in reversed(node.args) if tensor_value(a) is not None) if back else None  # type: ignore[return-value]
+    return next(a for a in reversed(node.args) if tensor_value(a) is not None)  # type: ignore[return-value]
 
 
 def _entry(view: GraphView, node: fx.Node, image_layout: str, layout: str) -> Format:

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from paged_pool import Pool
 from safetensors.torch import load_file, save_file
-from test_offline import FAST, SEQ, Counting, ids, llama
+from test_offline import FAST, SEQ, Counting, ids, llama, unsigned
 from torch import Tensor, nn
 
 import lz_compiler as lz
 from lz_compiler import torch_private
-from lz_compiler.deploy import export, general
+from lz_compiler.deploy import export, general, writing
 from lz_compiler.deploy.baking import Loop, read_generated
 from lz_compiler.errors import PlanError
 
@@ -92,6 +93,11 @@ def test_the_file_is_flat(baked: tuple[nn.Module, Path]) -> None:
     stored, loaded, later = map(float, found.groups())
     assert loaded <= stored < loaded + later + 0.1  # what a general cell reads plain may be packed from the same bytes
     assert "torch.ops.mkldnn._linear_pointwise" in text
+    strings = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant) and isinstance(n.value, str) and "#include" in n.value]
+    kernels = {row for n in strings for row in range(n.lineno + 1, (n.end_lineno or 0) + 1)}  # C++, as Inductor writes it
+    (blamed,) = (n for n in ast.parse(text).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "PLANNED")
+    kernels |= set(range(blamed.lineno, (blamed.end_lineno or 0) + 1))  # long expressions, which have no commas
+    assert not [line for row, line in enumerate(text.splitlines(), 1) if len(line) > 140 and row not in kernels]
 
 
 def test_what_does_not_fit_is_refused_or_converted(baked: tuple[nn.Module, Path]) -> None:
@@ -300,12 +306,126 @@ def test_what_cannot_be_baked(tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name != "full"], "nothing half-written stays"
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Linear(16, 16).eval(), torch.randn(2, 16)
+    plan = lz.solve(model, (x,), **FAST)
+    monkeypatch.setattr(export, "export_program", None)  # it must not come so far
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "out", Path("/proc/none/out"), tmp_path / ("n" * 300)):
+        with pytest.raises(PlanError, match=f"cannot bake to '{place}': .*Give "):
+            lz.bake(plan, place, model, (x,))
+
+
+def test_a_conversion_warns_once_for_all_sizes(tmp_path: Path) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    plan = lz.solve(model, (x,), dynamic={"input": {0: "rows"}}, buckets={"rows": [32]}, **FAST)
+    lz.bake(plan, tmp_path / "out", model, (x,))
+    ran = baked_process(
+        tmp_path / "out",
+        "import warnings; warnings.simplefilter('always')\n"
+        "for n in (2, 3, 4, 5):\n"
+        "    for x in (torch.randn(8, n).t(), torch.randn(n, 16)[:, ::2], torch.randn(n, 8).double()):\n"
+        "        assert torch.equal(p.forward(x), p.forward(x.float().contiguous()))\n"
+        "print(list(p.adapted.values()), list(p.adapted))\n",
+    )
+    assert ran.stdout.startswith("[4, 4, 4] ['input is torch.float32 on cpu, dense in the order (1, 0)', "), ran.stdout + ran.stderr
+    assert ran.stderr.count("UserWarning: LayerZero") == 3
+    assert "it is converted in every call, which writes 64 bytes for (2, 8)" in ran.stderr
+
+
+class Optional(nn.Module):
+    """Parameters that were left at their defaults, before and after a tensor, and one that is taken by name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, shift: Tensor | None = None, *, scale: float = 1.0, **more: Any) -> Tensor:
+        y = self.linear(x) * scale + (0 if shift is None else shift)
+        return y if mask is None else y * mask
+
+
+def test_what_was_left_at_its_default_stays_a_parameter(tmp_path: Path) -> None:
+    """With the value that was compiled in: another one is an error, in the baked file and by the plan."""
+    model, x, shift = Optional().eval(), torch.randn(4, 8), torch.randn(4, 8)
+    plan = lz.solve(model, (x,), **FAST)
+    assert plan.arguments == ("x", "mask", "shift", "scale")
+    run = lz.compile(model, plan=plan)
+    torch.testing.assert_close(run(x), model(x))
+    for wrong in ({"scale": 2.0}, {"mask": x}):
+        with pytest.raises(PlanError, match="the plan is for"):
+            run(x, **wrong)
+    lz.bake(plan, tmp_path / "a", model, (x,))
+    lz.bake(lz.solve(model, (x,), {"shift": shift}, **FAST), tmp_path / "b", model, (x,), {"shift": shift})
+    text = (tmp_path / "a" / "_layerzero_plan.py").read_text()
+    assert "def forward(x, mask=None, shift=None, *, scale=1.0):" in text
+    ran = baked_process(
+        tmp_path / "a",
+        "x = torch.randn(4, 8); p.forward(x); p.forward(x, None, scale=1.0)\n"
+        "for more in ({'scale': 2.0}, {'mask': x}, {'shift': 1}):\n"
+        "    try: p.forward(x, **more)\n"
+        "    except ValueError as e: print(e)\n"
+        "import importlib.util; spec = importlib.util.spec_from_file_location('b', '../b/_layerzero_plan.py')\n"
+        "b = importlib.util.module_from_spec(spec); spec.loader.exec_module(b)\n"
+        "print(torch.allclose(b.forward(x, None, x), b.forward(x, shift=x)))\n"
+        "try: b.forward(x)\n"
+        "except ValueError as e: print(e)\n",
+    )
+    assert ran.stdout.splitlines() == [
+        "scale is 2.0; this file was made for 1.0", "mask is a tensor of (4, 8); this file was made for None",
+        "shift is 1; this file was made for None", "True", "shift is None; this file was made for a tensor",
+    ], ran.stderr  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_attention_over_a_paged_cache_is_written_out(layout: str, tmp_path: Path) -> None:
+    class Paged(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+            return torch.ops.lz.paged_attention(q * 2, k, v, table, lengths, 0.2, layout) + 1
+
+    pool = Pool(2, 16, 4, layout, torch.float32)
+    model, given = Paged().eval(), (torch.randn(len(pool.lengths), 4, 2, 16), *pool.tensors())
+    names = ("q", "k", "v", "table", "lengths")
+    lz.bake(lz.solve(model, given, **FAST), tmp_path / "out", model, given)
+    text = (tmp_path / "out" / "_layerzero_plan.py").read_text()
+    assert "def _paged_attention(q, k_cache, v_cache, block_table, seq_lens, scale=None, layout='NHD'):" in text
+    assert "torch.ops.lz." not in text
+    (out,), _ = run_baked(tmp_path / "out", [dict(zip(names, given, strict=True))])
+    assert torch.equal(out["out"], model(*given))
+    torch.testing.assert_close(out["out"].double(), pool.expected(given[0] * 2, 0.2) + 1, atol=1e-5, rtol=0)
+
+
+def test_a_process_that_runs_a_baked_folder_loads_no_planner(baked: tuple[nn.Module, Path]) -> None:
+    _, folder = baked
+    code = (
+        f"import sys, lz_compiler as lz; p = lz.warmup({str(folder)!r}, calls=1); lz.load_baked({str(folder)!r})\n"
+        "print(sorted(m for m in sys.modules if m.startswith('lz_compiler')))\n"
+        "print([m for m in ('ortools', 'highspy', 'sympy', 'networkx', 'torch._inductor', 'torch._dynamo') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    ours, others = ran.stdout.splitlines()
+    assert others == "[]"
+    assert not re.search("planner|solvers|backend|deploy.offline", ours), ours
+
+
+def test_long_lines_are_broken_after_commas() -> None:
+    line = "    x = f(" + ", ".join(f"g({i}, 'a, ({i}')" for i in range(40)) + ")  # once"
+    lines = writing.wrapped(line)
+    assert len(lines) > 3
+    assert all(len(part) <= writing.WIDTH for part in lines)
+    assert ast.dump(ast.parse("if 1:\n" + "\n".join(lines))) == ast.dump(ast.parse("if 1:\n" + line))
+    assert writing.wrapped(line[:100]) == [line[:100]]
+    open_line = writing.wrapped(f"{line[:-9]}, r'" + "''")  # a text begins
+    assert len(open_line) > 3
+    assert open_line[-1].endswith("r'" + "''")
+
+
 def test_nothing_that_stands_in_a_plan_is_executed(tmp_path: Path) -> None:
     """Words of a hostile plan end in docstrings of the file at most, and names that become code are checked."""
     model, x = nn.Linear(16, 16).eval(), torch.randn(2, 16)
     plan = lz.solve(model, (x,), dynamic={"input": {0: "rows"}}, buckets={"rows": [2]}, **FAST)
     plan.save(tmp_path / "p.json")
-    text = (tmp_path / "p.json").read_text()
+    text = json.dumps(unsigned(tmp_path / "p.json"))
     evil = '\\"\\"\\"\\nraise SystemExit(7)\\n\\"\\"\\"'
     for place in ('"model": "Linear', '"source": "roofline', '"threads": "'):
         assert place in text

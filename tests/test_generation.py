@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import lz_compiler as lz
 from lz_compiler.errors import OptionError
+from lz_compiler.patterns import Recogniser
 
 FAST: dict[str, Any] = {"race": False, "cost_model": "roofline"}
 STEPS = 12
@@ -78,6 +79,29 @@ def test_a_planned_and_a_baked_decoder(tmp_path: Path) -> None:
     assert dict(counters["layerzero"]) == before
     module = lz.warmup(tmp_path / "out")
     assert torch.equal(greedy(module.forward, prompt, STEPS), wanted)
+
+
+def test_attention_knows_the_form_of_its_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers share one object; attention to keys that are no cache's has none."""
+    seen: list[Any] = []
+    regions = Recogniser.regions
+
+    def noting(self: Recogniser) -> Any:
+        for ctx in regions(self):
+            seen.append((ctx.region.op, ctx.kv_cache))
+            yield ctx
+
+    monkeypatch.setattr(Recogniser, "regions", noting)
+    model, ids = tiny(), torch.randint(128, (2, 1))
+    lz.solve(lz.StaticCacheDecoder(model, batch=2, length=32).eval(), (ids,), **FAST)
+    specs = [spec for op, spec in seen if op == "attention"]
+    expected = lz.KVCacheSpec(strategy="contiguous", layout="HND", kv_heads=2, head_size=16, dtype="float32", device="cpu")
+    assert len(specs) >= 2
+    assert all(spec == expected and spec is specs[0] for spec in specs), specs
+    assert {spec for op, spec in seen if op != "attention"} == {None}
+    seen.clear()
+    lz.solve(model, (), {"input_ids": torch.randint(128, (2, 7)), "use_cache": False, "return_dict": False}, **FAST)
+    assert {spec for op, spec in seen if op == "attention"} == {None}
 
 
 def test_a_sliding_cache_is_refused() -> None:

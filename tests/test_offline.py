@@ -221,7 +221,7 @@ def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) 
     run, strict = lz.compile(model, plan=plan), lz.compile(model, plan=plan, layout_mode="strict")
     cases = {
         "outside of the plan": ids(33), "torch.int32, planned as torch.int64": ids(8).int(),
-        "strides": ids(16).repeat_interleave(2, 1)[:, ::2],
+        "not dense": ids(16).repeat_interleave(2, 1)[:, ::2],
     }  # fmt: skip
     for what, x in cases.items():
         with pytest.warns(UserWarning, match=what):
@@ -238,6 +238,51 @@ def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) 
     for called, x in ((run, ids(8)[None]), (strict, ids(8, batch=2))):
         with pytest.raises(PlanError, match=r"sizes \[\(1, -1\)\] \(-1 varies\); given"):
             called(x)
+
+
+def test_a_conversion_warns_once_for_all_sizes_and_says_what_it_costs() -> None:
+    model = nn.Linear(8, 8).eval()
+    plan = lz.solve(model, (torch.randn(4, 8),), dynamic={"input": {0: "rows"}}, buckets={"rows": [32]}, **FAST)
+    run = lz.compile(model, plan=plan)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rows in (2, 3, 4, 5):
+            for x in (torch.randn(8, rows).t(), torch.randn(rows, 16)[:, ::2], torch.randn(rows, 8).double()):
+                torch.testing.assert_close(run(x), model(x.float()))
+    said = [str(w.message) for w in caught]
+    assert len(said) == 3, said
+    assert "in the order (1, 0)" in said[0]
+    assert "writes 64 bytes for (2, 8) with strides (1, 2)" in said[0]
+    assert list(run.adapted.values()) == [4, 4, 4]
+    assert not any("strides" in case for case in run.adapted)
+
+
+def test_arguments_that_require_gradients_are_taken_as_values() -> None:
+    model = nn.Linear(8, 8)
+    plan = lz.solve(model, (torch.randn(4, 8),), **FAST)
+    run = lz.compile(model, plan=plan)
+    for x in (torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True) * 2):
+        found = run(x)
+        torch.testing.assert_close(found, model(x))
+        assert not found.requires_grad
+    assert lz.solve(model, (torch.randn(4, 8, requires_grad=True),), **FAST).cells[0].fingerprint == plan.cells[0].fingerprint
+
+
+def test_buckets_that_do_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs are counted before anything is made; what the allocator says later is told in the same words."""
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    rows: dict[str, Any] = {"dynamic": {"input": {0: "rows"}}}
+    with pytest.raises(PlanError, match=r"cell rows 9\.\.1000000000000 does not fit in memory \(its inputs alone need 32,000\.0 GB"):
+        lz.solve(model, (x,), buckets={"rows": [8, 10**12]}, **rows, **FAST)
+    monkeypatch.setattr(torch_private, "free_memory", lambda device: None)
+    for end, words in ((10**15, "RuntimeError: .*can.t allocate memory"), (2**61, "RuntimeError: .*overflowed")):
+        with pytest.raises(PlanError, match=rf"cell rows 2\.\.{end} does not fit in memory \({words}.*lower the last end"):
+            lz.solve(model, (x,), buckets={"rows": [end]}, **rows, **FAST)
+
+
+def test_a_plan_is_saved_to_a_folder_that_is_there(small: tuple[nn.Module, Tensor, offline.ModelPlan], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"none/p\.json': there is no folder '.*none'\. Make it"):
+        small[2].save(tmp_path / "none" / "p.json")
 
 
 def test_sizes_beyond_the_plan_run_the_model_and_each_case_warns_once(planned: tuple[Llama, offline.ModelPlan]) -> None:
@@ -271,7 +316,7 @@ def test_another_model_and_another_machine(planned: tuple[Llama, offline.ModelPl
     with pytest.raises(PlanError, match="not the one that was planned"):
         lz.compile(wider, plan=plan)(ids(4))
     plan.save(tmp_path / "p.json")
-    data = json.loads((tmp_path / "p.json").read_text())
+    data = unsigned(tmp_path / "p.json")
     for name, value in (("name", "NVIDIA H200"), ("torch", "2.0.0")):
         (tmp_path / "q.json").write_text(json.dumps({**data, "environment": {**data["environment"], name: value}}))
         with pytest.raises(PlanError, match=f"is for {name} {value!r}, here"):
@@ -281,23 +326,48 @@ def test_another_model_and_another_machine(planned: tuple[Llama, offline.ModelPl
         lz.compile(llama(), plan=tmp_path / "q.json")
 
 
+def unsigned(file: Path) -> dict[str, Any]:
+    """What stands in a plan's file, without the checksum that an edit would break."""
+    return {name: value for name, value in json.loads(file.read_text()).items() if name != "checksum"}
+
+
+def replaced(data: dict[str, Any], old: Any, new: Any) -> str:
+    """The file's text with one part of it exchanged, wherever it stands."""
+    return json.dumps(data).replace(json.dumps(old), json.dumps(new))
+
+
 def test_broken_plan_files(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
     """One clear error each, and nothing that stands in a file is ever executed or imported."""
     _, plan = planned
     file = tmp_path / "p.json"
     plan.save(file)
-    text, data = file.read_text(), json.loads(file.read_text())
+    text, data = file.read_text(), unsigned(file)
     cell = data["cells"][0]
+    candidate = cell["plans"][0]["choices"][0]["candidate"]
+    region = candidate["region"]
     broken = {
         "cannot read": text[: len(text) // 2], "schema None": "{}", "schema 99": json.dumps({**data, "layerzero_model_plan": 99}),
         "damaged": json.dumps({**data, "cells": [{k: v for k, v in cell.items() if k != "plans"}]}),
         "not those of its buckets": json.dumps({**data, "cells": data["cells"][1:]}),
         "unknown winner": json.dumps({**data, "cells": [{**cell, "winner": "__import__('os')"}, *data["cells"][1:]]}),
+        "contents do not fit its checksum": text.replace('"ns": ', '"ns": 1', 1),
+        "unknown option 'freezes'.* Did you mean 'freeze'": json.dumps({**data, "options": {**data["options"], "freezes": True}}),
+        "some are missing": json.dumps({**data, "options": {}}),
+        "dimension 1 of 'input_ids' is called 'length'": json.dumps({**data, "dynamic": {"input_ids": {"1": "length"}}}),
+        "dimension 1 of 'ids' is called 'seq'": json.dumps({**data, "dynamic": {"ids": {"1": "seq"}}}),
+        "do not fit each other": json.dumps({**data, "dynamic": {}}),
+        "in the order": json.dumps({**data, "tensors": [{**data["tensors"][0], "order": [0, 0]}]}),
+        "the upper ends": json.dumps({**data, "buckets": {"seq": [32, 8]}}),
+        "needs nodes, and one format": replaced(data, candidate, {**candidate, "in_formats": []}),
+        "needs nodes": replaced(data, region, {**region, "nodes": []}),
+        "not enough values to unpack": replaced(data, candidate, {**candidate, "params": [["roles"]]}),
     }  # fmt: skip
     for message, content in broken.items():
         file.write_text(content)
         with pytest.raises(PlanError, match=message):
             lz.load_plan(file)
+    file.write_text(json.dumps(data))
+    assert lz.load_plan(file) == plan, "one from before there were checksums"
     with pytest.raises(PlanError, match="cannot read"):
         lz.load_plan(tmp_path / "none.json")
 
@@ -305,12 +375,58 @@ def test_broken_plan_files(planned: tuple[Llama, offline.ModelPlan], tmp_path: P
 def test_a_plan_with_a_kernel_exchanged_is_refused(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
     model, plan = planned
     plan.save(tmp_path / "p.json")
-    data = json.loads((tmp_path / "p.json").read_text())
+    data = unsigned(tmp_path / "p.json")
     for choice in (c for cell in data["cells"] for p in cell["plans"] for c in p["choices"]):
         choice["candidate"]["kernel"] = "os.system"
     (tmp_path / "p.json").write_text(json.dumps(data))
     with pytest.raises(PlanError, match=r"unknown kernel 'os\.system'"):
         lz.compile(model, plan=tmp_path / "p.json")
+
+
+Edit = Callable[[dict[str, Any]], None]
+EDITS: dict[str, tuple[Edit, str]] = {
+    "act": (lambda c: c["params"].__setitem__(0, ["act", "relu"]), r"onednn\.linear_packed with act='relu' is not a candidate of linear"),
+    "roles": (lambda c: c.update(params=[]), "is not a candidate of linear"),
+    "kernel": (lambda c: c.update(kernel="onednn.conv"), r"onednn\.conv .*is not a candidate of linear"),
+    "formats": (lambda c: [f.update(dtype="bfloat16") for f in c["out_formats"]] and None, "is not a candidate of linear"),
+    "region": (lambda c: c["region"].update(inputs=c["region"]["inputs"][::-1]), "is not a candidate of linear"),
+    "loop": (lambda c: c.update(kernel="inductor.loop"), r"inductor\.loop .*is not a candidate of linear"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[nn.Module, Tensor, offline.ModelPlan]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval(), torch.randn(8, 64)
+    return model, x, lz.solve(model, (x,), freeze=True, backends="onednn", **FAST)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_choice_is_refused(small: tuple[nn.Module, Tensor, offline.ModelPlan], name: str, tmp_path: Path) -> None:
+    """A choice that nothing here would offer is an error, not a wrong number; by the compiler and by the baker."""
+    (edit, message), (model, x, plan) = EDITS[name], small
+    plan.save(tmp_path / "p.json")
+    data = unsigned(tmp_path / "p.json")
+    chosen = [c["candidate"] for c in data["cells"][0]["plans"][0]["choices"] if c["candidate"]["kernel"] == "onednn.linear_packed"]
+    first = next(c for c in chosen if c["params"][0] == ["act", "gelu"])
+    edit(first)
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    other = lz.load_plan(tmp_path / "p.json")
+    for run in (lambda: lz.compile(model, plan=other)(x), lambda: lz.bake(other, tmp_path / "out", model, (x,))):
+        with pytest.raises(PlanError, match=f"was edited.*{message}"):
+            run()
+
+
+def test_choices_left_out_or_made_twice_are_refused(small: tuple[nn.Module, Tensor, offline.ModelPlan]) -> None:
+    model, x, plan = small
+    (cell,), ((graph,),) = plan.cells, [c.plans for c in plan.cells]
+    choices = graph.choices
+    cases = {"no choice computes linear": choices[1:], "two choices compute": (*choices, choices[0])}
+    for message, changed in cases.items():
+        edited = dataclasses.replace(cell, plans=(dataclasses.replace(graph, choices=changed),))
+        with pytest.raises(PlanError, match=message):
+            lz.compile(model, plan=dataclasses.replace(plan, cells=(edited,)))(x)
+    torch.testing.assert_close(lz.compile(model, plan=plan)(x), model(x))
 
 
 @pytest.mark.parametrize(
@@ -327,6 +443,22 @@ def test_a_plan_with_a_kernel_exchanged_is_refused(planned: tuple[Llama, offline
 def test_declarations_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         lz.solve(llama(), (ids(4),), **{**SEQ, **changes}, **FAST)
+
+
+def test_what_is_no_model_and_no_list(planned: tuple[Llama, offline.ModelPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = planned
+    with pytest.raises(OptionError, match=r"solve takes an nn\.Module; given: function\. Wrap it"):
+        lz.solve(lambda x: x, (ids(4),), **FAST)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"'seq' is 4\. Give a list of upper ends: buckets=\{'seq': \[4\]\}"):
+        lz.solve(model, (ids(4),), **{**SEQ, "buckets": {"seq": 4}}, **FAST)
+    with pytest.raises(PlanError, match=r"do not fit Llama\.forward: missing a required argument"):
+        lz.warmup(lz.compile(model, plan=plan))
+    with pytest.raises(OptionError, match=r"warmup takes a folder of lz\.bake.*given: lz_compiler\.zoo\.Llama"):
+        lz.warmup(model)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = dataclasses.replace(plan, environment={**plan.environment, "device": "cuda", "name": "NVIDIA H200"})
+    with pytest.raises(PlanError, match="is for the GPU 'NVIDIA H200', and here torch finds no GPU"):
+        lz.compile(model, plan=there)
 
 
 def test_a_model_that_does_not_allow_the_range() -> None:

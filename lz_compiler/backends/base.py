@@ -57,7 +57,7 @@ class SelectionContext:
     """What a backend may know about a region. Specs and formats run parallel to `region.inputs`.
 
     `roles` name the inputs as the region's reference does; `frozen` holds the roles whose values never change. `kv_cache` says how
-    the cache is cut up and laid out, where the region reads one from pages.
+    the cache is cut up and laid out, where the region reads one: from pages, or from a buffer that the graph writes into.
     """
 
     region: Region

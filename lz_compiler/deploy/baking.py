@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import keyword
 import logging
@@ -25,7 +26,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .. import __version__, ops, torch_private
 from ..backend import EAGER, PLANNED, setup
@@ -36,7 +36,7 @@ from ..plan_io import plan_to_dict
 from ..reports.report import milliseconds
 from ..timings import open_store
 from ..trust import circuit
-from . import export, general
+from . import export, general, writing
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
 
@@ -66,7 +66,8 @@ class Loop:
     def text(self, name: str, compiled: torch_private.CompiledTriton | None) -> str:
         """The kernel as a global of the file."""
         if self.language == "cpp":
-            return f"{name} = _loop({name!r}, {list(self.detail)!r}, r'''{self.source}''')"
+            head = writing.wrapped(f"{name} = _loop({name!r}, {list(self.detail)!r}, r'''")
+            return "\n".join(head) + f"{self.source}''')"
         if compiled is None:
             return f"{name} = _compiled({self.detail[0]!r}, r'''{self.source}''')"
         call = [f"_kernel, {', '.join(compiled.grid)}, {compiled.warps}, {compiled.shared}, {compiled.types!r}"]
@@ -111,7 +112,11 @@ def bake(
     writes into (a key-value cache) are the file's own state.
     """
     out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise PlanError(f"cannot bake to {os.fspath(out)!r}: {error.strerror or error}. Give another folder.") from error
+    if taken:
         raise PlanError(f"{os.fspath(out)!r} exists and is not an empty folder. Give a new one.")
     check_environment(plan)
     named = export.bind(model, args, kwargs)
@@ -121,11 +126,20 @@ def bake(
     for symbol in plan.buckets:
         _check_name(symbol, "symbol")
     setup()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # whole or not at all
+    with _folder_beside(out) as folder:  # whole or not at all
         _Writer(plan, model, named, Path(folder) / "plan").write()
         (Path(folder) / "plan").rename(out)
     return out / FILE
+
+
+def _folder_beside(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """An empty folder that can become `out`. PlanError where there cannot be one."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+    except OSError as error:
+        why = f"{os.fspath(out.parent)!r} cannot be written to: {error.strerror or error}"
+        raise PlanError(f"cannot bake to {os.fspath(out)!r}: {why}. Give a folder that can be.") from error
 
 
 class _Writer:
@@ -145,7 +159,7 @@ class _Writer:
         self.cuda = plan.environment["device"] == "cuda"
         self.graphs = self.cuda and (plan.options["cudagraphs"] or plan.options["mode"] in WITHOUT_GRAPHS)
         self.written: set[str] = set()  # arguments that some cell writes into
-        self.brgemm = False
+        self.brgemm = self.paged = False
         self.returns = ""
         self.planned: dict[str, dict[str, Any]] = {}  # of each cell: what to blame for an error in it
         self.references: dict[str, str] = {}  # of each cell that may run twice: the function that repeats it
@@ -211,7 +225,7 @@ class _Writer:
             raise PlanError("AOTAutograd merged inputs of this graph, so that it is not known which ones the model writes into.")
         if len(code.sources) != 1 or aliased:
             raise PlanError("a model that returns views of its arguments, buffers or other outputs cannot be baked. Return copies.")
-        returns = _render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
+        returns = writing.render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
         assert self.returns in ("", returns)
         self.returns = returns
         return Generated(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
@@ -269,9 +283,11 @@ class _Writer:
         for call, plain in PLAIN.items():
             text = text.replace(call, plain)
         self.brgemm |= "torch.ops.lz.attention_brgemm" in text
+        self.paged |= writing.CALLED in text
+        text = text.replace(writing.CALLED, f"{writing.PAGED}(")
         other = re.search(r"torch\.ops\.lz\.(?!attention_brgemm)\w+|extern_kernels\.\w+", text)
         if other:
-            raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with backends=... that leave it out.")
+            raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with a policy that denies it, or lz.compile(plan=...).")
         read = set(re.findall(r"\b[A-Za-z_]\w*\b", text))
         names, leaves, arguments = {}, iter(self.named), set()
         loads: dict[str, str] = {}
@@ -282,7 +298,7 @@ class _Writer:
             elif argument in read:
                 stored = self._store(target, value)
                 if late and f"_weight({stored!r})" not in self.globals.values() and stored not in self.state:
-                    names[argument] = _identifier("w", stored, {*loads, *self.globals})
+                    names[argument] = writing.identifier("w", stored, {*loads, *self.globals})
                     loads[names[argument]] = f"    {names[argument]} = _late({stored!r})"
                     self.late.add(stored)
                 else:
@@ -295,9 +311,9 @@ class _Writer:
         fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
         self.written |= arguments
-        lines = [*comment, *loads.values(), *(f"    {line}" for line in text.splitlines())]
+        lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
         function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *lines])
-        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late"}
+        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late", writing.PAGED}
         assert not missing, f"the generated code reads {missing}"
         return function
 
@@ -328,7 +344,7 @@ class _Writer:
         return self._load("packed", stored, f"_packed({call})")
 
     def _load(self, kind: str, name: str, expression: str) -> str:
-        identifier = _identifier(kind, name, {known for known, loads in self.globals.items() if loads != expression})
+        identifier = writing.identifier(kind, name, {known for known, loads in self.globals.items() if loads != expression})
         self.globals[identifier] = expression
         return identifier
 
@@ -339,25 +355,41 @@ class _Writer:
             'if not hasattr(torch.ops.lz, "attention_brgemm"):  # another file may have brought it\n'
             '    torch.ops.load_library(HERE / "kernels" / "attention_brgemm.so")'
         )
+        solved = writing.prose(", ".join(f"{k} {v}" for k, v in self.plan.environment.items()))
         replaced = {
-            "MODEL": _text(self.plan.model), "VERSION": __version__,
-            "ENVIRONMENT_TEXT": _text(", ".join(f"{k} {v}" for k, v in self.plan.environment.items())),
-            "ENVIRONMENT": repr(dict(self.plan.environment)), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
+            "MODEL": writing.prose(self.plan.model), "VERSION": __version__,
+            "ENVIRONMENT_TEXT": writing.filled(f"From a plan for {solved}."),
+            "ENVIRONMENT": writing.pretty(self.plan.environment), "LAYOUT_MODE": repr(self.plan.options["layout_mode"]),
             "STRIDES": repr({n: w.stride() for n, w in self.weights.items() if not w.is_contiguous()}),
-            "MEMORY": self._memory(), "DEVICE": repr(self.plan.environment["device"]), "WRITTEN": repr(tuple(sorted(self.written))),
+            "MEMORY": writing.filled(self._memory()), "DEVICE": repr(self.plan.environment["device"]),
+            "WRITTEN": repr(tuple(sorted(self.written))),
             "STATE": repr(tuple(sorted(n for n, e in self.globals.items() if e in {f"_weight({s!r})" for s in self.state}))),
             "CUDA": Path(__file__).with_name("baked_cuda.txt").read_text().strip() if self.cuda else "",
-            "LIBRARIES": library if self.brgemm else "", "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
+            "LIBRARIES": "\n\n\n".join([*([library] if self.brgemm else []), *([writing.paged_attention()] if self.paged else [])]),
+            "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
-            "SIGNATURE": ", ".join(_parameter(name, value) for name, value in self.named.items()),
+            "SIGNATURE": self._signature(),
             "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
             "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
-            "PLAN": repr(_plan_hash(self.plan)), "PLANNED": _pretty(self.planned),
-            "REFERENCES": repr(self.references),
+            "PLAN": repr(_plan_hash(self.plan)), "PLANNED": writing.pretty(self.planned),
+            "REFERENCES": writing.pretty(self.references),
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
+
+    def _signature(self) -> str:
+        """The parameters of `forward`, as the model has them: what it takes by name alone comes last."""
+        known = inspect.signature(self.model.forward).parameters
+        by_name = [n for n in self.named if n not in known or known[n].kind is inspect.Parameter.KEYWORD_ONLY]
+        texts = {name: _parameter(name, value) + ("=None" if name in self._defaulted() else "") for name, value in self.named.items()}
+        star = ["*"] if by_name else []
+        return ", ".join([*(texts[n] for n in self.named if n not in by_name), *star, *(texts[n] for n in by_name)])
+
+    def _defaulted(self) -> set[str]:
+        """Tensors that come after a constant: Python wants a default for them, too."""
+        first = next((i for i, name in enumerate(self.named) if name not in self.inputs), len(self.named))
+        return {name for name in list(self.named)[first:] if name in self.inputs}
 
     def _memory(self) -> str:
         """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
@@ -367,14 +399,15 @@ class _Writer:
         several = sum(count > 1 for count in layouts.values())
         more = f", {several} of them in more than one layout" if several else ""
         more += f"; {later / 1e6:.1f} MB more once a general cell runs" if later else ""
-        planned = "" if self.plan.joint is None else f"\nPlanned with {_text(str(self.plan.joint))}."
+        planned = "" if self.plan.joint is None else f"\nPlanned with {writing.prose(str(self.plan.joint))}."
         stored = sum(weight.nbytes for weight in self.weights.values())
         return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}.{planned}"
 
     def _checks(self, constants: Mapping[str, Any]) -> str:
         """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""
         lines = [
-            f'    if {name} != {value!r}:\n        raise ValueError(f"{name} is {{{name}!r}}; this file was made for {value!r}")'
+            f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}:\n"
+            f"        raise ValueError(_constant({name!r}, {name}, {value!r}))"
             for name, value in constants.items()
         ]
         sizes: dict[str, None] = {}
@@ -384,6 +417,8 @@ class _Writer:
             fits = [f"{name}.dtype is torch.{planned.dtype}", f"{name}.is_{planned.device}", f"{name}.dim() == {dims}", ordered]
             fits += [f"not {name}.requires_grad"] if getattr(torch, planned.dtype).is_floating_point else []
             fits += [f"{name}.data_ptr() % 16 == 0"] if planned.device == "cuda" else []
+            if name in self._defaulted():
+                lines.append(f"    if {name} is None:\n        raise ValueError(_constant({name!r}, None, 'a tensor'))")
             lines.append(f"    if not ({' and '.join(fits)}):")
             lines.append(f"        {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
             found = [symbols[i] if symbols.get(i, "") not in ("", *sizes) else f"{name}_size_{i}" for i in range(dims)]
@@ -447,9 +482,9 @@ class _Writer:
         """Made-up inputs of each cell, for the self-test: {cell: {input: (shape, dtype, highest integer)}}."""
         found = {}
         for i, cell in enumerate(self.plan.cells):
-            sized = export.resized(self.named, self.plan.dynamic, {s: high for s, (_, high) in cell.ranges.items()})
+            sized = export.resized(self.named, self.plan.dynamic, cell.ranges)
             found[i] = {n: (tuple(sized[n].shape), str(sized[n].dtype)[6:], _highest(sized[n])) for n in self.inputs}
-        return _pretty(found)
+        return writing.pretty(found)
 
 
 def _highest(value: Tensor) -> int:
@@ -503,11 +538,12 @@ def _comment(cell: CellPlan) -> list[str]:
         lines.append("")
         lines.append(f"    predicted {milliseconds(plan.predicted)} ({plan.status}, bound {milliseconds(plan.bound)}):")
         for choice in (c for c in plan.choices if c.candidate.kernel != "inductor.loop"):
-            other = min(choice.alternatives, key=lambda a: a[1].ns, default=None)
+            same = [a for a in choice.alternatives if set(a[0].region.nodes) == set(choice.candidate.region.nodes)]
+            other = min(same, key=lambda a: a[1].ns, default=None)
             next_best = f"; next {other[0].kernel} {milliseconds(other[1].ns)}" if other else ""
             node = choice.candidate.region.nodes[-1]
             lines.append(f"    {node}: {choice.candidate.kernel} {milliseconds(choice.cost.ns)} {choice.cost.source}{next_best}")
-    text = [_text(line) for line in lines]
+    text = [writing.prose(line) for line in lines]
     return [f'    """{text[0].strip()}', *text[1:], '    """']
 
 
@@ -538,19 +574,6 @@ def _general_holds(made: Generated) -> dict[str, Any]:
     return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
 
 
-def _identifier(kind: str, name: str, taken: Collection[str]) -> str:
-    """A name in the file for what is stored as `name`."""
-    identifier = f"{kind}_{re.sub(r'[^A-Za-z0-9]+', '_', name.removeprefix('plain.').removeprefix('constant.'))}"
-    while identifier in taken:
-        identifier += "_"
-    return identifier
-
-
-def _text(words: str) -> str:
-    """What stands in a plan as it may stand in a docstring: nothing that could end it."""
-    return re.sub(r"[^\w .,:;()\[\]<>=+/*%-]", "?", words)
-
-
 def _parameter(name: str, value: Any) -> str:
     _check_name(name, "argument")
     return name if isinstance(value, Tensor) else f"{name}={value!r}"
@@ -561,19 +584,6 @@ def _check_name(name: str, what: str) -> None:
         raise PlanError(f"{what} {name!r} cannot be a name in the generated function. Rename it.")
 
 
-def _render(spec: pytree.TreeSpec, leaves: list[str]) -> str:
-    """The model's output structure as an expression of its leaves."""
-    if spec.is_leaf():
-        return leaves.pop(0)
-    parts = [_render(child, leaves) for child in spec.children()]
-    if spec.type is dict:
-        return "{" + ", ".join(f"{key!r}: {part}" for key, part in zip(spec.context, parts, strict=True)) + "}"
-    if spec.type in (tuple, list):
-        inner = ", ".join(parts)
-        return f"[{inner}]" if spec.type is list else f"({inner},)" if parts else "()"
-    raise PlanError(f"the model returns {spec.type.__name__}; baked files return tensors, tuples, lists and dicts. Wrap the model.")
-
-
 def _digest(value: Tensor) -> str:
     data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(repr((tuple(value.shape), value.dtype)).encode() + data.tobytes()).hexdigest()[:16]
@@ -582,7 +592,3 @@ def _digest(value: Tensor) -> str:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _pretty(value: Mapping[Any, Any]) -> str:
-    return "{\n" + "".join(f"    {k!r}: {v!r},\n" for k, v in value.items()) + "}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .. import torch_private
-from ..errors import PlanError, unknown
+from ..errors import OptionError, PlanError, unknown
 
 Ranges = dict[str, tuple[int, int]]  # symbol -> lowest and highest size, both included
 ENDLESS = 1 << 62  # a range's upper end where there is none
@@ -53,9 +55,15 @@ def cells(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
 
 
 def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of a call by name, in the order of the model's signature."""
+    """The arguments of a call by name, in the order of the model's signature; those left at a default that is a plain constant, too."""
     signature = inspect.signature(model.forward)
-    bound = signature.bind(*args, **(kwargs or {})).arguments
+    try:
+        given = signature.bind(*args, **(kwargs or {}))
+    except TypeError as error:
+        raise PlanError(f"the arguments do not fit {type(model).__name__}.forward: {error}. Give example arguments.") from error
+    explicit = set(given.arguments)
+    given.apply_defaults()
+    bound = {name: v for name, v in given.arguments.items() if name in explicit or _kept(signature.parameters[name])}
     named: dict[str, Any] = {}
     for name, value in bound.items():
         kind = signature.parameters[name].kind
@@ -63,6 +71,12 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
             raise PlanError(f"argument {name!r} of {type(model).__name__}.forward has no name to plan by. Wrap the model.")
         named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     return named
+
+
+def _kept(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter that was left at its default is an argument of the plan."""
+    by_name = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return by_name and isinstance(parameter.default, (int, float, bool, str, type(None)))
 
 
 def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[str, Sequence[int]]) -> None:
@@ -80,6 +94,8 @@ def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[s
             raise PlanError(
                 f"buckets: no dimension is called {symbol!r}. Say which one is: dynamic={{argument: {{dimension: {symbol!r}}}}}."
             )
+        if not isinstance(ends, (list, tuple)):
+            raise OptionError(f"buckets: {symbol!r} is {ends!r}. Give a list of upper ends: buckets={{{symbol!r}: [{ends!r}]}}.")
         if not ends or any(not isinstance(e, int) or e < 1 for e in ends) or sorted(set(ends)) != list(ends):
             raise PlanError(f"buckets: {symbol!r} is {list(ends)!r}. Give upper ends: positive integers that grow.")
 
@@ -104,14 +120,21 @@ class Argument:
         return value.dim() == len(self.shape) and all(p in (-1, n) for p, n in zip(self.shape, value.shape, strict=True))
 
     def misfit(self, value: Tensor) -> str:
-        """How a tensor differs from what was planned; empty if it does not."""
+        """How a tensor differs from what was planned, the same for all sizes; empty if it does not."""
         if str(value.dtype) != f"torch.{self.dtype}":
             return f"is {value.dtype}, planned as torch.{self.dtype}"
         if value.device.type != self.device:
             return f"is on {value.device}, planned on {self.device}"
-        planned = self._strides(value)
-        same = all(n == 1 or s == p for n, s, p in zip(value.shape, value.stride(), planned, strict=True))  # a size of 1 takes no step
-        return "" if same else f"has strides {value.stride()}, planned as {planned}"
+        if dense(value, self.order):
+            return ""
+        order = Argument.of(value).order
+        found = f"has its dimensions in the order {order}" if dense(value, order) else "is not dense"
+        return f"{found}, planned as dense with its dimensions in the order {self.order}"
+
+    def copied(self, value: Tensor) -> str:
+        """What converting a tensor moves."""
+        nbytes = value.numel() * getattr(torch, self.dtype).itemsize
+        return f"it is converted in every call, which writes {nbytes:,} bytes for {tuple(value.shape)} with strides {value.stride()}"
 
     def converted(self, value: Tensor) -> Tensor:
         """`value` as planned: dense, and itself if it is so already."""
@@ -126,9 +149,55 @@ class Argument:
         return tuple(strides)
 
 
-def resized(named: Mapping[str, Any], dynamic: Dynamic, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The arguments at other sizes, made of their own values (again from the first one where they end), and dense."""
-    made = pytree.tree_map_only(Tensor, lambda t: Argument.of(t).converted(t), dict(named))
+def dense(value: Tensor, order: Sequence[int]) -> bool:
+    """Whether a tensor has no gaps and its dimensions in this order in memory; one of size 1 takes no step."""
+    step = 1
+    for dim in reversed(order):
+        if value.shape[dim] != 1 and value.stride(dim) != step:
+            return False
+        step *= max(value.shape[dim], 1)
+    return True
+
+
+def check_memory(named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges, sizes: Mapping[str, int] | None = None) -> None:
+    """PlanError for a cell whose example at its upper ends, or at `sizes`, is larger than the memory that is free."""
+    ends = sizes or {s: high for s, (_, high) in ranges.items()}
+    need: dict[str, int] = {}
+    for name, dims in dynamic.items():
+        value: Tensor = named[name]
+        shape = [ends[dims[dim]] if dim in dims else size for dim, size in enumerate(value.shape)]
+        need[value.device.type] = need.get(value.device.type, 0) + math.prod(shape) * value.element_size()
+    for device, nbytes in need.items():
+        free = torch_private.free_memory(device)
+        if free is not None and nbytes > free:
+            raise PlanError(_too_large(ranges, f"its inputs alone need {nbytes / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"))
+
+
+def _too_large(ranges: Ranges, why: str) -> str:
+    return f"cell {_ranges(ranges)} does not fit in memory ({why}): lower the last end."
+
+
+@contextmanager
+def in_memory(ranges: Ranges) -> Iterator[None]:
+    """PlanError where the memory ends while a cell is made or run."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not torch_private.out_of_memory(error):
+            raise
+        raise PlanError(_too_large(ranges, f"{type(error).__name__}: {str(error)[:300]}")) from error
+
+
+def resized(named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The arguments at the upper ends of a cell, or at `sizes`: made of their own values (again from the first one where they end), dense,
+    and without gradients."""
+    check_memory(named, dynamic, ranges, sizes)
+    with in_memory(ranges):
+        return _resized(named, dynamic, sizes or {s: high for s, (_, high) in ranges.items()})
+
+
+def _resized(named: Mapping[str, Any], dynamic: Dynamic, sizes: Mapping[str, int]) -> dict[str, Any]:
+    made = pytree.tree_map_only(Tensor, lambda t: Argument.of(t).converted(t.detach() if t.requires_grad else t), dict(named))
     for name, dims in dynamic.items():
         for dim, symbol in dims.items():
             value: Tensor = made[name]
@@ -150,7 +219,7 @@ def export_program(
     from torch.export import Dim, ShapesCollection, export
 
     ranged = {s: Dim.AUTO if high == ENDLESS else Dim(s, min=low, max=high) for s, (low, high) in ranges.items() if low < high}
-    example = resized(named, dynamic, sizes or {s: high for s, (_, high) in ranges.items()})
+    example = resized(named, dynamic, ranges, sizes)
     shapes = ShapesCollection()
     for name, dims in dynamic.items():
         shapes[example[name]] = {dim: ranged[s] for dim, s in dims.items() if s in ranged}

@@ -139,9 +139,10 @@ class _Trial:
         self.examples, self.written, mode = (ast.literal_eval(assigned[name]) for name in ("EXAMPLES", "WRITTEN", "LAYOUT_MODE"))
         self.general = general if mode == "adapt" else []
         (forward,) = (n for n in body if isinstance(n, ast.FunctionDef) and n.name == "forward")
-        defaults = forward.args.defaults
-        named = forward.args.args[len(forward.args.args) - len(defaults) :]
-        self.constants = {a.arg: ast.literal_eval(d) for a, d in zip(named, defaults, strict=True)}
+        taken = forward.args
+        pairs = [*zip(taken.args[len(taken.args) - len(taken.defaults) :], taken.defaults, strict=True)]
+        pairs += [(a, d) for a, d in zip(taken.kwonlyargs, taken.kw_defaults, strict=True) if d is not None]
+        self.constants = {a.arg: ast.literal_eval(d) for a, d in pairs if a.arg not in self.shapes}
         self._check_weights()
         self.kept = {name: value.clone() for name, value in model.named_buffers()}
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))

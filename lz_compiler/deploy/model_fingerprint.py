@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from ..errors import FingerprintError
+from ..errors import FingerprintError, PlanError
 from ..options import Options
 from ..timings import TimingStore, open_store
 
@@ -352,3 +353,17 @@ def _roles(config: Mapping[str, Any], special: Mapping[str, Any]) -> tuple[dict[
         elif value:
             found.setdefault(name, {})[json.dumps(value, sort_keys=True)] = value
     return settings, {name: [values[text] for text in sorted(values)] for name, values in found.items()}
+
+
+def check_bundle(planned: Mapping[str, str], folder: str | os.PathLike[str] | None, strict: bool) -> None:
+    """Whether a model's folder has the tokenizer and config that a plan was solved with: else PlanError, or a warning if not strict."""
+    if folder is None:
+        return
+    if not planned:
+        raise PlanError("the plan was solved without bundle=...: there is nothing to compare the folder with. Solve again with it.")
+    found = fingerprint(folder).digests()
+    other = [group for group in ("tokenizer", "config") if found[group] != planned.get(group)]
+    if other and strict:
+        raise PlanError(f"{os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with. Solve again.")
+    if other:
+        warnings.warn(f"LayerZero: {os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with", stacklevel=4)

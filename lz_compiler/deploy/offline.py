@@ -36,6 +36,7 @@ from ..types import Plan, Status
 from . import export
 from .export import Argument, Dynamic, Program, Ranges
 from .joint import Joint, plan_cells
+from .model_fingerprint import check_bundle
 from .model_fingerprint import fingerprint as fingerprint_folder
 
 log = logging.getLogger(__name__)
@@ -82,14 +83,24 @@ class ModelPlan:
         data["cells"] = [
             {**dataclasses.asdict(cell), "plans": [plan_to_dict(p) for p in cell.plans]} for cell in self.cells
         ]  # fmt: skip
+        data["checksum"] = _checksum(json.loads(json.dumps(data)))  # as it will be read: keys are texts
         target = Path(path)
+        if not target.parent.is_dir():
+            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}. Make it.")
         half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
             half.write_text(json.dumps(data, indent=1))
             half.replace(target)
         except OSError as error:
             half.unlink(missing_ok=True)
-            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
+            why = error.strerror or error
+            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: {why}. Give a file in a folder that is writable.") from error
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """Of what stands in a plan's file, however it is laid out there."""
+    content = {name: value for name, value in data.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
@@ -102,10 +113,14 @@ def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
     if version != VERSION:
         raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r:.80}; this LayerZero reads {VERSION}. Solve again.")
     try:
-        return _model_plan(data)
+        same = data.get("checksum", computed := _checksum(data)) == computed  # a plan from before there were checksums has none
+        plan = _model_plan(data) if same else None
     except DAMAGE as error:
         what = f"{type(error).__name__}: {error}"[:1000]
         raise PlanError(f"the plan {os.fspath(path)!r} is damaged ({what}). Solve again.") from error
+    if plan is None:
+        raise PlanError(f"{os.fspath(path)!r} was changed after it was saved: its contents do not fit its checksum. Solve again.")
+    return plan
 
 
 def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
@@ -126,6 +141,7 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         tuple(map(str, data["constants"])), cells, {str(k): str(v) for k, v in data.get("bundle", {}).items()},
         _joint(data.get("joint")),
     )  # fmt: skip
+    _check_fields(plan)
     known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
     for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
         raise PlanError(unknown("kernel", kernel, known))
@@ -135,6 +151,28 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
     if not least <= len(plan.cells) <= most or [c.ranges for c in plan.cells] != export.cells(plan.buckets):
         raise PlanError(f"the plan's cells are not those of its buckets {reprlib.repr(dict(plan.buckets))}")
     return plan
+
+
+def _check_fields(plan: ModelPlan) -> None:
+    """ValueError where fields of a stored plan do not fit each other: what runs by it looks one up in another."""
+    fields = {f.name for f in dataclasses.fields(Options) if f.metadata["plans"]}
+    for name in plan.options.keys() - fields:
+        raise PlanError(unknown("option", name, fields))
+    if {"mode", "layout_mode", "error_budget", "cudagraphs"} - plan.options.keys():
+        raise ValueError(f"options are {reprlib.repr(sorted(plan.options))}, and some are missing")
+    dims = [(name, dim, symbol) for name, named in plan.dynamic.items() for dim, symbol in named.items()]
+    for name, dim, symbol in dims:
+        if name not in plan.arguments or dim < 0 or symbol not in plan.buckets:
+            raise ValueError(f"dynamic: dimension {dim} of {name!r:.200} is called {symbol!r:.200}")
+    sizes = [size for tensor in plan.tensors for size in tensor.shape]
+    if sizes.count(-1) != len(dims) or {symbol for _, _, symbol in dims} != plan.buckets.keys() or min(sizes, default=0) < -1:
+        raise ValueError("dynamic, buckets and the tensors' sizes do not fit each other")
+    for tensor in plan.tensors:
+        if sorted(tensor.order) != list(range(len(tensor.shape))):
+            raise ValueError(f"a tensor with {len(tensor.shape)} dimensions in the order {reprlib.repr(tensor.order)}")
+    for ends in plan.buckets.values():
+        if not ends or ends[0] < 1 or sorted(set(ends)) != list(ends):
+            raise ValueError(f"the upper ends {reprlib.repr(ends)}")
 
 
 def _joint(data: Mapping[str, Any] | None) -> Joint | None:
@@ -169,6 +207,8 @@ def solve(
     `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`). With `freeze`, the cells are one
     integer program in which each weight has one format (`deploy.joint`); `one_format=False`: each cell packs as suits it.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"solve takes an nn.Module; given: {type(model).__name__}. Wrap it in a module whose forward calls it.")
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
@@ -176,6 +216,8 @@ def solve(
     backends.check_names(chosen)
     setup()
     store, boxes, dilution = open_store(chosen.cache_dir), export.cells(buckets), DILUTION
+    for ranges in boxes:
+        export.check_memory(named, dynamic, ranges)
     for left in reversed(range(1 + TIGHTEN)):
         joint = chosen.freeze and one_format and len(boxes) > 1
         solved, sessions, state, result = _solved(model, named, dynamic, boxes, chosen, store, dilution, joint)
@@ -220,7 +262,8 @@ def _solved(
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
         if written is not None:
             state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
-        _race(session, run, written, _flat(program, export.resized(named, dynamic, {s: high for s, (_, high) in ranges.items()})))
+        with export.in_memory(ranges):
+            _race(session, run, written, _flat(program, export.resized(named, dynamic, ranges)))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
         sessions.append(session)
@@ -417,7 +460,8 @@ class PlannedModel(nn.Module):
         for i, planned in zip(places, self.plan.tensors, strict=True):
             why = planned.misfit(leaves[i])
             if why:
-                self._adapt(f"an input {why}", "it is converted in every call")
+                name = [name for name, value in named.items() for _ in pytree.tree_leaves(value)][i]
+                self._adapt(f"{name} {why}", planned.copied(leaves[i]))
                 leaves[i] = planned.converted(leaves[i])
         return pytree.tree_unflatten(leaves, spec)
 
@@ -438,24 +482,12 @@ def _environment(device: str) -> dict[str, str]:
     return {**environment(device), "capabilities": hashlib.sha256(repr(sorted(claims)).encode()).hexdigest()[:16]}
 
 
-def check_bundle(planned: Mapping[str, str], folder: str | os.PathLike[str] | None, strict: bool) -> None:
-    """Whether a model's folder has the tokenizer and config that a plan was solved with: else PlanError, or a warning if not strict."""
-    if folder is None:
-        return
-    if not planned:
-        raise PlanError("the plan was solved without bundle=...: there is nothing to compare the folder with. Solve again with it.")
-    found = fingerprint_folder(folder).digests()
-    other = [group for group in ("tokenizer", "config") if found[group] != planned.get(group)]
-    if other and strict:
-        raise PlanError(f"{os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with. Solve again.")
-    if other:
-        warnings.warn(f"LayerZero: {os.fspath(folder)!r} has another {' and '.join(other)} than the plan was solved with", stacklevel=4)
-
-
 def check_environment(plan: ModelPlan) -> None:
     """PlanError on another device or torch, a warning where another library could change a price."""
     device = plan.environment.get("device", "cpu")
-    here = _environment(device) if device != "cuda" or torch.cuda.is_available() else {}
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f"the plan is for the GPU {plan.environment.get('name')!r}, and here torch finds no GPU. Solve again here.")
+    here = _environment(device)
     for name in ("device", "name", "torch"):
         if here.get(name) != plan.environment.get(name):
             raise PlanError(f"the plan is for {name} {plan.environment.get(name)!r}, here it is {here.get(name)!r}. Solve again here.")

@@ -9,14 +9,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Any
-
-import torch
-from torch.utils import _pytree as pytree
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, PlanError
-from . import export
-from .offline import PlannedModel, check_bundle
+
+if TYPE_CHECKING:  # a process that only runs a baked folder loads no planner
+    from .offline import PlannedModel
 
 FILE = "_layerzero_plan.py"
 MANIFEST = "manifest.json"
@@ -43,6 +41,8 @@ def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
     except RuntimeError as error:
         raise PlanError(str(error)) from error
     if bundle is not None:
+        from .model_fingerprint import check_bundle
+
         manifest = json.loads(path.with_name(MANIFEST).read_text())
         check_bundle(manifest.get("bundle", {}), bundle, strict=module.LAYOUT_MODE == "strict")
     return module
@@ -83,22 +83,23 @@ def _sha256(path: Path) -> str:
 
 
 def warmup(
-    target: str | os.PathLike[str] | PlannedModel, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
+    target: str | os.PathLike[str] | ModuleType | PlannedModel, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
     bundle: str | os.PathLike[str] | None = None, calls: int = 3, progress: bool = False,
 ) -> Any:  # fmt: skip
     """Run every cell `calls` times, so that the first real call costs what any other does; returns what is then ready.
 
-    `target`: a folder of `lz.bake`, which is loaded and needs nothing else; or a model of `lz.compile(plan=...)` with example
-    arguments, as for `lz.solve`. Buffers that the model writes into are put back after each call. Compiled kernels stay in Inductor's and
-    Triton's caches, where the next process finds them. `bundle`: as for `load_baked`. `progress` draws a bar on stderr.
+    `target`: a folder of `lz.bake`, which is loaded and needs nothing else, or the loaded module; or a model of `lz.compile(plan=...)`
+    with example arguments, as for `lz.solve`. Buffers that the model writes into are put back after each call. Compiled kernels stay
+    in Inductor's and Triton's caches, where the next process finds them. `bundle`: as for `load_baked`. `progress` draws a bar on stderr.
     """
     if calls < 1:
         raise OptionError(f"calls is {calls}; at least 1 is needed.")
-    ready: Any = target if isinstance(target, PlannedModel) else load_baked(target, bundle)
-    if isinstance(target, PlannedModel):
-        done, cells = _planned(target, args, kwargs, calls), len(target.plan.cells)
-    else:
+    _check_target(target)
+    ready = load_baked(target, bundle) if isinstance(target, (str, os.PathLike)) else target
+    if isinstance(ready, ModuleType):
         done, cells = ready.warmup(calls), len(ready.EXAMPLES)
+    else:
+        done, cells = _planned(ready, args, kwargs, calls), len(ready.plan.cells)
     if not progress:
         for _ in done:
             pass
@@ -111,12 +112,32 @@ def warmup(
     return ready
 
 
+def _check_target(target: object) -> None:
+    """OptionError for what is neither baked nor compiled by a plan."""
+    if isinstance(target, (str, os.PathLike)) or (isinstance(target, ModuleType) and hasattr(target, "EXAMPLES")):
+        return
+    from .offline import PlannedModel
+
+    if not isinstance(target, PlannedModel):
+        what = f"{type(target).__module__}.{type(target).__qualname__}"
+        raise OptionError(
+            f"warmup takes a folder of lz.bake, its loaded module, or what lz.compile(model, plan=...) returned; given: {what}."
+        )
+
+
 def _planned(target: PlannedModel, args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: int) -> Iterator[int]:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from . import export
+
     named = export.bind(target.model, args, kwargs)
+    if tuple(named) != target.plan.arguments:
+        raise PlanError(f"example arguments given: {', '.join(named) or 'none'}; the plan is for: {', '.join(target.plan.arguments)}.")
     plan, kept = target.plan, [buffer.clone() for buffer in target.model.buffers()]
     with torch.no_grad():
         for index, cell in enumerate(plan.cells, 1):
-            example = export.resized(named, plan.dynamic, {s: high for s, (_, high) in cell.ranges.items()})
+            example = export.resized(named, plan.dynamic, cell.ranges)
             for _ in range(calls + target.options.compile_in_background):
                 target(**pytree.tree_map_only(torch.Tensor, torch.clone, example))
                 for buffer, value in zip(target.model.buffers(), kept, strict=True):

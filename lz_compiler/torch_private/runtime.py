@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,8 +114,21 @@ def run_errors() -> tuple[type[Exception], ...]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, which is no kernel's fault. A CPU's allocator raises a plain RuntimeError."""
+    texts = ("can't allocate memory", "CUDA out of memory", "Storage size calculation overflowed")
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and any(t in str(error) for t in ("can't allocate memory", "CUDA out of memory")))
+    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a new tensor may take on this kind of device; None where the system does not say."""
+    if device == "cuda":
+        cached: int = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + cached
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def counters() -> Any:
