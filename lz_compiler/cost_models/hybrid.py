@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.02  # of the plan's price, as expected regret
 WORLDS = 64  # in which plans are compared
 DRAWS = 2  # of them are solved for rivals whenever the known rivals leave nothing to measure
+AT_ONCE = 50  # one of so many kernels, and one more, is measured before the next plan
 NINETY = 1.645  # standard deviations are the half-width of a 90 % interval
 SURE = 0.01  # no estimate has less of a standard deviation
 
@@ -87,6 +88,10 @@ class Belief:
         """All unmeasured kernels one standard deviation below their medians."""
         return self._prices(self.posterior.mean - np.sqrt(self.posterior.variance()))
 
+    def pessimistic(self) -> Array:
+        """All unmeasured kernels two standard deviations above their medians."""
+        return self._prices(self.posterior.mean + 2 * np.sqrt(self.posterior.variance()))
+
     def worlds(self) -> Array:
         open_ = np.flatnonzero(np.isnan(self.exact))
         drawn = np.zeros((WORLDS, len(self.keys)))
@@ -141,27 +146,26 @@ class Hybrid:
         """Measure until the plan's expected regret is within the tolerance.
 
         What the plan then uses unmeasured is measured too if `checks`, since a measurement is also the numerical check; the plan may
-        change by it, and then it is asked again.
+        change by it, and then it is asked again. Solving takes longer than measuring, so that several kernels are measured at a time.
         """
         belief = Belief(self._guesses, self._answers, self.least)
         problem, rivals = self._priced(problem, belief), list[Plan]()
         while True:
             solution = solve(problem)
-            i = self._worth(problem, solution, belief, rivals, solve)
-            if i is not None:
-                self.measured += 1
-            else:
-                i = self._unchecked(problem, solution, belief)
-                if i is None:
-                    log.info("%d kernels measured to decide, %d to check", self.measured, self.checked)
-                    return problem, solution
-                self.checked += 1
-            if self._measure(belief, i):
-                rivals[:] = [plan for plan in rivals if not plan.uses[i]]  # they may not be plans any more
+            todo = self._worth(problem, solution, belief, rivals, solve)
+            self.measured += len(todo)
+            if not todo:
+                todo = self._unchecked(problem, solution, belief)
+                self.checked += len(todo)
+            if not todo:
+                log.info("%d kernels measured to decide, %d to check", self.measured, self.checked)
+                return problem, solution
+            changed = [i for i in todo if self._measure(belief, i)]
+            rivals[:] = [plan for plan in rivals if not plan.uses[changed].any()]  # they may not be plans any more
             problem = self._priced(problem, belief)
 
-    def _worth(self, problem: Problem, solution: Solution, belief: Belief, rivals: list[Plan], solve: Solve) -> int | None:
-        """The kernel to measure next, or None if the plan's expected regret is within the tolerance."""
+    def _worth(self, problem: Problem, solution: Solution, belief: Belief, rivals: list[Plan], solve: Solve) -> list[int]:
+        """The kernels to measure next: none if the plan's expected regret is within the tolerance."""
         worlds, plan = belief.worlds(), _plan(problem, solution, belief)
         rivals.append(plan)
         more = self._more(problem, belief, worlds, solve)
@@ -171,24 +175,27 @@ class Hybrid:
             if saved.max(1).mean() > self.tolerance * solution.objective:
                 telling = belief.telling(plan.uses - rivals[int(saved.mean(0).argmax())].uses)
                 if telling.any():
-                    return int(telling.argmax())
+                    most = np.argsort(-telling, kind="stable")[: 1 + len(belief.keys) // AT_ONCE]
+                    return [int(i) for i in most if telling[i]]
             rival = next(more, None)
             if rival is None:
-                return None
+                return []
             rivals.append(rival)
 
     def _more(self, problem: Problem, belief: Belief, worlds: Array, solve: Solve) -> Iterator[Plan]:
         for prices in (belief.optimistic(), *worlds[:DRAWS]):
             yield _plan(problem, solve(_with(problem, belief, prices)), belief)
 
-    def _unchecked(self, problem: Problem, solution: Solution, belief: Belief) -> int | None:
-        """Of what the plan uses unmeasured, the kernel that may be furthest off. The graph as it stands needs no check."""
+    def _unchecked(self, problem: Problem, solution: Solution, belief: Belief) -> list[int]:
+        """What the plan uses unmeasured. The graph as it stands needs no check, but where its price may be more than the tolerance
+        it must be known: of a kernel that is far from its estimate no other measurement may tell."""
         if not self.checks:
-            return None
+            return []
         needed = [problem.candidates[k] for k in solution.chosen]
-        todo = {belief.index[c.key] for c in needed if c.key in belief.index and not dict(c.params).get("as_is")}
-        stake = belief.telling(_plan(problem, solution, belief).uses)
-        return max(sorted(i for i in todo if np.isnan(belief.exact[i])), key=lambda i: stake[i], default=None)
+        unsure = {belief.index[c.key] for c in needed if c.key in belief.index and np.isnan(belief.exact[belief.index[c.key]])}
+        at_most = belief.pessimistic() * _plan(problem, solution, belief).uses
+        free = {belief.index[c.key] for c in needed if c.key in belief.index and dict(c.params).get("as_is")}
+        return sorted(i for i in unsure if i not in free or at_most[i] > self.tolerance * solution.objective)
 
     def _measure(self, belief: Belief, i: int) -> bool:
         """Whether the kernel's error is another than was assumed."""
