@@ -344,8 +344,8 @@ def test_a_merged_product_is_locked_with_its_linears() -> None:
 
 
 def test_a_preference_weighs_and_leaves_the_price() -> None:
-    plain = planned(None)
-    price = {c.kernel: cost.ns for choice in plain.choices for c, cost in ((choice.candidate, choice.cost), *choice.alternatives)}
+    plain, locked = planned(None), planned({"lock": [{"op": "linear", "kernel": "acme.linear"}]})
+    price = {choice.candidate.kernel: choice.cost.ns for choice in locked.choices}
     preferred = planned({"prefer": [{"name": "ours", "kernel": "acme.linear", "factor": 0.01}]})
     chosen = [c for c in preferred.choices if c.candidate.kernel == "acme.linear"]
     assert chosen
