@@ -5,8 +5,8 @@ under the kind `quarantine`; a new version of the kernel, its library, torch or 
 reported of theirs is taken over from the cache folder (failures.py).
 
 Errors that reach Python are caught in every call: by a frame around what Dynamo calls, and around what autograd calls in the
-backward pass. In the race its own frame does it. A call costs 60 to 90 ns more for it with 2 arguments, and 2.5 to 3.6 us
-with 300, on cores under load where an empty call through Dynamo's guards takes 42 us (`benchmarks/guard.py`).
+backward pass. In the race its own frame does it. A call costs 61 ns more for it with 2 arguments, and 0.7 us with 300, where an
+empty call through Dynamo's guards takes 11 us (CPython 3.11 on a Xeon, `benchmarks/guard.py`).
 """
 
 from __future__ import annotations
