@@ -8,6 +8,7 @@ contain collectives, or DTensors, make ranks measure; all of them do so at the s
 from __future__ import annotations
 
 import bisect
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from .capture import tensors_in
 from .target import environment, event_timed
 from .timings import TimingStore
 from .types import Plan
+
+log = logging.getLogger(__name__)
 
 KIND = "links"
 OWN = "c10d.all_reduce"
@@ -95,23 +98,39 @@ def measure(group: str, graphs: bool) -> Curves:
     """This rank's curves. All ranks of the group must call this at the same time; a kernel whose sums are wrong has no curve."""
     with torch_private.real_tensors():
         ways: dict[str, Callable[[Tensor], Tensor]] = {OWN: lambda x: torch_private.all_reduced(x, group)}
-        for variant in ("one_shot", "two_shot"):
+        for variant in ("one_shot", "two_shot") if _agreed(_shares_memory(group), group) else ():
             ways[f"symm_mem.{variant}"] = lambda x, variant=variant: ops.all_reduce(x, variant, group)  # type: ignore[misc]
-        right = [name for name, run in ways.items() if all(_is_right(run, group, dtype) for dtype in (torch.bfloat16, torch.float32))]
-        return {name: [[size, _ns(ways[name], size, group, graphs)] for size in SIZES] for name in ways if name in right}
+        right = {
+            name: _agreed(_is_right(run, group, torch.bfloat16) & _is_right(run, group, torch.float32), group) for name, run in ways.items()
+        }
+        return {name: [[size, _ns(run, size, group, graphs)] for size in SIZES] for name, run in ways.items() if right[name]}
+
+
+def _agreed(yes: bool, group: str) -> bool:
+    """Whether all ranks say so: one that went another way than the others would leave them waiting in the next collective."""
+    return not bool(torch_private.all_reduced(torch.tensor([float(not yes)], device="cuda"), group))
+
+
+def _shares_memory(group: str) -> bool:
+    try:
+        torch_private.symmetric_buffer(group, SIZES[-1], torch.device("cuda", torch.cuda.current_device()))
+    except torch_private.kernel_errors() as error:
+        log.info("these GPUs share no memory: %s", error)
+        return False
+    return True
 
 
 def _is_right(run: Callable[[Tensor], Tensor], group: str, dtype: torch.dtype) -> bool:
     """Lossless, and NaN of one rank comes out on all: twice in a row, since a wrong barrier shows in the second call."""
-    generator = torch.Generator("cuda").manual_seed(torch.distributed.get_rank())
+    generator, right = torch.Generator("cuda").manual_seed(torch.distributed.get_rank()), True
     for _ in range(2):
         x = torch.randn(SIZES[1] // 2, generator=generator, device="cuda").to(dtype)
         x[0] = math.nan if torch.distributed.get_rank() == 0 else 0.0
         exact = torch_private.all_reduced(x.double(), group)
         error, own = (float((y.double() - exact)[1:].abs().max()) for y in (run(x), torch_private.all_reduced(x, group)))
-        if not error <= 2 * own + 4 * torch.finfo(dtype).eps * float(exact[1:].abs().max()) or not bool(run(x)[0].isnan()):
-            return False
-    return True
+        nan = bool(run(x)[0].isnan())  # on every rank, whatever the error was
+        right &= nan and error <= 2 * own + 4 * torch.finfo(dtype).eps * float(exact[1:].abs().max())
+    return right
 
 
 def _ns(run: Callable[[Tensor], Tensor], size: int, group: str, graphs: bool) -> int:
