@@ -13,7 +13,7 @@ import functools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -68,7 +68,7 @@ class GraphRecord:
     error: float | None = None  # measured relative error of a plan with an error budget
     notes: list[str] = field(default_factory=list)
     ranks: str = ""  # what the ranks of a job agreed on
-    calls: Mapping[str, Collection[str]] = field(default_factory=dict)  # kernel -> the names by which Inductor's code calls it
+    calls: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # kernel -> how often Inductor's code calls what for it
     profile: Profile | None = None
 
 
@@ -304,7 +304,7 @@ class Session:
         self.collective = bool(verdict.get("collective"))
         self.written = verdict.get("written")
         self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []
-        self.record.calls = self.breaker.calls = {kernel: set(names) for kernel, names in verdict.get("calls", {}).items()}
+        self.record.calls = self.breaker.calls = {kernel: dict(names) for kernel, names in verdict.get("calls", {}).items()}
         self.record.plans = stored
         failed = Quarantine(self.store, self.device).of_plans(stored) if self.follows and winner in (PLANNED, LOSSLESS) else None
         if failed is not None:
@@ -361,7 +361,7 @@ class Session:
         plans = [plan_to_dict(p) for p in self.record.plans]
         return {
             "winner": winner, "times": times, "plans": plans, "error": self.record.error, "written": self.written,
-            "digest": _digest(self.record.plans), "calls": {kernel: sorted(names) for kernel, names in self.breaker.calls.items()},
+            "digest": _digest(self.record.plans), "calls": self.breaker.calls,
             "why": self.breaker.tripped, "collective": self.collective, "dilution": self.dilution, "tightened": self.tightened,
             "over": self.over,
         }  # fmt: skip
@@ -419,8 +419,8 @@ class Session:
             # A program's second trace, as the lossless plan's is, can name nodes otherwise: then it is planned by itself.
             follow = self.follows or (bool(self.given) and options.error_budget == self.options.error_budget)
             plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, follow, self.dilution))
-            for kernel, names in called_as(graph).items():
-                self.breaker.calls.setdefault(kernel, set()).update(names)
+            for kernel, names in called_as(graph, plans[-1].choices).items():
+                self.breaker.calls.setdefault(kernel, {}).update(names)
             late = self.record.decided and self.record.plans is plans and plans[-1] not in known and self.breaker.tripped is None
             if late and self.record.winner in (PLANNED, LOSSLESS):  # a backward graph, lowered when it first ran
                 self._store(self.record.winner, self.record.times)

@@ -113,7 +113,7 @@ def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None
             dict(_is(value["times"], dict)), [plan_from_dict(p) for p in value["plans"]]
             _is(value.get("error"), float, int, type(None)), _is(value.get("written"), list, type(None))
             for names in value.get("calls", {}).values():
-                _names(names)
+                [(_is(name, str), _is(n, int)) for name, n in _is(names, dict).items()]
             if not 0 < _is(value.get("dilution", 1.0), float, int) < float("inf"):
                 return None
             _is(value.get("tightened", 0), int)

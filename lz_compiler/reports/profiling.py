@@ -57,8 +57,8 @@ def profile(records: Sequence[GraphRecord], run: Callable[[], object]) -> None:
     for record in planned:
         for plan in record.plans:
             for choice in plan.choices:
-                for operator in _operators(choice, record.calls) if choice.candidate.kernel != LOOP else ():
-                    users.setdefault(operator, []).append((plan.fingerprint, name_of(choice)))
+                for operator, count in _operators(choice, record.calls).items() if choice.candidate.kernel != LOOP else ():
+                    users.setdefault(operator, []).extend([(plan.fingerprint, name_of(choice))] * count)
     found: dict[str, list[int]] = {}
     gpu = any(plan.environment.get("device") != "cpu" for r in planned for plan in r.plans)
     _timed(run, gpu, WARM)
@@ -98,13 +98,14 @@ def _timed(run: Callable[[], object], gpu: bool, calls: int = CALLS) -> int:
     return round(median(taken))
 
 
-def _operators(choice: Choice, calls: Mapping[str, Collection[str]]) -> list[str]:
-    """As what a profile names the calls of a chosen kernel."""
+def _operators(choice: Choice, calls: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """As what a profile names the calls of a chosen kernel, and how many there are in one region."""
     candidate = choice.candidate
     if dict(candidate.params).get("as_is"):  # a node of the graph is named after its operator
-        return [f"aten::{re.sub(r'(_default)?(_[0-9]+)?$', '', candidate.region.nodes[-1])}"]
-    names = {re.sub(r"^extern_kernels\.", "aten::", n.removeprefix("torch.ops.")) for n in calls.get(candidate.kernel, ())}
-    return sorted({n.replace(".", "::", 1) for n in names})
+        return {f"aten::{re.sub(r'(_default)?(_[0-9]+)?$', '', candidate.region.nodes[-1])}": 1}
+    names = calls.get(candidate.kernel, {}).items()
+    found = ((re.sub(r"^extern_kernels\.", "aten::", name.removeprefix("torch.ops.")), times) for name, times in names)
+    return {name.replace(".", "::", 1): times for name, times in found}
 
 
 def _known(name: str, users: Collection[str]) -> str | None:

@@ -16,6 +16,7 @@ import logging
 import re
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from .. import backends, torch_private
 from ..errors import KernelError
 from ..target import environment
 from ..timings import TimingStore
-from ..types import Candidate, Plan, Rejection
+from ..types import Candidate, Choice, Plan, Rejection
 from .failures import KIND as KIND
 from .failures import Failed, take
 from .verdicts import hardware
@@ -78,13 +79,14 @@ def subject(candidate: Candidate) -> Failed:
     return Failed(candidate.kernel, str(known.version), library.version(), candidate.region.op, dtype)
 
 
-def called_as(graph: fx.Graph) -> dict[str, set[str]]:
-    """For each kernel that a plan placed in the graph, what Inductor's code will call it."""
-    found: dict[str, set[str]] = {}
+def called_as(graph: fx.Graph, choices: Iterable[Choice]) -> dict[str, dict[str, int]]:
+    """For each kernel that a plan placed in the graph: what Inductor's code will call it, and how often for one region."""
+    found: dict[str, Counter[str]] = {}
     for node in graph.nodes:
         if node.meta.get("layerzero") and node.op == "call_function":
-            found.setdefault(node.meta["layerzero"], set()).update(torch_private.called_names(node))
-    return found
+            found.setdefault(node.meta["layerzero"], Counter()).update(torch_private.called_names(node))
+    regions = Counter(choice.candidate.kernel for choice in choices)
+    return {kernel: {name: max(1, n // max(1, regions[kernel])) for name, n in names.items()} for kernel, names in found.items()}
 
 
 def blamed(error: BaseException, calls: Mapping[str, Iterable[str]]) -> list[str]:
@@ -127,7 +129,7 @@ class Breaker:
 
     def __init__(self, store: TimingStore, device: str, reference: Callable[..., Any], label: str) -> None:
         self.store, self.device, self.reference, self.label = store, device, reference, label
-        self.calls: dict[str, set[str]] = {}
+        self.calls: dict[str, dict[str, int]] = {}
         self.tripped: str | None = None
         self.kernels: list[str] = []  # that were found to be the reason
 
