@@ -33,11 +33,11 @@ from timing import CONTENDED
 
 START = {
     "baked": "import sys; sys.path.insert(0, sys.argv[1]); import torch, _layerzero_plan as p; "
-    "print(p.forward(torch.arange(64, device=sys.argv[2])[None]).sum().item())",
+    "print(p.forward(torch.arange(64, device=sys.argv[2])[None]).sum().item(), flush=True)",
     "torch.compile, caches empty": "BACKEND = 'inductor'",
     "torch.compile, caches warm": "BACKEND = 'inductor'",
     "LayerZero's plan, caches warm": "PLAN = True",
-    "nothing but torch": "import sys, torch; torch.zeros(1, device=sys.argv[2]).item()",
+    "nothing but torch": "import sys, torch; print(torch.zeros(1, device=sys.argv[2]).item(), flush=True)",
 }
 FIRST = """
 import json, sys, time, torch
@@ -64,7 +64,7 @@ if {plan}:
 else:
     run = torch.compile(model)
 with torch.no_grad():
-    print(run(torch.arange(64, device=sys.argv[2])[None]).sum().item())
+    print(run(torch.arange(64, device=sys.argv[2])[None]).sum().item(), flush=True)
 """
 
 
@@ -113,7 +113,10 @@ def selection(folder: Path) -> dict[str, float]:
 
 
 def cold_starts(folder: Path, processes: int, device: str, names: list[str]) -> dict[str, list[float]]:
-    """Seconds from a process's start to its first output; processes in turn, after one of each that warmed caches and files."""
+    """Seconds from a process's start to its first output; processes in turn, after one of each that warmed caches and files.
+
+    What a process does at its end is no part of a start (Inductor's compile workers are waited for): later ones are ended at once.
+    """
     import time
 
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -121,12 +124,17 @@ def cold_starts(folder: Path, processes: int, device: str, names: list[str]) -> 
         for i in range(processes + 1):
             for name in names:
                 code = START[name] if START[name].startswith("import") else COMPILED.format(plan="PLAN" in START[name])
-                with tempfile.TemporaryDirectory() as cold:
+                with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cold:
                     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold if "empty" in name else f"{caches}/{names.index(name)}"}
-                    start = time.perf_counter()
-                    subprocess.run([sys.executable, "-c", code, str(folder), device], env=env, check=True, capture_output=True)
-                    if i:
-                        found[name].append(time.perf_counter() - start)
+                    command, start = [sys.executable, "-c", code, str(folder), device], time.perf_counter()
+                    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                        assert process.stdout is not None
+                        output, seconds = process.stdout.readline(), time.perf_counter() - start
+                        if not output:
+                            raise RuntimeError(f"{name}: no output; the process ended with {process.wait()}")
+                        if i:
+                            process.terminate()
+                            found[name].append(seconds)
             print(f"{i} of {processes}: {', '.join(f'{n} {s[-1]:.2f} s' for n, s in found.items() if s)}", file=sys.stderr, flush=True)
     return found
 

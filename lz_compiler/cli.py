@@ -252,6 +252,7 @@ def _parsed_dynamic(texts: list[str]) -> dict[str, dict[int, str]]:
 @app.command()
 def canary(
     backend: Annotated[list[str] | None, typer.Option(help="Only this kernel library; repeatable.")] = None, as_json: Json = False,
+    device: Annotated[list[str] | None, typer.Option(help="Only cpu, or only cuda.")] = None,
     diff: Annotated[bool, typer.Option("--diff", help="Show what changed since the last stored run.")] = False,
     row_s: Annotated[float, typer.Option(help="Seconds for one kernel on one shape.")] = 60.0,
     jobs: Annotated[int | None, typer.Option(help="Processes at once; by default one for each core, at most 4, and one on a GPU.")] = None,
@@ -273,7 +274,7 @@ def canary(
                 tasks[label] = bar.add_task(label)
             bar.update(tasks[label], completed=done, total=total)
 
-        report = run(backend, cache_dir=cache_dir, row_s=row_s, jobs=jobs, progress=advance)
+        report = run(backend, devices=device, cache_dir=cache_dir, row_s=row_s, jobs=jobs, progress=advance)
     out.print(report.to_json() if as_json else report.diff() if diff else str(report), markup=False)
     if not report.ok or (diff and report.lost):
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ captured is found out.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -24,6 +25,8 @@ from .backends.base import SelectionContext, Values
 from .errors import DeviceLostError, UnjudgedError
 from .target import event_timed, last_level_cache
 from .types import Candidate, Format
+
+log = logging.getLogger(__name__)
 
 ROUNDS = 9
 MAX_COPIES = {"cpu": 4, "cuda": 12}
@@ -244,7 +247,9 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
                 calls.pop(i, None)
                 error = _failure(raised)
                 if cuda and not _is_alive():
-                    raise DeviceLostError(i, f"the kernel {candidate.kernel} ({_sized(ctx)})", error) from raised
+                    lost = DeviceLostError(i, f"the kernel {candidate.kernel} ({_sized(ctx)})", error)
+                    log.error("%s", lost)  # whoever cleans up above may ask CUDA for something, and raise its error instead
+                    raise lost from raised
             if error is not None or not timed:
                 found[i] = Measurement(None, 0, 0, epsilons.get(i, 0.0), error)
         sampled = _replays(calls) if cuda else _rounds(calls, deadline)

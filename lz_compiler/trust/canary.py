@@ -33,6 +33,7 @@ from .canary_worker import PATIENCE, START_S, lines
 from .capabilities import descriptor
 from .verdicts import BAD, last_run, remember
 
+DEVICES = ("cpu", "cuda")
 ROW_S = 60.0  # a kernel that is compiled first has to fit
 TOTAL_S = 1800.0  # on a GPU most of it goes into compiling Triton kernels
 MAX_JOBS = 4  # unless asked for: each is a process with torch in it
@@ -129,15 +130,15 @@ class CanaryReport:
 
 
 def canary(
-    backends: Iterable[str] | None = None, *, cache_dir: str | None = None, row_s: float = ROW_S, total_s: float = TOTAL_S,
-    jobs: int | None = None, progress: Progress | None = None,
+    backends: Iterable[str] | None = None, *, devices: Iterable[str] | None = None, cache_dir: str | None = None, row_s: float = ROW_S,
+    total_s: float = TOTAL_S, jobs: int | None = None, progress: Progress | None = None,
 ) -> CanaryReport:  # fmt: skip
-    """Try every declared capability of the named backends (default: all) on this machine, and keep the verdicts.
+    """Try every declared capability of the named backends on the named devices, cpu and cuda (default: all), and keep the verdicts.
 
     `row_s`, `total_s`: seconds for one kernel on one shape, and for one backend; `jobs`: processes at once, by default one for each core,
     at most 4, and one on a GPU.
     `progress(label, done, regions)` is told as it goes.
-    OptionError for a backend that does not exist. A descriptor that cannot be read is an incomplete run of its backend.
+    OptionError for a backend or a device that does not exist. A descriptor that cannot be read is an incomplete run of its backend.
     """
     known = all_backends()
     wanted = list(known) if backends is None else list(backends)
@@ -146,9 +147,13 @@ def canary(
     for name in wanted:
         if name not in known:
             raise OptionError(unknown("backend", name, known))
+    asked = DEVICES if devices is None else tuple(devices)
+    for device in asked:
+        if device not in DEVICES:
+            raise OptionError(unknown("device", device, DEVICES))
     store, runs = open_store(cache_dir or Options.resolve().cache_dir), []
     for name in wanted:
-        for device in known[name].devices:
+        for device in (d for d in known[name].devices if d in asked):
             try:
                 run = _run(known[name], device, row_s, total_s, jobs or (1 if device == "cuda" else _cores()), progress)
             except CapabilityError as error:

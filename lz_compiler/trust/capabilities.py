@@ -7,6 +7,7 @@ entries must all hold:
     "<term>": value             the term equals the value; or {"<=": 256}, with one of the comparisons in `_COMPARISONS`
     "elements": true            no input or output is empty
     "contiguous": [roles]       the last dimension has stride 1; "all" for every input
+    "dense": [roles]            in order and without gaps, as torch's is_contiguous() says
     "frozen": [roles]           weights that never change; "constants" for all but x and other
     "has": [roles]              the region has these inputs
     "any": [conditions], "all": [conditions], "not": condition
@@ -19,6 +20,8 @@ A term that the region lacks is null. The value of a comparison may be `{"term":
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import re
 import sys
 from collections.abc import Callable
@@ -28,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CapabilityError
-from ..types import Rejection
+from ..types import Rejection, TensorSpec
 from .descriptors import CPU_LEVELS, NUMERIC, Capability, Condition, Descriptor, read
 
 if TYPE_CHECKING:
@@ -102,6 +105,8 @@ def _holds(name: str, test: Any, ctx: SelectionContext) -> bool:
             return all(0 not in spec.shape for spec in (*ctx.specs, *ctx.outputs))
         case "contiguous":
             return all(ctx.spec(role).stride[-1:] == (1,) for role in (ctx.roles if test == "all" else test) if role in ctx.roles)
+        case "dense":
+            return all(_dense(ctx.spec(role)) for role in test if role in ctx.roles)
         case "frozen":
             roles = [r for r in ctx.roles if r not in ("x", "other")] if test == "constants" else test
             return all(role in ctx.frozen for role in roles)
@@ -111,6 +116,11 @@ def _holds(name: str, test: Any, ctx: SelectionContext) -> bool:
     if not isinstance(test, dict):
         return bool(value == test)
     return all(_compares(how, value, _term(to["term"], ctx) if isinstance(to, dict) else to) for how, to in test.items())
+
+
+def _dense(spec: TensorSpec) -> bool:
+    steps = itertools.accumulate(reversed(spec.shape), operator.mul, initial=1)
+    return all(size == 1 or have == want for size, have, want in zip(reversed(spec.shape), reversed(spec.stride), steps, strict=False))
 
 
 def _compares(how: str, value: Any, to: Any) -> bool:

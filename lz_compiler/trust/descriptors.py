@@ -123,7 +123,7 @@ class _Reader:
             elif name == "elements":
                 if test is not True:
                     raise self.fail(here, "only true can be asked for")
-            elif name in ("contiguous", "frozen", "has"):
+            elif name in ("contiguous", "dense", "frozen", "has"):
                 if (name, test) not in (("contiguous", "all"), ("frozen", "constants")):
                     self.words(test, here)
             else:
