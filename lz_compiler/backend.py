@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -166,9 +167,25 @@ class Session:
             with self.team, torch_private.backward_at_once():
                 compiled = self._watched(self._with_ranks(self.team))
         else:
-            compiled = self._watched(self._compile(verdict or self._stored_verdict()))
+            try:
+                compiled = self._watched(self._compile(verdict or self._stored_verdict()))
+            except torch_private.lowering_errors() as error:
+                compiled = self._watched(self._without_plan(error))
         RECORDS.append(self.record)
         weakref.finalize(compiled, RECORDS.remove, self.record)
+        return compiled
+
+    def _without_plan(self, error: Exception) -> Callable[..., Any]:
+        """TorchInductor alone, where it compiles the graph and not the plan; the next process does the same at once."""
+        if self.follows or INDUCTOR in self._barred():
+            raise error
+        compiled = self._inductor()
+        why = f"the plan could not be compiled ({str(error).splitlines()[0][:200]}): TorchInductor runs the graph as it was"
+        warnings.warn(f"LayerZero, graph {self.record.compile_id}: {why}.", stacklevel=2)
+        torch_private.counters()["not lowered"] += 1
+        self.breaker.tripped, self.record.winner, self.record.decided = why, INDUCTOR, True
+        self.record.notes.append(why)
+        self._store(INDUCTOR, {})
         return compiled
 
     def _with_ranks(self, team: ranks.Team) -> Callable[..., Any]:

@@ -56,6 +56,13 @@ def compile_with_inductor(
         raise
 
 
+def lowering_errors() -> tuple[type[Exception], ...]:
+    """What TorchInductor raises where it cannot compile a graph."""
+    from torch._inductor.exc import InductorError
+
+    return (InductorError,)
+
+
 _is_inference: ContextVar[bool] = ContextVar("is_inference", default=False)
 _backward: ContextVar[Callable[[Any], Any] | None] = ContextVar("backward", default=None)
 
