@@ -35,7 +35,7 @@ class Options:
     cost_model: Any = _option(  # noqa: RUF009  as the others
         "measured",
         "where prices come from: a name (plugins may register further ones), or an object with `name` and `price`",
-        choices=("measured", "hybrid", "learned", "roofline", "constant"),
+        choices=("measured", "hybrid", "learned", "roofline", "inductor", "constant"),
     )
     solver: str = _option(
         "cp_sat",

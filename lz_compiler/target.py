@@ -105,16 +105,21 @@ def stored_target(store: TimingStore, name: str, graphs: bool = False) -> Target
 
 def _readable(peaks: Mapping[str, Any]) -> bool:
     """Whether a stored record has what a target is made of, as positive numbers."""
-    flops = peaks.get("flops")
-    if not isinstance(flops, dict) or not {"float32", "bfloat16", "float16", "transcendental"} <= set(flops):
-        return False
     numbers = [
-        *flops.values(),
+        *_rates(peaks, "transcendental"),
+        *(_rates(peaks["inductor"]) if peaks.get("inductor") else ()),  # a CPU's and older records have none
         *(peaks.get(k, 1) for k in ("cache_bytes", "cache_bandwidth")),
-        peaks.get("bandwidth"),
         peaks.get("launch_ns"),
     ]
     return all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers)
+
+
+def _rates(record: Any, *more: str) -> list[Any]:
+    """A record's bandwidth and rates, None among them where it lacks one."""
+    flops = record.get("flops") if isinstance(record, dict) else None
+    if not isinstance(flops, dict) or not {"float32", "bfloat16", "float16", *more} <= set(flops):
+        return [None]
+    return [record.get("bandwidth"), *flops.values()]
 
 
 def is_here(target: Target) -> bool:
@@ -128,6 +133,7 @@ def _target(env: dict[str, str], peaks: dict[str, Any], graphs: bool) -> Target:
         device=env["device"], name=env["name"], bandwidth=float(peaks["bandwidth"]), flops=dict(peaks["flops"]),
         launch_ns=int(peaks.get("graph_launch_ns", 0) if graphs else 0) or int(peaks["launch_ns"]),
         environment=env, cache_bytes=int(peaks.get("cache_bytes", 0)), cache_bandwidth=float(peaks.get("cache_bandwidth", 0)),
+        inductor=peaks.get("inductor") or {},
     )  # fmt: skip
 
 
@@ -143,7 +149,7 @@ def _best(run: Callable[[], object], device: str, seconds: float = 0.15) -> floa
 
 def measure_peaks(device: str) -> dict[str, Any]:
     """Bandwidth from a copy past the last-level cache (on a CPU also inside it), flop/s by dtype from a square product, exp/s, cost
-    of one call."""
+    of one call; on a GPU also what TorchInductor takes for its rates."""
     with torch_private.real_tensors():
         cache = last_level_cache(device)
         elements = cache if device == "cpu" else 256 << 20
@@ -165,10 +171,10 @@ def measure_peaks(device: str) -> dict[str, Any]:
             peaks[name] = 2.0 * n**3 / min(_best(run, device) for run in runs)
         tiny = torch.ones(1, device=device)
         calls = [_timed(lambda: tiny.add_(0)) for _ in range(200)]
-        launches = {"launch_ns": int(statistics.median(calls) * 1e9)}
+        more: dict[str, Any] = {"launch_ns": int(statistics.median(calls) * 1e9)}
         if device == "cuda":
-            launches["graph_launch_ns"] = int(_replay_timed(lambda: tiny.add_(0)) * 1e9)
-    return {**bandwidth, "flops": peaks, **launches}
+            more |= {"graph_launch_ns": int(_replay_timed(lambda: tiny.add_(0)) * 1e9), "inductor": torch_private.estimated_rates()}
+    return {**bandwidth, "flops": peaks, **more}
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 PLANNED, LOSSLESS, INDUCTOR, EAGER = "layerzero", "layerzero-lossless", "inductor", "eager"  # finalists of the race
 
@@ -174,7 +175,8 @@ class Choice:
 class Target:
     """A device with what was measured on it once: bytes/s, flop/s by dtype, ns per launch; and what timings on it depend on
     (`environment`: the device's name, library versions). A tensor of at most `cache_bytes` that was just written is read at
-    `cache_bandwidth` (0 bytes: not known). `links`: of each kernel of an all-reduce (bytes, ns), as the ranks of this job measured it."""
+    `cache_bandwidth` (0 bytes: not known). `links`: of each kernel of an all-reduce (bytes, ns), as the ranks of this job measured it.
+    `inductor`: bytes/s ("bandwidth") and flop/s by dtype ("flops") as TorchInductor has them; empty: not known."""
 
     device: str
     name: str
@@ -185,6 +187,7 @@ class Target:
     cache_bytes: int = 0
     cache_bandwidth: float = 0.0
     links: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,19 +16,22 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lz_compiler as lz
-from lz_compiler import cli, planner
+from lz_compiler import cli, planner, torch_private
 from lz_compiler.backend import RECORDS
 from lz_compiler.backends.base import SelectionContext
-from lz_compiler.cost_models import Priced, gaussian, learned
+from lz_compiler.cost_models import Priced, cost_model, gaussian, learned
 from lz_compiler.cost_models.constant import Constant
 from lz_compiler.cost_models.hybrid import Hybrid
+from lz_compiler.cost_models.inductor import Inductor
 from lz_compiler.cost_models.learned import Forest, Learned
 from lz_compiler.cost_models.roofline import Roofline
 from lz_compiler.errors import ModelError, OptionError, PlanError
 from lz_compiler.options import Options
 from lz_compiler.research import ablate, ablate_report, corpus
 from lz_compiler.research.corpus import Case
-from lz_compiler.types import Candidate, Cost, Rejection, Status, Target
+from lz_compiler.target import stored_target
+from lz_compiler.timings import TimingStore
+from lz_compiler.types import Candidate, Cost, Format, Rejection, Status, Target
 
 CORPORA = Path(__file__).parents[1] / "benchmarks" / "corpora"
 TIMES = ("price_s", "solve_s", "estimated_measure_s")
@@ -213,6 +216,58 @@ def test_constant_follows_its_order(small: list[Case]) -> None:
         first = min(priced, key=lambda answer: answer[1].ns)  # type: ignore[index, union-attr]
         if any(candidates[k].kernel.startswith("onednn.") for k in keys):
             assert first[0].kernel.startswith("onednn.")  # type: ignore[index, union-attr]
+
+
+def test_inductors_estimate_is_its_formula(tmp_path: Path) -> None:
+    store = TimingStore.open(tmp_path)
+    store.merge(Path(__file__).parent / "data" / "h200_timings.jsonl")
+    target = stored_target(store, "NVIDIA H200", graphs=True)
+    x, w, y = ([shape, [shape[1], 1], "bfloat16", "cuda"] for shape in ([4096, 1024], [1024, 512], [4096, 512]))
+    ctx = corpus.region_from_dict({"op": "linear", "roles": ["x", "w"], "specs": [x, w], "outputs": [y], "params": {}, "frozen": [],
+                                   "default": True})  # fmt: skip
+    form = Format("strided", "bfloat16")
+    kernels = [Candidate(name, ctx.region, (form, form), (form,)) for name in ("aten.mm", "cublas.addmm_activation")]
+
+    def ns(target: Target) -> set[tuple[int, str]]:
+        return {(answer[1].ns, answer[1].source) for answer in Inductor(target).price(ctx, kernels)}  # type: ignore[index, union-attr]
+
+    assert ns(target) == {(round(2 * 4096 * 1024 * 512 / 0.53526528e12 * 1e9), "inductor")}
+    fast = {**target.inductor, "flops": {"float32": 1e18, "bfloat16": 1e18}}
+    nbytes = 2 * (4096 * 1024 + 1024 * 512 + 4096 * 512)
+    assert ns(replace(target, inductor=fast)) == {(round(nbytes / 4814.304e9 * 1e9), "inductor")}
+
+
+def test_inductor_estimates_nothing_without_rates(small: list[Case], tmp_path: Path) -> None:
+    store, card = TimingStore.open(tmp_path), small[4].target
+    for target, why in ((small[0].target, "GPUs only, not of AMD EPYC"), (replace(card, inductor={}), "`lz cache clear peaks`")):
+        with pytest.raises(OptionError, match=why):
+            cost_model("inductor", target, store, 0.0)
+    assert isinstance(cost_model("inductor", card, store, 0.0), Inductor)
+
+
+def test_inductors_rates_are_in_units_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    tflops = {torch.float32: 60.0, torch.bfloat16: 990.0, torch.float16: 980.0}
+    monkeypatch.setattr("torch._inductor.utils.get_device_tflops", tflops.__getitem__)
+    monkeypatch.setattr("torch._inductor.utils.get_gpu_dram_gbps", lambda: 4800)
+    found = torch_private.estimated_rates()
+    assert found == {"bandwidth": 4.8e12, "flops": {"float32": 6e13, "bfloat16": 9.9e14, "float16": 9.8e14}}
+    tflops[torch.float16] = 0.0  # what Inductor answers where it knows no rate
+    assert torch_private.estimated_rates() == {}
+    del tflops[torch.float16]
+    assert torch_private.estimated_rates() == {}
+
+
+def test_ablate_leaves_inductor_out_on_a_cpu(small: list[Case], tmp_path: Path) -> None:
+    """Once, and it plans the H200's case, whose kernels of one region it cannot tell apart."""
+    said: list[str] = []
+    ablate.run([small[0], small[1], small[4]], tmp_path, ("measured", "inductor"), ("cp_sat",), (0,), said.append)
+    assert len([line for line in said if "inductor left out: Inductor estimates kernels of GPUs only" in line]) == 1
+    (row,) = (r for r in rows(tmp_path / "plans.csv") if r["cost_model"] == "inductor")
+    assert (row["case"], row["status"], float(row["tau"]), row["abstained"]) == (small[4].name, "optimal", 0.0, "0")
+    assert int(row["pairs"]) > 0
+    assert float(row["regret"]) >= 0
+    with pytest.raises(OptionError, match="prices any of these cases"):
+        ablate.run(small[:2], tmp_path / "none", ("inductor",), ("cp_sat",), (0,))
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machine import PEAKS
 
 import lz_compiler as lz
 from lz_compiler import cache_folder, facts, plan_io
@@ -529,7 +530,10 @@ def test_records_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     for value in ({"backends": 3}, {"backends": [3, None, "aten", "no such"]}, {"backends": {"a": 1}}, {}):
         store.put_record(FAILED, key, value)
         assert Trust(store, ENV).failed == {}
-    for peaks in ({}, {"bandwidth": -1, "flops": [], "launch_ns": None}, {"bandwidth": "1e9", "flops": {"float32": 1}, "launch_ns": 1}):
+    for peaks in (
+        {}, {"bandwidth": -1, "flops": [], "launch_ns": None}, {"bandwidth": "1e9", "flops": {"float32": 1}, "launch_ns": 1},
+        {**PEAKS, "inductor": 3}, {**PEAKS, "inductor": {"bandwidth": 1e12}}, {**PEAKS, "inductor": {**PEAKS, "bandwidth": -1}},
+    ):  # fmt: skip
         store.put_record("peaks", "device=cpu|name=box|torch=2", peaks)
         with pytest.raises(OptionError, match="unknown target 'box'"):
             stored_target(store, "box")

@@ -34,6 +34,7 @@ def cost_model(name: str | CostModel, target: Target, store: TimingStore, budget
         return name
     from .constant import Constant
     from .hybrid import Hybrid
+    from .inductor import Inductor
     from .learned import Learned
     from .measured import Measured
     from .roofline import Roofline
@@ -45,6 +46,7 @@ def cost_model(name: str | CostModel, target: Target, store: TimingStore, budget
     known: dict[str, Callable[[Target, TimingStore, float], CostModel]] = {
         "measured": Measured,
         "roofline": lambda target, store, budget_s: Roofline(target),
+        "inductor": lambda target, store, budget_s: Inductor(target),
         "constant": lambda target, store, budget_s: Constant(target),
         "learned": lambda target, store, budget_s: Learned(target),
         "hybrid": hybrid,

@@ -27,13 +27,14 @@ from ..backends.base import SelectionContext
 from ..cost_models import CostModel, Priced, RefiningCostModel, learned
 from ..cost_models.constant import Constant
 from ..cost_models.hybrid import TOLERANCE, Hybrid
+from ..cost_models.inductor import Inductor, unknown_rates
 from ..cost_models.learned import Forest, Learned
 from ..cost_models.roofline import Roofline, traffic_ns
 from ..errors import OptionError, SolverError, TooFewError, unknown
 from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 from .corpus import Case, Sample, with_prices
 
-MODELS = ("measured", "hybrid", "learned", "learned:always", "roofline", "constant")
+MODELS = ("measured", "hybrid", "learned", "learned:always", "roofline", "inductor", "constant")
 SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "local_search", "greedy", "one_layout", "priority")
 TRAINED = ("learned", "learned:always", "hybrid")  # `always`: never abstains; `0.005`: the tolerance
 EXPERIMENTS = ("models", "device")
@@ -174,6 +175,8 @@ def make_model(name: str, case: Case, forest: Callable[[], Forest]) -> CostModel
         return Recorded(case)
     if name == "roofline":
         return Roofline(case.target)
+    if name == "inductor":
+        return Inductor(case.target)
     if name == "constant":
         return Constant(case.target)
     if name.startswith("learned"):
@@ -318,10 +321,12 @@ def best_plan(case: Case) -> tuple[Problem, Solution]:
 
 
 def schedule(cases: Sequence[Case], models: Sequence[str], solvers: Sequence[str], seeds: Sequence[int]) -> Iterator[Work]:
-    """Solvers other than the first are compared on measured prices only."""
+    """Solvers other than the first are compared on measured prices only; no case has a model that knows nothing of its device."""
     devices = {c.target.name for c in cases}
     for case in cases:
         for model in models:
+            if model == "inductor" and unknown_rates(case.target):
+                continue
             for experiment in EXPERIMENTS if model in TRAINED and len(devices) > 1 else EXPERIMENTS[:1]:
                 for seed in seeds if model in TRAINED and experiment == "models" else seeds[:1]:
                     yield Work(case, experiment, model, seed, tuple(solvers if model == "measured" else solvers[:1]))
@@ -333,7 +338,7 @@ def run(
 ) -> None:  # fmt: skip
     """Append what is missing to OUT/plans.csv and OUT/prices.csv. `size`: members and trees of learned models.
 
-    OptionError for names that do not exist.
+    OptionError for names that do not exist, or if no model prices any case.
     """
     for what, names, known in (("cost model", models, MODELS), ("solver", solvers, planner.SOLVERS)):
         for name in names:
@@ -347,8 +352,13 @@ def run(
     for r in plans.rows():
         done.setdefault(tuple(r[name] for name in KEY), set()).add(r["solver"])
     prices.keep(lambda r: tuple(r[name] for name in KEY) in done)
+    if "inductor" in models:
+        for why in dict.fromkeys(filter(None, (unknown_rates(c.target) for c in cases))):
+            say(f"inductor left out: {why}")
     forests = Forests(cases, size or {})
     planned = [(work, done.get(work.key(), set())) for work in schedule(cases, models, solvers, seeds)]
+    if not planned:
+        raise OptionError("none of the cost models asked for prices any of these cases. Ask for others, or for other cases.")
     todo = [replace(work, solvers=tuple(s for s in work.solvers if s not in known)) for work, known in planned]
     todo = [work for work in todo if work.solvers]
     best: dict[str, tuple[Problem, Solution]] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .ablate import SOLVERS, kendall
+from .ablate import SOLVERS, TRAINED, kendall
 
 Row = Mapping[str, str]
 DRAWS = 2000
@@ -65,7 +65,7 @@ def exact(plans: Sequence[Row]) -> str:
 def model_table(plans: Sequence[Row], device: str, experiment: str) -> str:
     """Cost models on one device, by one solver."""
     chosen = [r for r in plans if r["device"] == device and r["solver"] == exact(plans)]
-    rows = [r for r in chosen if r["experiment"] == experiment or r["cost_model"] in ("measured", "roofline", "constant")]
+    rows = [r for r in chosen if r["experiment"] == experiment or r["cost_model"] not in TRAINED]
     reference = by_case((r for r in rows if r["cost_model"] == "measured"), lambda r: float(r["judged_ns"]))
     lines = []
     for name in dict.fromkeys(r["cost_model"] for r in rows):
@@ -130,7 +130,7 @@ def solver_table(plans: Sequence[Row]) -> str:
 def tau_table(prices: Sequence[Row], device: str, experiment: str) -> str:
     """Kendall's tau over pairs of kernels of one region, by op class."""
     rows = [r for r in prices if r["device"] == device and int(r["predicted_ns"]) > 0]
-    rows = [r for r in rows if r["experiment"] == experiment or r["cost_model"] in ("measured", "roofline", "constant")]
+    rows = [r for r in rows if r["experiment"] == experiment or r["cost_model"] not in TRAINED]
     ops = sorted({r["op"] for r in rows})
     lines = []
     for name in dict.fromkeys(r["cost_model"] for r in rows if not r["cost_model"].startswith("hybrid")):
@@ -196,7 +196,7 @@ def _predicted(pyplot: Any, prices: Sequence[Row], path: Path) -> Path:
     figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 4), sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         rows = [r for r in prices if r["cost_model"] == name and r["experiment"] == "models" and int(r["predicted_ns"]) > 0]
-        for device in sorted({r["device"] for r in rows}):
+        for device in sorted({r["device"] for r in prices}):  # also those without a price, so that a device keeps its colour
             own = [r for r in rows if r["device"] == device]
             axis.scatter(
                 [int(r["measured_ns"]) / 1e3 for r in own], [int(r["predicted_ns"]) / 1e3 for r in own], s=4, alpha=0.4, label=device

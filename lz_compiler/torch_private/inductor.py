@@ -16,6 +16,19 @@ from ..errors import LayerZeroError
 from .generated import collected
 
 
+def estimated_rates() -> dict[str, Any]:
+    """Bytes/s ("bandwidth") and flop/s by dtype ("flops") from which Inductor estimates what a node takes on the current CUDA device.
+    Empty where it has none, and estimates 0."""
+    from torch._inductor.utils import get_device_tflops, get_gpu_dram_gbps
+
+    try:
+        bandwidth = get_gpu_dram_gbps() * 1e9
+        flops = {name: get_device_tflops(getattr(torch, name)) * 1e12 for name in ("float32", "bfloat16", "float16")}
+    except Exception:  # what Triton and nvidia-smi raise, or that they are not here: Inductor catches the same
+        return {}
+    return {"bandwidth": bandwidth, "flops": flops} if min(bandwidth, *flops.values()) > 0 else {}
+
+
 def mode_patches(mode: str) -> dict[str, Any]:
     """Inductor's own configuration for a torch.compile mode."""
     from torch._inductor import list_mode_options
