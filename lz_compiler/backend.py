@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from . import __version__, collectives, ops, race, ranks, torch_private
 from .backends import allowed_backends, check_names, set_up
+from .backends.library import first_line
 from .capture import GraphView, fingerprint, tensors_in
 from .cost_models.roofline import Roofline
 from .errors import PlanError
@@ -180,7 +181,7 @@ class Session:
         if self.follows or INDUCTOR in self._barred():
             raise error
         compiled = self._inductor()
-        why = f"the plan could not be compiled ({str(error).splitlines()[0][:200]}): TorchInductor runs the graph as it was"
+        why = f"the plan could not be compiled ({first_line(str(error))}): TorchInductor runs the graph as it was"
         warnings.warn(f"LayerZero, graph {self.record.compile_id}: {why}.", stacklevel=2)
         torch_private.counters()["not lowered"] += 1
         self.breaker.tripped, self.record.winner, self.record.decided = why, INDUCTOR, True
@@ -296,7 +297,10 @@ class Session:
         if barred:
             self.record.notes.append(f"the policy forbids what {' and '.join(sorted(barred))} would use: not raced against")
         if INDUCTOR not in barred:
-            finalists[INDUCTOR] = self._inductor()
+            try:
+                finalists[INDUCTOR] = self._inductor()
+            except torch_private.lowering_errors() as error:
+                self.record.notes.append(f"not raced against TorchInductor, which cannot compile the graph: {first_line(str(error))}")
         if EAGER not in barred:
             finalists[EAGER] = self.gm.forward
         if len(finalists) == 1:

@@ -560,6 +560,22 @@ def test_a_plan_that_cannot_be_compiled_leaves_the_graph_to_inductor(monkeypatch
         assert "no code for this" in str(lz.explain(second))
 
 
+def test_a_plan_may_be_compiled_where_inductor_alone_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("no code for this")
+
+    for op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+        monkeypatch.setitem(torch._inductor.lowering.lowerings, op, lower)
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    model, x = linear(16, 16), torch.randn(3, 16)
+    fast = compiled(model, policy=ACME, race=True)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), model(x))
+    assert kernels() == ["acme.linear"]
+    assert any(note.startswith("not raced against TorchInductor, which cannot compile the graph: ") for note in RECORDS[-1].notes)
+
+
 def test_a_new_version_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = linear(16, 16), torch.randn(3, 16)
     acme.licence["valid"] = False
