@@ -396,7 +396,7 @@ class Session:
 
     def _patches(self, drop_masks: bool) -> dict[str, Any]:
         """Inductor's configuration, the same for every finalist, and the passes around its own on the joint graph."""
-        before: dict[int, tuple[Any, ...]] = {}
+        before: dict[int, tuple[Any, Any]] = {}
 
         def first(graph: fx.Graph) -> None:
             before.clear()

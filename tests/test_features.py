@@ -301,6 +301,25 @@ def test_outputs_alias_what_eagers_alias() -> None:
     assert not out[4].any()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_outputs_of_a_convolution_share_memory_in_any_layout(dynamic: bool) -> None:
+    """Channels last inside; eager's strides outside, by one copy under both outputs."""
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = F.relu(CONV(x))
+        return y.transpose(1, 2), y, y.view(x.shape[0], -1)
+
+    fast = compiled(f, dynamic=dynamic)
+    for size in (5, 6):
+        x = torch.randn(2, 8, size, 7)
+        with torch.no_grad():
+            out, expected = fast(x), f(x)
+        for ours, theirs in zip(out, expected, strict=True):
+            same(ours, theirs)
+        out[1].zero_()
+        assert not any(view.any() for view in out)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask)
 

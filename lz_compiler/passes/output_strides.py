@@ -3,6 +3,8 @@ copied, since Inductor returns a view as it is, whatever gaps it has. Any other 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,42 +12,77 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .. import torch_private
-from ..capture import RESHAPES, VIEWS
+from ..capture import RESHAPES, VIEWS, propagate
 
 aten = torch.ops.aten
 
 
-def output_strides(graph: fx.Graph) -> dict[int, tuple[Any, ...]]:
-    """Strides of the graph's outputs, by position."""
-    return {i: node.meta["val"].stride() for i, node in enumerate(_outputs(graph)) if _is_strided(node)}
+Strides = tuple[Any, ...]
 
 
-def restore_output_strides_pass(graph: fx.Graph, before: dict[int, tuple[Any, ...]]) -> int:
-    """Copy each output whose strides are no longer those of `before`, in place; returns how many."""
-    copied = 0
-    for i, node in enumerate(_outputs(graph)):
-        if i not in before or node.target not in (*RESHAPES, *VIEWS) or _same(node.meta["val"].stride(), before[i]):
-            continue
-        order = sorted(range(len(before[i])), key=lambda dim: before[i][dim], reverse=True)
-        back = [order.index(dim) for dim in range(len(order))]
-        output = graph.output_node()
-        with graph.inserting_before(output), torch_private.fake_mode_of(graph):
-            dense = _call(graph, aten.permute.default, node, order)
-            dense = _call(graph, aten.clone.default, dense, memory_format=torch.contiguous_format)
-            dense = _call(graph, aten.permute.default, dense, back)
-        if _same(dense.meta["val"].stride(), before[i]):  # else eager's has gaps too, or overlaps
-            output.replace_input_with(node, dense)
-            copied += 1
+def output_strides(graph: fx.Graph) -> dict[int, tuple[Strides, Strides]]:
+    """By position, the strides of the graph's outputs, and those of the tensors that they are views of."""
+    outputs = ((i, node) for i, node in enumerate(_outputs(graph)) if _is_strided(node))
+    return {i: (node.meta["val"].stride(), _root(node).meta["val"].stride()) for i, node in outputs}
+
+
+def restore_output_strides_pass(graph: fx.Graph, before: dict[int, tuple[Strides, Strides]]) -> int:
+    """Copy each output whose strides are no longer those of `before`, in place; returns how many.
+
+    Outputs that share memory still do: it is copied once, under all of them.
+    """
+    outputs, copies, copied = _outputs(graph), dict[fx.Node, fx.Node](), 0
+    shared = Counter(_root(node) for i, node in enumerate(outputs) if i in before)
+    output = graph.output_node()
+    with graph.inserting_before(output), torch_private.fake_mode_of(graph):
+        for i, node in enumerate(outputs):
+            if i not in before:
+                continue
+            (strides, root_strides), root = before[i], _root(node)
+            if shared[root] > 1 and root.op == "call_function" and not _same(root.meta["val"].stride(), root_strides):
+                if root not in copies:
+                    copies[root] = _copy(graph, root, root_strides)
+                new = _viewed_again(graph, node, copies)
+            elif node.target in (*RESHAPES, *VIEWS) and not _same(node.meta["val"].stride(), strides):
+                new = _copy(graph, node, strides)
+            else:
+                continue
+            if _same(new.meta["val"].stride(), strides):  # else eager's has gaps too, or overlaps
+                output.replace_input_with(node, new)
+                copied += 1
     return copied
+
+
+def _copy(graph: fx.Graph, node: fx.Node, strides: Strides) -> fx.Node:
+    """Without gaps, its dimensions in the order of `strides`."""
+    order = sorted(range(len(strides)), key=lambda dim: strides[dim], reverse=True)
+    dense = _call(graph, aten.permute.default, node, order)
+    dense = _call(graph, aten.clone.default, dense, memory_format=torch.contiguous_format)
+    return _call(graph, aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The tensor that a node is a view of."""
+    while node.target in (*RESHAPES, *VIEWS) and _is_strided(node.args[0]):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _viewed_again(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The same view of the copy of its root."""
+    if node in copies:
+        return copies[node]
+    source = _viewed_again(graph, node.args[0], copies)  # type: ignore[arg-type]
+    return _call(graph, node.target, source, *node.args[1:], **node.kwargs)
 
 
 def _call(graph: fx.Graph, op: Any, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
     node = graph.call_function(op, (x, *args), kwargs)
-    node.meta["val"] = op(x.meta["val"], *args, **kwargs)
+    propagate(node)
     return node
 
 
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+def _same(a: Strides, b: Strides) -> bool:
     return list(map(str, a)) == list(map(str, b))  # symbolic sizes: equal expressions, without a guard
 
 
