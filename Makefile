@@ -1,4 +1,4 @@
-# make demo: see it work. make test: lint, types and tests. Both create .venv on first use.
+# make demo: see it work. make test: lint, types and tests. make test-all: also the slow tests. All create .venv on first use.
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
@@ -7,13 +7,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VERSION ?= 2.13.0
 WORKERS ?= 2
 
-.PHONY: demo test lint docs opinfo test-torch bench clean
+.PHONY: demo test test-all lint docs opinfo test-torch bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lz demo
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-all: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ STEPS = 24
 
 torch.manual_seed(0)
 config = LlamaConfig(
-    hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, vocab_size=1000
+    hidden_size=256, intermediate_size=704, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, vocab_size=1000
 )
 model = LlamaForCausalLM(config).eval()
 prompt = torch.randint(config.vocab_size, (1, 12))

@@ -11,12 +11,16 @@ from pathlib import Path
 
 # Before anything reads it: tests must neither use nor touch the user's timings.
 os.environ["LAYERZERO_CACHE_DIR"] = tempfile.mkdtemp(prefix="layerzero-tests-")
+# The processes that this one starts inherit it, xdist's workers too: the attention kernel is compiled once for all of them.
+os.environ["TESTS_COMPILED"] = os.environ.get("TESTS_COMPILED") or tempfile.mkdtemp(prefix=f"layerzero-compiled-{os.getpid()}-")
 
 import pytest
 import torch
 from machine import plant
 
 atexit.register(shutil.rmtree, os.environ["LAYERZERO_CACHE_DIR"], ignore_errors=True)
+if f"-{os.getpid()}-" in os.environ["TESTS_COMPILED"]:
+    atexit.register(shutil.rmtree, os.environ["TESTS_COMPILED"], ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

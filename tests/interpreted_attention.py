@@ -5,6 +5,7 @@ Run by test_triton_attention.py, with TRITON_INTERPRET set.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import interpreter
@@ -52,6 +53,12 @@ def close(out: Tensor, expected: Tensor, *, atol: float = 2e-6) -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
+def crossed(values: Sequence[Any], *cases: tuple[Any, ...]) -> list[Any]:
+    """Each case with each value: with one of them in turn by default, and the others are slow."""
+    crossing = ((i, case, j, value) for i, case in enumerate(cases) for j, value in enumerate(values))
+    return [pytest.param(*case, value, marks=pytest.mark.slow if (i - j) % len(values) else ()) for i, case, j, value in crossing]
+
+
 def test_kernels_are_interpreted() -> None:
     assert isinstance(decode._partial_kernel, interpreter.InterpretedFunction)
     assert isinstance(flash._attention_kernel, interpreter.InterpretedFunction)
@@ -59,8 +66,9 @@ def test_kernels_are_interpreted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "queries", "length", "head", "layout", "position", "window", "splits"),
-    [
+    ("heads", "kv_heads", "queries", "length", "head", "layout", "position", "window", "splits", "padded"),
+    crossed(
+        (False, True),
         (4, 2, 1, 1, 64, "BHSD", 0, 0, 1),
         (4, 2, 1, 7, 64, "BSHD", 6, 0, 2),
         (4, 1, 1, 100, 64, "BHSD", 50, 0, 4),
@@ -70,9 +78,8 @@ def test_kernels_are_interpreted() -> None:
         (4, 2, 3, 100, 64, "BHSD", (-2, 60), 16, 3),
         (2, 1, 1, 100, 64, "BHSD", 1000, 950, 1),
         (2, 1, 1, 100, 64, "BHSD", -1, 0, 2),
-    ],
+    ),
 )
-@pytest.mark.parametrize("padded", [False, True])
 def test_decode(
     heads: int, kv_heads: int, queries: int, length: int, head: int, layout: str, position: Any, window: int, splits: int, padded: bool
 ) -> None:
@@ -203,17 +210,17 @@ def test_scale_must_be_positive() -> None:
 # --- over pages: see test_paged.py for the pool -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "queries", "head", "page_size", "splits", "block_n"),
-    [
+    ("heads", "kv_heads", "queries", "head", "page_size", "splits", "block_n", "layout"),
+    crossed(
+        ("NHD", "HND"),
         (4, 2, 1, 64, 16, 1, 32),  # a tile of two pages
         (4, 2, 1, 64, 16, 3, 32),
         (6, 2, 3, 80, 5, 2, 16),  # pages that no tile ends with
         (2, 2, 2, 128, 16, 2, 16),
         (4, 1, 1, 64, 64, 4, 16),  # a page of several tiles
         (8, 1, 5, 64, 1, 2, 16),
-    ],
+    ),
 )
 def test_paged(heads: int, kv_heads: int, queries: int, head: int, page_size: int, splits: int, block_n: int, layout: str) -> None:
     for dtype, atol in ((torch.float32, 2e-6), (torch.float16, 2e-3)):

@@ -240,15 +240,15 @@ class Structured(nn.Module):
         return {"image": self.norm(self.conv(image)).relu(), "x": self.b(self.a(x).tanh()) * scale}
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["plain", "freeze"])
+@pytest.mark.parametrize("freeze", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "freeze"])
 def test_structures_constants_and_tied_weights(freeze: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Structured().eval()
     x, image = torch.randn(5, 16), torch.randn(2, 3, 8, 8)
     dynamic: Any = {"x": {0: "rows"}, "image": {2: "height"}}
-    plan = lz.solve(model, (x, image), {"scale": 3.0}, dynamic=dynamic, buckets={"rows": [8], "height": [8, 12]}, freeze=freeze, **FAST)
+    plan = lz.solve(model, (x, image), {"scale": 3.0}, dynamic=dynamic, buckets={"rows": [8], "height": [8]}, freeze=freeze, **FAST)
     lz.bake(plan, tmp_path / "out", model, (x, image), {"scale": 3.0})
-    inputs = [{"x": torch.randn(r, 16), "image": torch.randn(2, 3, h, 8)} for r in (1, 2, 8) for h in (1, 2, 8, 9, 12)]
+    inputs = [{"x": torch.randn(r, 16), "image": torch.randn(2, 3, h, 8)} for r in (1, 2, 8) for h in (1, 2, 8, 9)]
     outputs, _ = run_baked(tmp_path / "out", inputs)
     for given, out in zip(inputs, outputs, strict=True):
         torch.testing.assert_close(out, model(**given, scale=3.0))

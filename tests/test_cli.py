@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import plant
 from typer.testing import CliRunner, Result
 
 from lz_compiler import backend, backends, explain, load_plan
@@ -110,6 +111,7 @@ def test_doctor(tmp_path: Path) -> None:
 
 
 def test_explain_and_bench(models: str, tmp_path: Path) -> None:
+    plant(str(tmp_path))
     options = ("-o", "measure_budget_s=0", "-o", "freeze=true", "-o", f"cache_dir={tmp_path}")
     result = run("explain", f"{models}:tiny", "--json", "--calls", "1", *options)
     assert result.exit_code == 0, result.output
@@ -133,6 +135,7 @@ def test_explain_and_bench(models: str, tmp_path: Path) -> None:
 
 
 def test_solve_and_explain_of_the_plan(models: str, tmp_path: Path) -> None:
+    plant(str(tmp_path))
     file = str(tmp_path / "plan.json")
     solve = ("solve", f"{models}:tiny", file, "--dynamic", "input:0=rows", "--bucket", "rows=4,8")
     options = ("-o", "race=false", "-o", "cost_model=roofline", "-o", "freeze=true", "-o", f"cache_dir={tmp_path}")
@@ -334,8 +337,37 @@ def test_wrong_command() -> None:
     assert run("cache", "clear", "--kind-of").exit_code == 2
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py") if "import argparse" in p.read_text()))
-def test_every_benchmark_starts(script: str) -> None:
-    ran = subprocess.run([sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert f" benchmarks/{script}" in ran.stdout  # by python, or torchrun
+SCRIPTS = sorted(p for p in BENCHMARKS.glob("*.py") if "import argparse" in p.read_text())
+# Each script as `python SCRIPT --help` runs it, in a fork of one process that has imported what most of them import.
+HELP = """
+import json, os, runpy, sys
+import lz_compiler.backend, torch._inductor.compile_fx, torch.distributed.tensor.parallel, transformers
+folder, *scripts = sys.argv[1:]
+codes = {}
+for script in scripts:
+    child = os.fork()
+    if not child:
+        out = os.open(os.path.join(folder, os.path.basename(script)), os.O_CREAT | os.O_WRONLY)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
+        os._exit(1)
+    codes[os.path.basename(script)] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def helped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code of each script, and what it printed."""
+    folder = tmp_path_factory.mktemp("help")
+    command = [sys.executable, "-c", HELP, str(folder), *map(str, SCRIPTS)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    return {script: (code, (folder / script).read_text()) for script, code in json.loads(ran.stdout).items()}
+
+
+@pytest.mark.parametrize("script", [p.name for p in SCRIPTS])
+def test_every_benchmark_starts(script: str, helped: dict[str, tuple[int, str]]) -> None:
+    code, printed = helped[script]
+    assert code == 0, printed
+    assert f" benchmarks/{script}" in printed  # by python, or torchrun

@@ -110,7 +110,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         spans = [*re.findall(r"`([^`\n]+)`", text), *(line for m in blocks(page, "") for line in m["text"].splitlines())]
         for span in [*spans, *re.findall(r"^    (\S.*)$", text, re.MULTILINE)]:
             line = re.sub(r"\s{3,}.*|\s#.*", "", span.strip().removeprefix("$ ").removeprefix(".venv/bin/"))
-            if re.match(r"(lz [a-z]|python benchmarks/|OMP_NUM_THREADS=1 python benchmarks/|make [a-z]+( |$))", line):
+            if re.match(r"(lz [a-z]|python benchmarks/|OMP_NUM_THREADS=1 python benchmarks/|make [a-z-]+( |$))", line):
                 yield relative(page), shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from convnet import conv_bn, convnet
+from machine import plant
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -34,7 +35,7 @@ from lz_compiler.types import Candidate, Cost
 
 # The roofline's prices do not depend on the clock, and on a CPU they prefer the library's kernels: so these run.
 FIXED = {"race": False, "cost_model": "roofline"}
-TINY = zoo.LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96, vocab=128, max_len=64, tied=True)
+TINY = zoo.LlamaConfig(hidden=64, layers=1, heads=4, kv_heads=2, intermediate=96, vocab=128, max_len=64, tied=True)
 
 
 def compiled(fn: Any, dynamic: bool | None = None, **options: Any) -> Any:
@@ -74,6 +75,7 @@ def same(y: Any, e: Any, rtol: float = 1e-5, atol: float = 1e-5) -> None:
 
 
 def in_process(script: str, cache: Path, *args: str, **env: str) -> subprocess.Popen[str]:
+    plant(str(cache))
     environ = {**os.environ, "LAYERZERO_CACHE_DIR": str(cache), **env}
     command = [sys.executable, "-c", textwrap.dedent(script), *args]
     return subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -208,6 +210,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_budget_check_leaves_no_trace(stored: bool, tmp_path: Path) -> None:
     """Checking a lossy plan runs the graph again and again: parameters, buffers and random numbers must not notice."""
+    plant(str(tmp_path))
     options = {"error_budget": 2e-2, "freeze": True, "cache_dir": str(tmp_path)}
     x = torch.randn(8, 512)
     with torch.no_grad():
@@ -654,6 +657,7 @@ CALLS = 4 * (race.WARMUP + race.ROUNDS) + 2  # more than any race takes
 
 @pytest.fixture
 def raced(tmp_path: Path) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    plant(str(tmp_path))
     return linear(32, 48, 32, act=nn.GELU), torch.randn(6, 32), {"race": True, "cache_dir": str(tmp_path)}
 
 
@@ -767,6 +771,7 @@ def test_a_bad_kernel_is_rejected_with_its_reason(what: str, code: str, tmp_path
         y = good.run(emit, values, params)
         return y * 1.001 if what == "wrong" else y.nan_to_num()
 
+    plant(str(tmp_path))
     monkeypatch.setitem(library.kernels, "onednn.linear", replace(good, run=bad))
     backends.kernel.cache_clear()
     model, x = linear(16, 16), torch.randn(4, 16)
@@ -786,6 +791,7 @@ def test_a_bad_kernel_is_rejected_with_its_reason(what: str, code: str, tmp_path
 
 def test_without_time_to_measure_the_graph_stays_as_it_is(tmp_path: Path) -> None:
     model, x = linear(16, 16), torch.randn(4, 16)
+    plant(str(tmp_path))
     with torch.no_grad():
         same(compiled(model, cost_model="measured", measure_budget_s=0.0, cache_dir=str(tmp_path))(x), model(x))
     (choice,) = RECORDS[-1].plans[0].choices
@@ -810,6 +816,7 @@ def test_without_time_to_solve_the_plan_is_valid_and_honest() -> None:
 
 def test_explain_shows_what_was_chosen_and_what_was_not(tmp_path: Path) -> None:
     model, x = linear(32, 48, act=nn.ReLU), torch.randn(6, 32)
+    plant(str(tmp_path))
     run = compiled(model, cost_model="measured", cache_dir=str(tmp_path))
     with torch.no_grad():
         run(x)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine import plant
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -355,7 +356,7 @@ FAULTS = {
     "aborts": ("import os; os.abort()", "ends its process (signal 6)"),
     "ends": ("import os; os._exit(3)", "ends its process (exit code 3)"),
     "interrupts": ("raise KeyboardInterrupt", "ends its process"),
-    "hangs": ("import time; time.sleep(1000)", "takes more than 20 s"),
+    "hangs": ("import time; time.sleep(1000)", "takes more than 1 s"),
     "bare": ("class Backend: name = 'bare'", "no backend: it has no devices, kernels, version, missing, candidates"),
     "other": (GOOD.format(name="another"), "its name is 'another', and its entry point's 'other'"),
     "shadow": (GOOD.format(name="shadow").replace("shadow.product", "aten.mm"), "its kernel 'aten.mm' has the name of one of LayerZero's"),
@@ -384,7 +385,7 @@ def _linear(**options: Any) -> SelectionContext:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_broken_third_party_is_a_rejection(name: str, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "IMPORT_S", 20.0 if name == "hangs" else 60.0)
+    monkeypatch.setattr(library, "IMPORT_S", 1.0 if name == "hangs" else 60.0)
     source, why = FAULTS[name]
     _register(site, name, source)
     _forget()
@@ -396,13 +397,15 @@ def test_a_broken_third_party_is_a_rejection(name: str, site: Path, monkeypatch:
 
 def test_compiling_goes_on_beside_broken_third_parties(site: Path) -> None:
     """Those that break while they are asked, and one that ends processes; an allow-list without them imports none."""
+    plant(str(site / "cache"))  # which the processes use
     for name in ("ends", "here", "missing", "offers"):
         _register(site, name, FAULTS[name][0].replace("'pytest'", "'torch'"))
     code = """
 import sys, torch, lz_compiler as lz
 model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
 run = torch.compile(model, backend="layerzero", options={"cost_model": "roofline", "race": False} | eval(sys.argv[1]))
-assert torch.allclose(run(x), model(x), atol=1e-5)
+with torch.no_grad():
+    assert torch.allclose(run(x), model(x), atol=1e-5)
 print("rejected:", *sorted({r["code"] + "/" + r["kernel"] for p in lz.explain(run).data["graphs"][0]["plans"] for c in p["regions"]
       for r in c["rejections"] if r["code"] == "backend_error"}))
 """

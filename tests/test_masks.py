@@ -182,16 +182,7 @@ def inputs(b: int, q: int, k: int, seed: int) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate)
-)  # shrinking traces for minutes
-@given(
-    st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)), st.tuples(*[st.integers(2, 7)] * 3), term, finish, st.booleans(),
-    st.integers(0, 999),
-)  # fmt: skip
-def test_a_predicate_is_the_mask_at_every_element(
-    sizes: tuple[int, int, int], others: tuple[int, int, int], t: Any, how: str, symbolic: bool, seed: int
-) -> None:
+def is_the_mask(sizes: tuple[int, int, int], others: tuple[int, int, int], t: Any, how: str, symbolic: bool, seed: int) -> None:
     """Static sizes as traced; symbolic ones also at sizes that were not traced."""
     if symbolic:
         sizes = (2, max(sizes[1], 3) + 8, max(sizes[2], 3) + 20)  # all different: no two share a symbol
@@ -212,6 +203,27 @@ def test_a_predicate_is_the_mask_at_every_element(
                 continue
         values = Values(gm, *inputs(b, q, k, seed2).values())
         assert_means(found, values.result, values, b, q, k)
+
+
+masks = given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)), others=st.tuples(*[st.integers(2, 7)] * 3), t=term,
+    how=finish, symbolic=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+# Shrinking traces for minutes.
+traced = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
+
+
+@settings(traced, max_examples=60)
+@masks
+def test_a_predicate_is_the_mask_at_every_element(**drawn: Any) -> None:
+    is_the_mask(**drawn)
+
+
+@pytest.mark.slow
+@settings(traced, max_examples=300)
+@masks
+def test_many_predicates_are_the_mask_at_every_element(**drawn: Any) -> None:
+    is_the_mask(**drawn)
 
 
 # --- spellings that must be recognised -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from lz_compiler.backend import RECORDS
 
 TEXT = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 128}
 DECODER = {**TEXT, "intermediate_size": 96, "num_key_value_heads": 2, "use_cache": False}
+ONE = {**DECODER, "num_hidden_layers": 1}  # what repeats in two layers, BERT, GPT-2, Llama and ViT show
 IMAGE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
 
 
@@ -56,16 +57,16 @@ def both(_: int) -> dict[str, Any]:
 
 
 GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128, "use_cache": False}
-T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 128, "use_cache": False}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 128, "use_cache": False}
 WHISPER = {
-    "vocab_size": 128, "num_mel_bins": 20, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96,
+    "vocab_size": 128, "num_mel_bins": 20, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "max_source_positions": 20,
     "max_target_positions": 16, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }  # fmt: skip
 CLIP = {
-    "text_config": {**TEXT, "intermediate_size": 96, "eos_token_id": 2},
-    "vision_config": {**IMAGE, "image_size": 32, "patch_size": 8}, "projection_dim": 32,
+    "text_config": {**TEXT, "num_hidden_layers": 1, "intermediate_size": 96, "eos_token_id": 2},
+    "vision_config": {**IMAGE, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}, "projection_dim": 32,
 }  # fmt: skip
 
 Build = Callable[[], nn.Module]
@@ -73,9 +74,9 @@ MODELS: dict[str, tuple[Build, Callable[[int], dict[str, Any]], int, int]] = {
     "bert": (lambda: hf.BertModel(hf.BertConfig(**TEXT, intermediate_size=96)), padded, 12, 19),
     "gpt2": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), text, 12, 19),
     "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), text, 12, 19),
-    "qwen3": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=16)), text, 12, 19),
-    "mistral": (lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER, sliding_window=4)), text, 12, 19),
-    "mixtral": (lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=4)), text, 12, 19),
+    "qwen3": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**ONE, head_dim=16)), text, 12, 19),
+    "mistral": (lambda: hf.MistralForCausalLM(hf.MistralConfig(**ONE, sliding_window=4)), text, 12, 19),
+    "mixtral": (lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**ONE, num_local_experts=4)), text, 12, 19),
     "t5": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)), pair, 12, 19),
     "vit": (lambda: hf.ViTModel(hf.ViTConfig(**IMAGE, image_size=32, patch_size=8)), pixels, 32, 0),
     "resnet": (lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1])), pixels, 64, 48),
@@ -175,23 +176,35 @@ def check_training_step(
     assert_lossless(ours_after, eager_after, exact_after, slack, least=scale, inductors=inductors_after)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("freeze", [False, True], ids=["plain", "freeze"])
-@pytest.mark.parametrize("name", MODELS)
-def test_inference(name: str, dtype: torch.dtype, freeze: bool) -> None:
-    if freeze and dtype is torch.bfloat16 and name not in ("bert", "llama", "resnet"):
-        dtype = torch.float32  # both at once for three models only: the other paths are the same
+def some(names: Iterable[str], usual: Sequence[str]) -> list[Any]:
+    """Parameters of a test: those that are not among the usual ones are slow."""
+    return [pytest.param(name, marks=() if name in usual else pytest.mark.slow) for name in names]
+
+
+def combinations() -> Iterator[Any]:
+    """Each model with plain and with frozen weights; bfloat16 with both at once for three models only: the other paths are the same."""
+    plain, plain16, frozen, frozen16 = ((w, d) for w in ("plain", "freeze") for d in ("float32", "bfloat16"))
+    for name in MODELS:
+        narrow = name in ("bert", "llama", "resnet")
+        usual = [plain, frozen16 if narrow else frozen, *([plain16] if name == "bert" else [])]
+        for how in (plain, plain16, frozen, *([frozen16] if narrow else [])):
+            yield pytest.param(name, *how, marks=() if how in usual else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "weights", "precision"), list(combinations()))
+def test_inference(name: str, weights: str, precision: str) -> None:
+    dtype, freeze = getattr(torch, precision), weights == "freeze"
     model = build(name).to(dtype)
     inputs = cast(MODELS[name][1](MODELS[name][2]), dtype)
     check_inference(model, inputs, freeze=freeze)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS, ("bert", "gpt2", "llama", "mixtral", "t5", "vit", "resnet")))
 def test_training_step(name: str) -> None:
     check_training_step(build(name), MODELS[name][1](MODELS[name][2]), slack=256, least=1e-2)
 
 
-@pytest.mark.parametrize("name", [n for n, m in MODELS.items() if m[3]])
+@pytest.mark.parametrize("name", some((n for n, m in MODELS.items() if m[3]), ("bert", "mistral", "mixtral", "t5", "convnext")))
 def test_second_size_under_dynamic_shapes(name: str) -> None:
     model = build(name)
     run = compiled(model, dynamic=True)
@@ -213,10 +226,14 @@ VENDOR = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet"])
-@pytest.mark.parametrize("freeze", [False, True], ids=["plain", "freeze"])
-def test_the_chosen_kernels_ran(name: str, freeze: bool) -> None:
+CHOSEN = [f"{weights}-{name}" for weights in ("plain", "freeze") for name in ("bert", "gpt2", "llama", "vit", "resnet")]
+
+
+@pytest.mark.parametrize("name", some(CHOSEN, ("plain-bert", "plain-resnet", "freeze-gpt2", "freeze-llama", "freeze-resnet")))
+def test_the_chosen_kernels_ran(name: str) -> None:
     """The profiler sees each vendor operator exactly as often as the plan chose its kernels."""
+    weights, _, name = name.partition("-")
+    freeze = weights == "freeze"
     model, inputs = build(name), MODELS[name][1](MODELS[name][2])
     with torch.no_grad():
         run = compiled(model, freeze=freeze)

@@ -32,7 +32,8 @@ SEQ: dict[str, Any] = {"buckets": {"seq": [8, 32]}, "dynamic": {"input_ids": {1:
 
 def llama() -> Llama:
     torch.manual_seed(0)
-    return Llama(LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96, vocab=VOCAB, max_len=64)).eval()
+    # One layer: several are planned ahead and baked in test_generation.py.
+    return Llama(LlamaConfig(hidden=64, layers=1, heads=4, kv_heads=2, intermediate=96, vocab=VOCAB, max_len=64)).eval()
 
 
 def ids(length: int, batch: int = 1) -> Tensor:
@@ -144,7 +145,7 @@ def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.Mode
     said = [r.message for r in caplog.records if r.name == offline.__name__]
     assert "(9, 32)} is traced, and compiles in the background while calls run its graph: this call waited" in said[0]
     assert any("(9, 32)} is compiled: calls run it from now on" in line for line in said)
-    wider = Llama(LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
+    wider = Llama(LlamaConfig(hidden=64, layers=1, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
     with pytest.raises(PlanError, match="not the one that was planned"):
         lz.compile(wider, plan=plan, compile_in_background=True)(ids(4))
     with pytest.raises(OptionError, match="CUDA graphs belong to the thread"):
@@ -312,7 +313,7 @@ def test_options_must_be_the_plans(planned: tuple[Llama, offline.ModelPlan]) -> 
 
 def test_another_model_and_another_machine(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
     _, plan = planned
-    wider = Llama(LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
+    wider = Llama(LlamaConfig(hidden=64, layers=1, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
     with pytest.raises(PlanError, match="not the one that was planned"):
         lz.compile(wider, plan=plan)(ids(4))
     plan.save(tmp_path / "p.json")

@@ -164,21 +164,39 @@ def agree(given: Problem, *solvers: str) -> Solution:
     return best
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
-@given(problems())
-def test_solvers_agree(given: Problem) -> None:
+def agree_on_any(given: Problem) -> None:
     best = agree(given, "cp_sat", "highs", "dynamic", "greedy")
     event(f"{best.status}, conversions {bool(best.converted)}")
     event(f"fused {any(len(given.candidates[k].region.nodes) > 1 for k in best.chosen)}")
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(problems())
+def test_solvers_agree(given: Problem) -> None:
+    agree_on_any(given)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(problems())
+def test_solvers_agree_on_many(given: Problem) -> None:
+    agree_on_any(given)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(problems(high=6, groups=3, tied=True))
 def test_solvers_agree_on_tied_problems(given: Problem) -> None:
     event(f"{agree(given, 'cp_sat', 'highs', 'dynamic', 'greedy').status}")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(problems(high=6, groups=3, tied=True))
+def test_solvers_agree_on_many_tied_problems(given: Problem) -> None:
+    agree(given, "cp_sat", "highs", "dynamic", "greedy")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(problems(low=2, high=3, groups=1), st.data())
 def test_optimum_is_the_cheapest_plan_that_the_checker_accepts(given: Problem, data: st.DataObject) -> None:
     keep = max(0, 11 - len(given.candidates))
@@ -189,7 +207,7 @@ def test_optimum_is_the_cheapest_plan_that_the_checker_accepts(given: Problem, d
         assert (found.objective if found.status is Status.OPTIMAL else None) == best, name
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(problems())
 def test_greedy_finds_a_plan_where_single_nodes_have_one(given: Problem) -> None:
     single = [len(k.region.nodes) == 1 for k in given.candidates]
@@ -205,7 +223,7 @@ def test_greedy_finds_a_plan_where_single_nodes_have_one(given: Problem) -> None
         assert check(each, found) == []
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(problems())
 def test_damaged_plans_fail_the_check(given: Problem) -> None:
     good = solve(given, "exhaustive")
@@ -474,7 +492,7 @@ def test_a_wrong_hint_is_harmless() -> None:
             assert solve(given, name, hint=hint).objective == 25
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(problems(tied=True), st.integers(0, 2**16))
 def test_local_search_is_valid_and_never_worse_than_its_start(given: Problem, seed: int) -> None:
     """Also by an objective of the caller's, which knows nothing of prices."""

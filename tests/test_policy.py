@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import plant
 from test_golden_plans import capture
 from torch import Tensor, nn
 from torch._inductor import config as inductor
@@ -480,6 +481,7 @@ def test_torchs_own_flag_is_honoured(torch_flag: None) -> None:
 def test_a_deterministic_plan_is_kept(tmp_path: Path) -> None:
     """The first process had no time to measure; the second one must not plan otherwise for having more."""
     x, model = torch.randn(3, 16), linear(16, 16)
+    plant(str(tmp_path / "cache"))
     options: dict[str, Any] = {
         "deterministic": True,
         "cost_model": "measured",
@@ -777,11 +779,14 @@ def test_a_late_backward_is_watched() -> None:
 CACHED_STEP = """
 import sys, acme, torch
 from torch._dynamo.utils import counters
-from test_policy import PRODUCTS, compiled, linear, quarantined
-from lz_compiler.backend import RECORDS
 from lz_compiler.errors import KernelError
-model, x = linear(16, 16), torch.randn(3, 16, requires_grad=True)
-y = compiled(model, policy=PRODUCTS, deterministic=True)(x)
+from lz_compiler.options import Options
+from lz_compiler.timings import open_store
+from lz_compiler.trust import circuit
+policy = {"prefer": [{"kernel": "acme.product", "factor": 0.001}]}
+options = {"race": False, "cost_model": "roofline", "policy": policy, "deterministic": True}
+model, x = torch.nn.Linear(16, 16), torch.randn(3, 16, requires_grad=True)
+y = torch.compile(model, backend="layerzero", options=options)(x)
 hits, planned = counters["aot_autograd"]["autograd_cache_hit"], counters["layerzero"]["plans"]
 if len(sys.argv) > 1:
     acme.licence["products"] = False
@@ -789,13 +794,15 @@ try:
     y.sum().backward()
     print(hits, planned, "ran")
 except KernelError as error:
-    print(hits, planned, error, [value["kernel"] for value in quarantined().values()])
+    refused = open_store(Options.resolve().cache_dir).get_records(circuit.KIND)
+    print(hits, planned, error, [value["kernel"] for value in refused.values()])
 """
 
 
 def test_a_backward_from_autograds_cache_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four processes: one plans, one fills torch's caches, one shows that nothing is compiled, and in one the kernel raises."""
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "LAYERZERO_CACHE_DIR": str(tmp_path / "facts")}
+    """Three processes: one plans, one fills torch's caches, and in one, for which nothing is compiled, the kernel raises."""
+    # Keys of torch's caches that no other run has, rather than a folder: in a new one torch first tries which instructions work.
+    env = {**os.environ, "TORCH_COMPILE_CACHE_KEY_TAG": str(tmp_path), "LAYERZERO_CACHE_DIR": str(tmp_path / "facts")}
     env["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])
     shutil.copytree(os.environ["LAYERZERO_CACHE_DIR"], env["LAYERZERO_CACHE_DIR"])
 
@@ -804,7 +811,7 @@ def test_a_backward_from_autograds_cache_is_watched(tmp_path: Path, monkeypatch:
         assert ran.returncode == 0, ran.stderr
         return ran.stdout.strip()
 
-    assert [step() for _ in range(3)] == ["0 1 ran", "0 0 ran", "1 0 ran"]
+    assert [step() for _ in range(2)] == ["0 1 ran", "0 0 ran"]
     said = step("raise")
     assert said.startswith("1 0 graph 0/0: acme.product raised RuntimeError: acme: no licence for products. The call cannot be repeated")
     assert said.endswith("['acme.product']")
