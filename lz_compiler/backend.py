@@ -32,7 +32,7 @@ from .options import Options
 from .passes.apply import apply_plan
 from .passes.drop_masks import drop_masks_pass
 from .passes.keep_attention import keep_attention_pass
-from .passes.output_strides import output_strides, restore_output_strides_pass
+from .passes.output_strides import Output, output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
 from .patterns import Recogniser
 from .plan_io import plan_from_dict, plan_to_dict, verdict_or_none
@@ -396,7 +396,7 @@ class Session:
 
     def _patches(self, drop_masks: bool) -> dict[str, Any]:
         """Inductor's configuration, the same for every finalist, and the passes around its own on the joint graph."""
-        before: dict[int, tuple[Any, Any]] = {}
+        before: dict[int, Output] = {}
 
         def first(graph: fx.Graph) -> None:
             before.clear()

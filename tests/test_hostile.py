@@ -192,7 +192,7 @@ def test_plans_of_many_cells_names_of_many_letters_and_large_files(tmp_path: Pat
 def test_verdicts(tmp_path: Path) -> None:
     """A record that was damaged after its checksum was made, or written by another version, is no verdict."""
     plan = json.loads(plan_text())["cells"][0]["plans"][0]
-    good = {"winner": "layerzero", "times": {"eager": 1.0}, "plans": [plan], "error": None, "written": [1], "calls": {"k": ["f"]}}
+    good = {"winner": "layerzero", "times": {"eager": 1.0}, "plans": [plan], "error": None, "written": [1], "calls": {"k": {"f": 2}}}
     assert verdict_or_none(good) is good
     assert verdict_or_none(None) is None
 

@@ -68,7 +68,7 @@ def by_hand(given: list[Problem], table: list[list[Reads]]) -> int | None:
     return best
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.booleans().flatmap(lambda tied: cells(tied=tied)))
 def test_the_joint_optimum_is_the_best_over_all_assignments_of_forms(drawn: tuple[list[Problem], list[list[Reads]]]) -> None:
     given, table = drawn

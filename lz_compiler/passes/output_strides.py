@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -20,34 +20,44 @@ aten = torch.ops.aten
 Strides = tuple[Any, ...]
 
 
-def output_strides(graph: fx.Graph) -> dict[int, tuple[Strides, Strides]]:
-    """By position, the strides of the graph's outputs, and those of the tensors that they are views of."""
-    outputs = ((i, node) for i, node in enumerate(_outputs(graph)) if _is_strided(node))
-    return {i: (node.meta["val"].stride(), _root(node).meta["val"].stride()) for i, node in outputs}
+class Output(NamedTuple):
+    """Strides of an output and of the tensor that it is a view of, and the first output that is a view of the same."""
+
+    strides: Strides
+    root_strides: Strides
+    first: int
 
 
-def restore_output_strides_pass(graph: fx.Graph, before: dict[int, tuple[Strides, Strides]]) -> int:
+def output_strides(graph: fx.Graph) -> dict[int, Output]:
+    """By position, what is to be kept of the graph's outputs."""
+    found: dict[int, Output] = {}
+    first: dict[fx.Node, int] = {}
+    for i, node in enumerate(_outputs(graph)):
+        if _is_strided(node):
+            root = _root(node)
+            found[i] = Output(node.meta["val"].stride(), root.meta["val"].stride(), first.setdefault(root, i))
+    return found
+
+
+def restore_output_strides_pass(graph: fx.Graph, before: dict[int, Output]) -> int:
     """Copy each output whose strides are no longer those of `before`, in place; returns how many.
 
-    Outputs that share memory still do: it is copied once, under all of them.
+    Outputs that shared memory still do: it is copied once, under all of them.
     """
     outputs, copies, copied = _outputs(graph), dict[fx.Node, fx.Node](), 0
-    shared = Counter(_root(node) for i, node in enumerate(outputs) if i in before)
+    shared = Counter(known.first for known in before.values())
     output = graph.output_node()
     with graph.inserting_before(output), torch_private.fake_mode_of(graph):
-        for i, node in enumerate(outputs):
-            if i not in before:
-                continue
-            (strides, root_strides), root = before[i], _root(node)
-            if shared[root] > 1 and root.op == "call_function" and not _same(root.meta["val"].stride(), root_strides):
+        for i, (strides, root_strides, first) in before.items():
+            node, root, new = outputs[i], _root(outputs[i]), None
+            moved = root.op == "call_function" and not _same(root.meta["val"].stride(), root_strides)
+            if shared[first] > 1 and root is _root(outputs[first]) and moved:
                 if root not in copies:
                     copies[root] = _copy(graph, root, root_strides)
                 new = _viewed_again(graph, node, copies)
-            elif node.target in (*RESHAPES, *VIEWS) and not _same(node.meta["val"].stride(), strides):
+            if node.target in (*RESHAPES, *VIEWS) and not any(_same(n.meta["val"].stride(), strides) for n in (new, node) if n):
                 new = _copy(graph, node, strides)
-            else:
-                continue
-            if _same(new.meta["val"].stride(), strides):  # else eager's has gaps too, or overlaps
+            if new is not None and _same(new.meta["val"].stride(), strides):  # else eager's has gaps too, or overlaps
                 output.replace_input_with(node, new)
                 copied += 1
     return copied
