@@ -242,6 +242,17 @@ def test_a_stored_plan_does_not_bring_it_back(ran: Any, cache: Path, tmp_path: P
         lz.compile(model, plan=plan, cache_dir=str(cache))(x)
 
 
+def test_dense_is_what_torch_calls_contiguous() -> None:
+    answers = set()
+    for op in ("linear", "conv", "attention", "paged_attention"):
+        for _, ctx in canary_regions.contexts(op, "float32", "cpu"):
+            for role, spec in zip(ctx.roles, ctx.specs, strict=True):
+                wanted = torch.empty_strided(spec.shape, spec.stride, device="meta").is_contiguous()
+                assert capabilities.holds({"dense": [role]}, ctx) == wanted, (role, spec)
+                answers.add(wanted)
+    assert answers == {True, False}
+
+
 def test_jobs_share_the_regions(ran: Any, installed: Path, tmp_path: Path) -> None:
     (alone,) = ran[1]["runs"]
     some = ("good", "nan", "strided", "segfault", "fake")  # of each kind of fault one; a hanging kernel takes its seconds
@@ -253,6 +264,9 @@ def test_jobs_share_the_regions(ran: Any, installed: Path, tmp_path: Path) -> No
     assert found == {name: (verdict["status"], verdict["tried"]) for name, verdict in expected.items()}
     assert len(found) > len(kept)
     assert not shared.incomplete
+    with pytest.raises(OptionError, match="gpu"):
+        canary(["aten"], devices=["gpu"], cache_dir=str(tmp_path))
+    assert canary(["liger"], devices=["cpu"], cache_dir=str(tmp_path)).runs == ()  # it has no kernels there
     with pytest.raises(OptionError, match="jobs is 0"):
         canary(["faulty"], jobs=0)
 

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import acme
@@ -575,6 +576,18 @@ def test_a_plan_may_be_compiled_where_inductor_alone_cannot(monkeypatch: pytest.
             torch.testing.assert_close(fast(x), model(x))
     assert kernels() == ["acme.linear"]
     assert any(note.startswith("not raced against TorchInductor, which cannot compile the graph: ") for note in RECORDS[-1].notes)
+
+
+def test_a_region_may_call_an_operator_twice() -> None:
+    """A profile gives each region as many calls as it makes (those of a gated layer are two products)."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for _ in range(4):
+        x = graph.call_function(torch.ops.aten.mm.default, (x, x))
+        x.meta["layerzero"] = "acme.gated"
+    choice = SimpleNamespace(candidate=SimpleNamespace(kernel="acme.gated"))
+    counts = {"torch.ops.aten.mm": 2, "extern_kernels.mm": 2}
+    assert circuit.called_as(graph, [choice, choice]) == {"acme.gated": counts}  # type: ignore[list-item]
 
 
 def test_a_new_version_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

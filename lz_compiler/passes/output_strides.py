@@ -21,9 +21,10 @@ Strides = tuple[Any, ...]
 
 
 class Output(NamedTuple):
-    """Strides of an output and of the tensor that it is a view of, and the first output that is a view of the same."""
+    """Strides of an output; sizes and strides of the tensor that it is a view of, and the first output that is a view of the same."""
 
     strides: Strides
+    root_shape: Strides
     root_strides: Strides
     first: int
 
@@ -34,24 +35,25 @@ def output_strides(graph: fx.Graph) -> dict[int, Output]:
     first: dict[fx.Node, int] = {}
     for i, node in enumerate(_outputs(graph)):
         if _is_strided(node):
-            root = _root(node)
-            found[i] = Output(node.meta["val"].stride(), root.meta["val"].stride(), first.setdefault(root, i))
+            root, value = _root(node), _root(node).meta["val"]
+            found[i] = Output(node.meta["val"].stride(), tuple(value.shape), value.stride(), first.setdefault(root, i))
     return found
 
 
 def restore_output_strides_pass(graph: fx.Graph, before: dict[int, Output]) -> int:
     """Copy each output whose strides are no longer those of `before`, in place; returns how many.
 
-    Outputs that shared memory still do: it is copied once, under all of them.
+    Outputs that shared a tensor still do, unless it became part of a larger one: it is copied once, under all of them.
     """
     outputs, copies, copied = _outputs(graph), dict[fx.Node, fx.Node](), 0
     shared = Counter(known.first for known in before.values())
     output = graph.output_node()
     with graph.inserting_before(output), torch_private.fake_mode_of(graph):
-        for i, (strides, root_strides, first) in before.items():
+        for i, (strides, root_shape, root_strides, first) in before.items():
             node, root, new = outputs[i], _root(outputs[i]), None
-            moved = root.op == "call_function" and not _same(root.meta["val"].stride(), root_strides)
-            if shared[first] > 1 and root is _root(outputs[first]) and moved:
+            value = root.meta["val"]
+            moved = root.op == "call_function" and _same(tuple(value.shape), root_shape) and not _same(value.stride(), root_strides)
+            if moved and shared[first] > 1 and root is _root(outputs[first]):
                 if root not in copies:
                     copies[root] = _copy(graph, root, root_strides)
                 new = _viewed_again(graph, node, copies)
