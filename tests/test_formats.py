@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import torch
 from convnet import convnet
 from machine import plant
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import lz_compiler as lz
 from lz_compiler.backend import RECORDS
+from lz_compiler.backends.base import SelectionContext
+from lz_compiler.cost_models import Priced
 from lz_compiler.cost_models.roofline import Roofline
 from lz_compiler.planning import solve_within
 from lz_compiler.types import Candidate, Cost, Format, Plan, Problem, Region, Target, TensorSpec
@@ -66,6 +71,32 @@ def test_a_window_loop_on_an_image_that_is_channels_last_already() -> None:
     plan, y = planned(model, x)
     assert sum(c.candidate.region.op == "avg_pool2d" for c in plan.choices) <= 1
     torch.testing.assert_close(y, model(x))
+
+
+class FirstChannelsLast:
+    """A cost model by which convolutions stay with ATen, that of four channels channels last and the other as eager has it."""
+
+    name = "first_channels_last"
+
+    def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
+        layout = "channels_last" if ctx.specs[0].shape[1] == 4 else "strided"
+        cheap = [c.kernel == "aten.conv" and c.out_formats[0].layout == layout for c in candidates]
+        return [(c, Cost(1 if good else 10**9, "assumed")) for c, good in zip(candidates, cheap, strict=True)]
+
+
+def test_convolutions_run_in_the_layouts_that_were_priced() -> None:
+    """A frozen weight is brought into its layout once, and a convolution that stays does not follow the layout of the one before."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    x = torch.randn(2, 4, 16, 16)
+    (_, y), (code,) = run_and_get_code(planned, model, x, freeze=True, cost_model=FirstChannelsLast())
+    torch.testing.assert_close(y, model(x))
+    assert y.is_contiguous()
+    calls = re.findall(r"(buf\d+) = extern_kernels.convolution\(\w+, (\w+),.*\n +assert_size_stride\(\1, \S+ .*?\), \(([\d, ]+)\)", code)
+    (_, first, last), (_, second, eager) = calls
+    assert (last, eager) == ("1568, 1, 112, 8", "1152, 144, 12, 1")
+    assert "_layerzero" in first
+    assert "arg" in second  # the parameter itself
+    assert code.count("async_compile.cpp_pybinding(") == 2  # x channels last, relu
 
 
 def test_blocks_that_cannot_take_the_same_decision_are_untied() -> None:

@@ -33,9 +33,9 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("ranks")
-    package = str(Path(lz_compiler.__file__).parent.parent)
+    path = os.pathsep.join([str(Path(lz_compiler.__file__).parent.parent), *filter(None, sys.path)])
     # Nothing comes from torch's caches; what torch knows of this CPU's instructions stays known.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": package, "TORCH_COMPILE_CACHE_KEY_TAG": str(folder)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_COMPILE_CACHE_KEY_TAG": str(folder)}
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "ranks_job.py")]
     run += [str(folder), request.param]
     done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=400)

@@ -99,12 +99,17 @@ class _Rewriter:
     def __init__(self, view: GraphView, choices: Sequence[Choice]) -> None:
         self.view, self.emit = view, GraphEmitter(view)
         self.formats: dict[tuple[str, str], fx.Node] = {}  # (tensor, dtype) -> node, where a kernel made another dtype
+        self.weights: dict[fx.Node, fx.Node] = {}  # frozen ones, channels last
         self.current: dict[fx.Node, fx.Node] = {}  # original node -> what computes its value now
         self.dirty: set[fx.Node] = set()
         self.anchors: dict[str, Candidate] = {}
+        self.kept: dict[str, Candidate] = {}  # convolutions that stay
         for choice in choices:
             c = choice.candidate
-            if c.kernel not in (LOOP, VIEW, CALL) and not dict(c.params).get("as_is"):
+            if dict(c.params).get("as_is"):
+                if c.region.op == "conv":
+                    self.kept[c.region.nodes[-1]] = c
+            elif c.kernel not in (LOOP, VIEW, CALL):
                 # A region's last node is the first place where all its inputs exist; merged products read one input.
                 self.anchors[c.region.nodes[0] if c.region.op == "merged_linear" else c.region.nodes[-1]] = c
 
@@ -117,8 +122,17 @@ class _Rewriter:
                 with self.view.graph.inserting_before(node):
                     self._emit(candidate)
             elif node not in self.current and any(n in self.dirty for n in node.all_input_nodes):
+                if node.name in self.kept:
+                    with self.view.graph.inserting_before(node):
+                        self._keep(node, self.kept[node.name])
                 self._refresh(node)
         return len(self.anchors)
+
+    def _keep(self, node: fx.Node, candidate: Candidate) -> None:
+        """Give a convolution its image as eager has it: that is what it was priced with, and it would follow any layout it finds."""
+        image = node.args[0]
+        if candidate.in_formats[0].layout == "strided" and image in self.dirty:
+            node.replace_input_with(image, self.emit.call(aten.clone.default, image, memory_format=torch.contiguous_format))
 
     def _refresh(self, node: fx.Node) -> None:
         """Recompute the fake value of a node whose inputs changed strides."""
@@ -166,8 +180,15 @@ class _Rewriter:
         value: Tensor = out.meta["val"]
         last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
         if fmt.layout == "channels_last" and value.dim() == 4 and not last:
+            if out is node and self.view.constant(node) is not None:  # a frozen weight: once, and not in every call
+                return self._ahead(node)
             out = self.emit.call(aten.clone.default, out, memory_format=torch.channels_last)
         return out
+
+    def _ahead(self, weight: fx.Node) -> fx.Node:
+        if weight not in self.weights:
+            self.weights[weight] = self.emit.constant(lambda w: w.contiguous(memory_format=torch.channels_last), weight)
+        return self.weights[weight]
 
     def _in_dtype(self, node: fx.Node, dtype: str) -> fx.Node:
         now = self.current.get(node, node)
