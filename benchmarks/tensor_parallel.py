@@ -82,6 +82,8 @@ def main() -> None:
                 spread = f"{s.p20:.3f} to {s.p80:.3f}"
                 print(f"| {prompt.shape[1]} | {name} | {s.median:.3f} | {spread} | {chosen[name]} | {errors[name]:.1e} |", flush=True)
     dist.barrier()
+    calls.clear()
+    torch._dynamo.reset()  # NCCL's communicator waits for the CUDA graphs that hold its collectives
     dist.destroy_process_group()
 
 
