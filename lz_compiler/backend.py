@@ -128,10 +128,12 @@ class Session:
         real: Sequence[tuple[Tensor | None, bool]], team: ranks.Team | None = None, plans: Sequence[Plan] = (), dilution: float = DILUTION,
     ) -> None:  # fmt: skip
         self.team = team
-        if team is not None:
-            options = replace(options, race=False)  # clocks differ, so ranks would run different finalists
         if torch.are_deterministic_algorithms_enabled():
             options = replace(options, deterministic=True)
+        static = not any(isinstance(i, torch.SymInt) for i in inputs)
+        self.may_race = options.race and not options.deterministic and static and not torch.is_grad_enabled()  # with other ranks
+        if team is not None:
+            options = replace(options, race=False)  # clocks differ, so ranks would run different finalists
         self.gm, self.inputs, self.options, self.store, self.device, self.real = gm, inputs, options, store, device, real
         env = [f"{k}={v}" for k, v in sorted(environment(device).items())]
         env += Trust(store, environment(device)).marks()
@@ -204,13 +206,31 @@ class Session:
             collectives.keep(store, team.size, options.graphs, self.links)
         if team.leads:
             run = self._compile(self._stored_verdict())
+            together = self._in_step(team) and not self.record.decided
             lossless = [plan_to_dict(p) for p in self.lossless]
-            team.say("verdict", self._verdict(self.record.winner, self.record.times) | {"lossless": lossless})
+            team.say("verdict", self._verdict(self.record.winner, self.record.times) | {"lossless": lossless, "race": together})
         else:
-            run = self._compile(team.verdict())
-        plans = self.record.plans
-        self.record.ranks = team.confirm(self.record.winner, [plan_to_dict(p) for p in plans], collectives.kernels(plans))
+            verdict = team.verdict()
+            run, together = self._compile(verdict), verdict["race"]
+        if together:
+            run = self._race_in_step(run, team)
+        plans, candidates = self.record.plans, self.finalists if together else (self.record.winner,)
+        self.record.ranks = team.confirm(" or ".join(candidates), [plan_to_dict(p) for p in plans], collectives.kernels(plans))
         return run
+
+    def _race_in_step(self, planned: Callable[..., Any], team: ranks.Team) -> Callable[..., Any]:
+        try:
+            finalists = {PLANNED: planned, INDUCTOR: self._inductor()}
+        except torch_private.lowering_errors() as error:
+            self.record.notes.append(f"not raced against TorchInductor, which cannot compile the graph: {first_line(str(error))}")
+            self._finish({}, PLANNED)
+            return planned
+        self.record.decided = False
+        return self._race(finalists, None, agree=team.slowest)
+
+    def _in_step(self, team: ranks.Team) -> bool:
+        """Whether the ranks race together: all plan together, and collectives in the graph keep their calls in step."""
+        return self.may_race and self.collective and len(team.members) == team.size and INDUCTOR not in self._barred()
 
     def _stored_verdict(self) -> Mapping[str, Any] | None:
         """The verdict of an earlier process, unless what it would run has failed since, or its plan was over the budget."""
@@ -284,7 +304,7 @@ class Session:
         racing = self.options.race and not self.options.deterministic and not self.collective
         if not racing and not lossy:
             # What one process could not measure in time, the next one must not measure instead.
-            if self.options.deterministic or self.team is not None or self.collective:
+            if (self.options.deterministic or self.team or self.collective) and not (self.team and self._in_step(self.team)):
                 self._finish({}, PLANNED)
             return planned
         finalists: dict[str, race.Finalist] = {PLANNED: planned}
@@ -310,10 +330,12 @@ class Session:
 
     def _race(
         self, finalists: Mapping[str, race.Finalist], check: Callable[[tuple[Any, ...]], list[str]] | None, rounds: int = race.ROUNDS,
-        finish: Callable[[dict[str, float], str], None] | None = None,
+        finish: Callable[[dict[str, float], str], None] | None = None, agree: Callable[[dict[str, float]], dict[str, float]] | None = None,
     ) -> race.Race:  # fmt: skip
         self.finalists = tuple(finalists)
-        return race.Race(finalists, finish or self._finish, PLANNED, check, rounds, rescue=self._rescue, reference=self._reference())
+        return race.Race(
+            finalists, finish or self._finish, PLANNED, check, rounds, rescue=self._rescue, reference=self._reference(), agree=agree
+        )
 
     def _from_verdict(self, verdict: Mapping[str, Any]) -> Callable[..., Any]:
         """The race was run before: compile its winner only."""

@@ -33,14 +33,18 @@ class Race:
 
     `rescue(name, error, args)` answers the call in which a finalist raised, or raises; the finalist is out then, and a winner is
     followed by `reference` (None: there is nothing to follow it).
+
+    `agree(times)`: for ranks that race in step. Each then runs the same finalist in the same call, none leaves early, and the clock that
+    decides is what `agree` makes of all ranks' times.
     """
 
     def __init__(
         self, finalists: Mapping[str, Finalist], finish: Callable[[dict[str, float], str], None], leader: str,
         check: Callable[[tuple[Any, ...]], list[str]] | None = None, rounds: int = ROUNDS, *,
         rescue: Callable[[str, Exception, tuple[Any, ...]], Any], reference: Finalist | None,
+        agree: Callable[[dict[str, float]], dict[str, float]] | None = None,
     ) -> None:  # fmt: skip
-        self.finalists = dict(finalists)
+        self.finalists, self.agree = dict(finalists), agree
         self.rescue, self.reference, self.running = rescue, reference, leader
         self.finish, self.leader, self.check = finish, leader, check
         self.rounds = rounds
@@ -85,7 +89,8 @@ class Race:
         if shape != self.shape:
             self.running = self.leader
             return self.finalists[self.leader](*args)  # other sizes are not comparable; the verdict comes from the first
-        self._drop_slow()
+        if self.agree is None:
+            self._drop_slow()
         waiting = [n for n in self.finalists if self.rounds and self.calls[n] < WARMUP + self.rounds]
         if not waiting or len(self.finalists) == 1:
             return self._decide()(*args)
@@ -155,6 +160,7 @@ class Race:
 
     def _decide(self) -> Finalist:
         times = {n: self._median(n) for n in self.forward if self.forward[n]}
+        times = times if self.agree is None else self.agree(times)
         name = min((n for n in self.finalists), key=lambda n: times.get(n, float("inf")))
         self.winner, self.running = self.finalists[name], name
         self.finish(times, name)

@@ -6,6 +6,7 @@ For each graph that Dynamo gives the ranks, in order, they meet in the job's own
     verdict  the lowest rank of each capability group plans, and tells the others of its group
     done     every rank says what it made of that; the same graph with another plan is an error
     differ   only then: every rank says which kernel its plan has where, and the error names the first differences
+    times    where they race: what each rank measured, once every finalist had its calls
 
 A capability group is the ranks with the same hardware, quarantine and graph. Messages are JSON; no collective is run.
 """
@@ -152,6 +153,12 @@ class Team:
         self.say("over_budget", {"names": list(names)})
         known = self.hear("over_budget", self.members, self.timeout_s)
         return sorted({name for told in known.values() for name in told["names"]})
+
+    def slowest(self, times: Mapping[str, float]) -> dict[str, float]:
+        """Of each finalist the seconds of the member where it takes longest."""
+        self.say("times", times)
+        known = self.hear("times", self.members, self.timeout_s)
+        return {name: max(told[name] for told in known.values()) for name in times}
 
     def _key(self, stage: str, rank: int) -> str:
         return f"{self.number}/{stage}/{rank}"
