@@ -162,6 +162,7 @@ class Pairs(nn.Module):
         return x @ y if x.shape[0] > 40 else (x * scale).relu() @ y
 
 
+@pytest.mark.slow
 def test_general_cells_of_two_symbols(tmp_path: Path) -> None:
     """One for each choice of symbols that are 1, as far as the model's branches go; none where that is not beyond the buckets."""
     x, y = torch.randn(6, 16), torch.randn(16, 5)
@@ -466,6 +467,7 @@ class Cached(nn.Module):
         return (x @ self.keys.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ self.values
 
 
+@pytest.mark.slow
 def test_a_cache_in_buffers_is_the_files_own_state(tmp_path: Path) -> None:
     """Cells share it, equal buffers stay apart, warming up leaves it alone, and a written argument is never converted."""
     model = Cached().eval()

@@ -253,6 +253,7 @@ def test_dense_is_what_torch_calls_contiguous() -> None:
     assert answers == {True, False}
 
 
+@pytest.mark.slow
 def test_jobs_share_the_regions(ran: Any, installed: Path, tmp_path: Path) -> None:
     (alone,) = ran[1]["runs"]
     some = ("good", "nan", "strided", "segfault", "fake")  # of each kind of fault one; a hanging kernel takes its seconds
@@ -314,6 +315,7 @@ def test_a_row_that_the_end_cuts_off_is_not_blamed(installed: Path, tmp_path: Pa
     assert not run.bad
 
 
+@pytest.mark.slow
 def test_the_difference_is_a_gate(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What passed and is no longer offered, or whose library is gone, is shown and ends with exit code 1; a second time nothing changes."""
 

@@ -55,7 +55,15 @@ def assumed() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=relative)
+# The page of offline plans compiles many cells.
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=pytest.mark.slow if p.stem == "offline_plans" else (), id=relative(p))
+        for p in PAGES
+        if any(blocks(p, "python"))
+    ],
+)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, which is also the module `my_model` that pages speak of."""
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # pages are read beside a clone

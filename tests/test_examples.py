@@ -42,6 +42,7 @@ def test_transformers_model() -> None:
     assert "tokens equal eager's: True" in text
 
 
+@pytest.mark.slow
 def test_timm_model() -> None:
     text = output("timm_model.py")
     assert "onednn.conv_packed" in chosen(text)
@@ -49,6 +50,7 @@ def test_timm_model() -> None:
     assert "classes equal eager's: True" in text
 
 
+@pytest.mark.slow
 def test_training() -> None:
     text = output("training.py")
     assert "forward graph" in text
@@ -58,6 +60,7 @@ def test_training() -> None:
     assert ours[-1] < 0.7 * ours[0]
 
 
+@pytest.mark.slow
 def test_generation() -> None:
     text = output("generation.py")
     assert chosen(text)
@@ -71,6 +74,7 @@ def test_custom_kernel() -> None:
     assert number(text, "largest difference from eager") < 1e-4
 
 
+@pytest.mark.slow
 def test_ablation_notebook(tmp_path: Path) -> None:
     """Its code, cell by cell, gives the committed outputs; Jupyter is not needed."""
     cells = [c for c in json.loads((EXAMPLES / "ablation.ipynb").read_text())["cells"] if c["cell_type"] == "code"]

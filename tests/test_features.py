@@ -724,6 +724,7 @@ RACE = """
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_compiles_the_winner_only(tmp_path: Path) -> None:
     """Two processes plan and race at once on one cache; a third finds a verdict at its first call."""
     both = [in_process(RACE, tmp_path) for _ in range(2)]

@@ -204,7 +204,7 @@ def test_packings_of_one_product_are_not_tied(tmp_path: Path) -> None:
     assert dtypes(plan) == ["bfloat16"] * 3
 
 
-@pytest.mark.parametrize("one_format", [True, False])
+@pytest.mark.parametrize("one_format", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_solved_plan_over_its_budget_is_tightened(one_format: bool, tmp_path: Path) -> None:
     """`lz.solve` goes on until the error that it measures is within the budget, for cells that share their weights and for others."""
     torch.manual_seed(0)

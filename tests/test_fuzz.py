@@ -183,6 +183,7 @@ def test_a_kernel_for_a_part_of_its_cell_is_not_planned(baked: Path) -> None:
     assert findings == [("constraint", "cell_2: aten.sdpa_math is called for rows 5..32, but holds for rows 16..64")]
 
 
+@pytest.mark.slow
 def test_a_crash_is_a_failure_and_other_weights_are_refused(baked: Path, tmp_path: Path) -> None:
     crash = "    if rows == 7:\n        os.kill(os.getpid(), 11)\n    if not 1 <= rows <= 32:"
     folder = edited(baked, tmp_path / "out", ("    if not 1 <= rows <= 32:", crash))

@@ -63,6 +63,7 @@ def test_generate_compiles_one_graph_for_all_steps() -> None:
     assert counters["layerzero"]["graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_a_planned_and_a_baked_decoder(tmp_path: Path) -> None:
     """A prompt and its steps by two cells that share one cache; sizes inside a cell never plan or compile anything."""
     model, prompt = tiny(), torch.randint(128, (2, 7))
@@ -81,6 +82,7 @@ def test_a_planned_and_a_baked_decoder(tmp_path: Path) -> None:
     assert torch.equal(greedy(module.forward, prompt, STEPS), wanted)
 
 
+@pytest.mark.slow
 def test_attention_knows_the_form_of_its_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers share one object; attention to keys that are no cache's has none."""
     seen: list[Any] = []

@@ -197,6 +197,7 @@ def test_bert_with_padding(h200: TimingStore) -> None:
     assert_applies(on_cpu, plan)
 
 
+@pytest.mark.slow
 def test_resnet(h200: TimingStore) -> None:
     on_cpu, view = resnet()
     plan = planned(h200, view)

@@ -395,6 +395,7 @@ def test_a_broken_third_party_is_a_rejection(name: str, site: Path, monkeypatch:
     assert why in rejection.detail
 
 
+@pytest.mark.slow
 def test_compiling_goes_on_beside_broken_third_parties(site: Path) -> None:
     """Those that break while they are asked, and one that ends processes; an allow-list without them imports none."""
     plant(str(site / "cache"))  # which the processes use

@@ -428,7 +428,14 @@ def facts(predicate: Any) -> tuple[Any, ...]:
 PADDED = [("batch", "key")]
 
 
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+DYNAMIC = [False, slow(True)]
+
+
+@pytest.mark.parametrize("dynamic", DYNAMIC)
 def test_llama(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
     tf = pytest.importorskip("transformers")
     llama = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, num_key_value_heads=2))
@@ -439,14 +446,14 @@ def test_llama(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
     assert facts(found) == (True, 0, 0, "zero", PADDED, False)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", DYNAMIC)
 def test_mistral(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
     tf = pytest.importorskip("transformers")
     model = tf.MistralForCausalLM(tf.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=5))
     assert attention_masks(monkeypatch, model, dynamic, input_ids=ids(), use_cache=False) == [MaskPredicate(True, 0, 5)]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", DYNAMIC)
 def test_bert(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
     tf = pytest.importorskip("transformers")
     model = tf.BertModel(tf.BertConfig(**SMALL))
@@ -454,7 +461,9 @@ def test_bert(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
     assert facts(found) == (False, 0, 0, "zero", PADDED, False)
 
 
-@pytest.mark.parametrize(("queries", "padded", "dynamic"), [(1, False, False), (1, True, False), (4, False, False), (1, False, True)])
+@pytest.mark.parametrize(
+    ("queries", "padded", "dynamic"), [(1, False, False), (1, True, False), slow(4, False, False), slow(1, False, True)]
+)
 def test_llama_on_a_static_cache(monkeypatch: pytest.MonkeyPatch, queries: int, padded: bool, dynamic: bool) -> None:
     tf = pytest.importorskip("transformers")
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
@@ -469,6 +478,7 @@ def test_llama_on_a_static_cache(monkeypatch: pytest.MonkeyPatch, queries: int, 
     assert (found.position.node.op, found.position.index) == ("placeholder", ())  # the cache's own count
 
 
+@pytest.mark.slow
 def test_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2; BART's encoder, decoder and cross attention; T5, whose masks carry a learned bias and are kept."""
     tf = pytest.importorskip("transformers")
@@ -511,7 +521,7 @@ class Attends(torch.nn.Module):
         return sum(F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in masks)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", DYNAMIC)
 def test_masks_are_dropped_in_training(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Attends(), torch.randn(2, 24, 32, requires_grad=True)
     calls: list[tuple[str, Any, bool]] = []

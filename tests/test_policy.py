@@ -720,6 +720,7 @@ def test_running_out_of_memory_is_no_ones_fault(monkeypatch: pytest.MonkeyPatch)
     assert not quarantined()
 
 
+@pytest.mark.slow
 def test_where_nobody_can_be_named_the_graph_is_given_up() -> None:
     """Inductor's C++ wrapper leaves no line of Python that names the call: the next process runs the graph by TorchInductor alone."""
     model, x = linear(16, 16), torch.randn(3, 16)
@@ -811,6 +812,7 @@ except KernelError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_backward_from_autograds_cache_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes: one plans, one fills torch's caches, and in one, for which nothing is compiled, the kernel raises."""
     # Keys of torch's caches that no other run has, rather than a folder: in a new one torch first tries which instructions work.
