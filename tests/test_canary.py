@@ -308,6 +308,7 @@ def only(name: str) -> dict[str, Any]:
     return {name: FAULTY["kernels"][name]}
 
 
+@pytest.mark.slow
 def test_a_row_that_the_end_cuts_off_is_not_blamed(installed: Path, tmp_path: Path) -> None:
     with declared(installed, kernels=only("faulty.hang")):
         (run,) = canary(["faulty"], cache_dir=str(tmp_path), row_s=60, total_s=8).runs

@@ -373,6 +373,7 @@ def test_output_strides_are_eagers(name: str) -> None:
     assert any(not k.startswith("aten.") or "flash" in k for k in kernels()) or name.startswith("conv")
 
 
+@pytest.mark.slow
 def test_strides_of_a_conv_net_in_both_memory_formats() -> None:
     model, (x,), _ = convnet(size=16)
     body = model[:3]

@@ -462,7 +462,7 @@ def test_bert(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("queries", "padded", "dynamic"), [(1, False, False), (1, True, False), slow(4, False, False), slow(1, False, True)]
+    ("queries", "padded", "dynamic"), [(1, False, False), slow(1, True, False), slow(4, False, False), slow(1, False, True)]
 )
 def test_llama_on_a_static_cache(monkeypatch: pytest.MonkeyPatch, queries: int, padded: bool, dynamic: bool) -> None:
     tf = pytest.importorskip("transformers")
