@@ -270,6 +270,18 @@ def test_ablate_leaves_inductor_out_on_a_cpu(small: list[Case], tmp_path: Path) 
         ablate.run(small[:2], tmp_path / "none", ("inductor",), ("cp_sat",), (0,))
 
 
+def test_hybrid_with_another_tolerance_measures_less(small: list[Case], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    size = {"members": 5, "trees": 20}
+    ablate.run(small[:4], tmp_path, ("hybrid", "hybrid:0.9"), ("cp_sat",), (0,), size=size)
+    measured = {
+        name: sum(int(r["measured"]) for r in rows(tmp_path / "plans.csv") if r["cost_model"] == name) for name in ("hybrid", "hybrid:0.9")
+    }
+    assert 0 < measured["hybrid:0.9"] < measured["hybrid"]
+    with pytest.raises(OptionError, match="unknown cost model 'hybrid:much'"):
+        ablate.run(small[:2], tmp_path / "none", ("hybrid:much",), ("cp_sat",), (0,))
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in ablate_report.read(path)]
 

@@ -366,6 +366,7 @@ def helped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str
     return {script: (code, (folder / script).read_text()) for script, code in json.loads(ran.stdout).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [p.name for p in SCRIPTS])
 def test_every_benchmark_starts(script: str, helped: dict[str, tuple[int, str]]) -> None:
     code, printed = helped[script]

@@ -55,11 +55,11 @@ def assumed() -> dict[str, Any]:
     }  # fmt: skip
 
 
-# The page of offline plans compiles many cells.
+# These compile many cells.
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(p, marks=pytest.mark.slow if p.stem == "offline_plans" else (), id=relative(p))
+        pytest.param(p, marks=pytest.mark.slow if p.stem in ("offline_plans", "README") else (), id=relative(p))
         for p in PAGES
         if any(blocks(p, "python"))
     ],

@@ -34,6 +34,7 @@ def number(text: str, label: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_transformers_model() -> None:
     text = output("transformers_model.py")
     assert "mask causal" in text

@@ -147,6 +147,7 @@ def test_compile_reports_a_wrong_option_at_once() -> None:
 # --- graphs: breaks, aliases, mutation, strides -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_graph_breaks_give_several_graphs() -> None:
     model = linear(16, 16)
 

@@ -46,6 +46,7 @@ def expected(model: Any, prompt: Tensor, steps: int) -> Tensor:
     return ids[:, prompt.shape[1] :]
 
 
+@pytest.mark.slow
 def test_generate_compiles_one_graph_for_all_steps() -> None:
     model, prompt = tiny(), torch.randint(128, (2, 7))
     wanted = expected(model, prompt, STEPS)

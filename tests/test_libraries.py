@@ -257,6 +257,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
 NEEDS_AVX2 = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="FlexAttention's C++ needs AVX2")
 
 
+@pytest.mark.slow
 @NEEDS_AVX2
 def test_flex_attention_runs_with_the_predicates_inlined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two predicates in one graph, each its own subgraph, with loops behind that must not be fused into the C++ template."""

@@ -213,7 +213,7 @@ masks = given(
 traced = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
 
 
-@settings(traced, max_examples=60)
+@settings(traced, max_examples=40)
 @masks
 def test_a_predicate_is_the_mask_at_every_element(**drawn: Any) -> None:
     is_the_mask(**drawn)

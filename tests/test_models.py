@@ -208,7 +208,7 @@ def test_training_step(name: str) -> None:
     check_training_step(build(name), MODELS[name][1](MODELS[name][2]), slack=256, least=1e-2)
 
 
-@pytest.mark.parametrize("name", some((n for n, m in MODELS.items() if m[3]), ("bert", "mistral")))
+@pytest.mark.parametrize("name", some((n for n, m in MODELS.items() if m[3]), ("bert",)))
 def test_second_size_under_dynamic_shapes(name: str) -> None:
     model = build(name)
     run = compiled(model, dynamic=True)

@@ -118,6 +118,7 @@ def test_a_plan_with_an_error_budget_is_followed() -> None:
     assert (counters()["plans"], counters()["known_plans"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.ModelPlan], caplog: pytest.LogCaptureFixture) -> None:
     """Its first call says how long it waits; with compile_in_background it waits for the trace, and runs that until a thread is done."""
     model, plan = planned

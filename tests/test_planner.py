@@ -170,7 +170,7 @@ def agree_on_any(given: Problem) -> None:
     event(f"fused {any(len(given.candidates[k].region.nodes) > 1 for k in best.chosen)}")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(problems())
 def test_solvers_agree(given: Problem) -> None:
     agree_on_any(given)

@@ -15,6 +15,7 @@ import csv
 import hashlib
 import os
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,9 +35,9 @@ from ..errors import OptionError, SolverError, TooFewError, unknown
 from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 from .corpus import Case, Sample, with_prices
 
+# And `hybrid:0.05`, of another tolerance. `learned:always` never abstains.
 MODELS = ("measured", "hybrid", "learned", "learned:always", "roofline", "inductor", "constant")
 SOLVERS = ("cp_sat", "highs", "dynamic", "lp_rounding", "local_search", "greedy", "one_layout", "priority")
-TRAINED = ("learned", "learned:always", "hybrid")  # `always`: never abstains; `0.005`: the tolerance
 EXPERIMENTS = ("models", "device")
 KEY = ("case", "digest", "experiment", "cost_model", "seed")  # of one cost model on one case
 FOLDS = 6
@@ -181,8 +182,12 @@ def make_model(name: str, case: Case, forest: Callable[[], Forest]) -> CostModel
         return Constant(case.target)
     if name.startswith("learned"):
         return Learned(case.target, forest(), abstains=name != "learned:always")
-    tolerance = float(name.partition(":")[2] or TOLERANCE)
+    tolerance = float(name.partition(":")[2] or TOLERANCE)  # hybrid:0.05
     return Hybrid(Learned(case.target, forest()), Nothing(), Recorded(case), lambda ctx, c: c.key, tolerance=tolerance)
+
+
+def is_trained(name: str) -> bool:
+    return name.startswith(("learned", "hybrid"))
 
 
 def priced(case: Case, model: CostModel) -> tuple[dict[str, Cost | None], list[tuple[int, str, Cost | None]]]:
@@ -327,8 +332,8 @@ def schedule(cases: Sequence[Case], models: Sequence[str], solvers: Sequence[str
         for model in models:
             if model == "inductor" and unknown_rates(case.target):
                 continue
-            for experiment in EXPERIMENTS if model in TRAINED and len(devices) > 1 else EXPERIMENTS[:1]:
-                for seed in seeds if model in TRAINED and experiment == "models" else seeds[:1]:
+            for experiment in EXPERIMENTS if is_trained(model) and len(devices) > 1 else EXPERIMENTS[:1]:
+                for seed in seeds if is_trained(model) and experiment == "models" else seeds[:1]:
                     yield Work(case, experiment, model, seed, tuple(solvers if model == "measured" else solvers[:1]))
 
 
@@ -342,7 +347,7 @@ def run(
     """
     for what, names, known in (("cost model", models, MODELS), ("solver", solvers, planner.SOLVERS)):
         for name in names:
-            if name not in known:
+            if name not in known and not (what == "cost model" and re.fullmatch(r"hybrid:0\.\d+", name)):
                 raise OptionError(unknown(what, name, known))
     out.mkdir(parents=True, exist_ok=True)
     plans, prices = Table(out / "plans.csv", PlanRow), Table(out / "prices.csv", PriceRow)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .ablate import SOLVERS, TRAINED, kendall
+from .ablate import SOLVERS, is_trained, kendall
 
 Row = Mapping[str, str]
 DRAWS = 2000
@@ -65,7 +65,7 @@ def exact(plans: Sequence[Row]) -> str:
 def model_table(plans: Sequence[Row], device: str, experiment: str) -> str:
     """Cost models on one device, by one solver."""
     chosen = [r for r in plans if r["device"] == device and r["solver"] == exact(plans)]
-    rows = [r for r in chosen if r["experiment"] == experiment or r["cost_model"] not in TRAINED]
+    rows = [r for r in chosen if r["experiment"] == experiment or not is_trained(r["cost_model"])]
     reference = by_case((r for r in rows if r["cost_model"] == "measured"), lambda r: float(r["judged_ns"]))
     lines = []
     for name in dict.fromkeys(r["cost_model"] for r in rows):
@@ -130,7 +130,7 @@ def solver_table(plans: Sequence[Row]) -> str:
 def tau_table(prices: Sequence[Row], device: str, experiment: str) -> str:
     """Kendall's tau over pairs of kernels of one region, by op class."""
     rows = [r for r in prices if r["device"] == device and int(r["predicted_ns"]) > 0]
-    rows = [r for r in rows if r["experiment"] == experiment or r["cost_model"] not in TRAINED]
+    rows = [r for r in rows if r["experiment"] == experiment or not is_trained(r["cost_model"])]
     ops = sorted({r["op"] for r in rows})
     lines = []
     for name in dict.fromkeys(r["cost_model"] for r in rows if not r["cost_model"].startswith("hybrid")):
