@@ -202,6 +202,7 @@ def test_what_a_general_cell_asks_of_sizes(tmp_path: Path) -> None:
     assert failure.sizes == {"rows": 9}
 
 
+@pytest.mark.slow
 def test_the_self_test_and_the_loops_source(baked: tuple[nn.Module, Path], tmp_path: Path) -> None:
     """Every cell runs on made-up inputs; without its compiled loops the file compiles them from their source."""
     _, folder = baked

@@ -117,6 +117,7 @@ def test_every_solver_gives_a_plan_that_runs() -> None:
     assert objectives["cp_sat"] == objectives["highs"] <= objectives["greedy"]
 
 
+@pytest.mark.slow
 def test_strict_layouts_keep_eagers() -> None:
     """layout_mode='strict' leaves every tensor in eager's strides."""
     model, args, _ = convnet()

@@ -218,6 +218,7 @@ def test_written_buffers_and_arguments() -> None:
         run(torch.randn(8, 16), {"sum": mine}, scale=2.0)
 
 
+@pytest.mark.slow
 def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) -> None:
     model, plan = planned
     run, strict = lz.compile(model, plan=plan), lz.compile(model, plan=plan, layout_mode="strict")
