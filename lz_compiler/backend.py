@@ -206,7 +206,7 @@ class Session:
             collectives.keep(store, team.size, options.graphs, self.links)
         if team.leads:
             run = self._compile(self._stored_verdict())
-            together = self._in_step(team) and not self.record.decided
+            together = self._in_step() and not self.record.decided
             lossless = [plan_to_dict(p) for p in self.lossless]
             team.say("verdict", self._verdict(self.record.winner, self.record.times) | {"lossless": lossless, "race": together})
         else:
@@ -219,18 +219,18 @@ class Session:
         return run
 
     def _race_in_step(self, planned: Callable[..., Any], team: ranks.Team) -> Callable[..., Any]:
-        try:
-            finalists = {PLANNED: planned, INDUCTOR: self._inductor()}
-        except torch_private.lowering_errors() as error:
-            self.record.notes.append(f"not raced against TorchInductor, which cannot compile the graph: {first_line(str(error))}")
+        """The race of all ranks, against TorchInductor alone."""
+        rival = self._rival()
+        if not rival:
             self._finish({}, PLANNED)
             return planned
         self.record.decided = False
-        return self._race(finalists, None, agree=team.slowest)
+        return self._race({PLANNED: planned, **rival}, None, agree=team.slowest)
 
-    def _in_step(self, team: ranks.Team) -> bool:
+    def _in_step(self) -> bool:
         """Whether the ranks race together: all plan together, and collectives in the graph keep their calls in step."""
-        return self.may_race and self.collective and len(team.members) == team.size and INDUCTOR not in self._barred()
+        together = self.team is not None and len(self.team.members) == self.team.size
+        return together and self.may_race and self.collective and INDUCTOR not in self._barred()
 
     def _stored_verdict(self) -> Mapping[str, Any] | None:
         """The verdict of an earlier process, unless what it would run has failed since, or its plan was over the budget."""
@@ -304,7 +304,7 @@ class Session:
         racing = self.options.race and not self.options.deterministic and not self.collective
         if not racing and not lossy:
             # What one process could not measure in time, the next one must not measure instead.
-            if (self.options.deterministic or self.team or self.collective) and not (self.team and self._in_step(self.team)):
+            if (self.options.deterministic or self.team is not None or self.collective) and not self._in_step():
                 self._finish({}, PLANNED)
             return planned
         finalists: dict[str, race.Finalist] = {PLANNED: planned}
@@ -317,10 +317,7 @@ class Session:
         if barred:
             self.record.notes.append(f"the policy forbids what {' and '.join(sorted(barred))} would use: not raced against")
         if INDUCTOR not in barred:
-            try:
-                finalists[INDUCTOR] = self._inductor()
-            except torch_private.lowering_errors() as error:
-                self.record.notes.append(f"not raced against TorchInductor, which cannot compile the graph: {first_line(str(error))}")
+            finalists |= self._rival()
         if EAGER not in barred:
             finalists[EAGER] = self.gm.forward
         if len(finalists) == 1:
@@ -411,6 +408,14 @@ class Session:
 
     def _store(self, winner: str, times: Mapping[str, float]) -> None:
         self.store.put_record("verdict", self.key, self._verdict(winner, times))
+
+    def _rival(self) -> dict[str, race.Finalist]:
+        """TorchInductor alone, where it compiles the graph."""
+        try:
+            return {INDUCTOR: self._inductor()}
+        except torch_private.lowering_errors() as error:
+            self.record.notes.append(f"not raced against TorchInductor, which cannot compile the graph: {first_line(str(error))}")
+            return {}
 
     def _inductor(self) -> Callable[..., Any]:
         gm = torch_private.copy_graph_module(self.gm)

@@ -131,7 +131,7 @@ class _Rewriter:
     def _keep(self, node: fx.Node, candidate: Candidate) -> None:
         """Give a convolution its image as eager has it: that is what it was priced with, and it would follow any layout it finds."""
         image = node.all_input_nodes[0]
-        if candidate.in_formats[0].layout == "strided" and image in self.dirty:
+        if candidate.in_formats[0].layout == "strided" and image in self.dirty and not image.meta["val"].is_contiguous():
             node.replace_input_with(image, self.emit.call(aten.clone.default, image, memory_format=torch.contiguous_format))
 
     def _refresh(self, node: fx.Node) -> None:
