@@ -196,6 +196,28 @@ def test_solvers_agree_on_many_tied_problems(given: Problem) -> None:
     agree(given, "cp_sat", "highs", "dynamic", "greedy")
 
 
+def test_cp_sat_finds_the_optimum_that_its_presolve_loses() -> None:
+    """What is left of a random problem for which ortools 9.15 proves 15 to be optimal (google/or-tools#5293)."""
+    knapsack = (*((d, 24739011600) for d in (1, 6, 10, 11)), (13, 43980465067))
+    rows = [
+        (((0, 1), (8, 1)), 1),
+        (((3, 1), (8, 1)), 1),
+        (((1, -1), (6, 1)), 0),
+        (((3, -1), (5, 1), (6, 1), (8, -1)), 0),
+        (((5, -1), (6, -1), (9, 1), (10, 1), (11, 1)), 0),
+        (((5, -1), (10, 1), (2, -1), (4, 1)), 0),
+        (((6, -1), (11, 1), (2, 1), (4, -1)), 0),
+        (((6, -1), (2, 1)), 0),
+        (((0, -1), (1, -1), (8, -1)), -1),
+        (((12, -1), (13, -1)), -1),
+        (knapsack, 2**36),
+    ]
+    costs = [15 if d in (9, 12) else 0 for d in range(14)]
+    answer = planner._cp_sat(costs, rows, 10.0, frozenset())
+    assert answer.status is Status.OPTIMAL
+    assert sum(costs[d] for d in answer.used or ()) == answer.bound == 0
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(problems(low=2, high=3, groups=1), st.data())
 def test_optimum_is_the_cheapest_plan_that_the_checker_accepts(given: Problem, data: st.DataObject) -> None:
