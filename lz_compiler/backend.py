@@ -576,7 +576,7 @@ def _identity(graph: fx.Graph, frozen: Mapping[fx.Node, Tensor]) -> str:
 
 def _changes(plan: Plan) -> bool:
     """Whether a plan does anything that Inductor alone would not."""
-    return any(not dict(c.candidate.params).get("as_is") and c.candidate.region.op in _REGIONS for c in plan.choices)
+    return any(not c.candidate.as_is and c.candidate.region.op in _REGIONS for c in plan.choices)
 
 
 _REGIONS = ("linear", "merged_linear", "gated_linear", "bmm", "conv", "attention", "paged_attention", "all_reduce")

@@ -88,7 +88,7 @@ def pose(
 
 def _unknown_link(target: Target, candidate: Candidate) -> Rejection | None:
     """Why another all-reduce than the graph's own may not be used, or None."""
-    known = candidate.region.op != "all_reduce" or dict(candidate.params).get("as_is") or candidate.kernel in target.links
+    known = candidate.region.op != "all_reduce" or candidate.as_is or candidate.kernel in target.links
     return None if known else Rejection(candidate.kernel, "not_measured", "the ranks of this job have not measured it, or found it wrong")
 
 
@@ -202,7 +202,7 @@ def _barred(found: Enumeration) -> tuple[str, ...]:
     """Finalists that would use what the policy forbids. Eager, and Inductor alone, run the graph as it stands; and Inductor its own kernels
     wherever it sees fit."""
     denied = [c for c, _ in found.denied]
-    as_is = any(dict(c.params).get("as_is") for c in denied)
+    as_is = any(c.as_is for c in denied)
     own = any(backends.owners()[c.kernel] == "inductor" for c in denied)
     return (INDUCTOR, EAGER) if as_is else (INDUCTOR,) if own else ()
 

@@ -123,7 +123,7 @@ def refused_when_smaller(view: GraphView, options: Options) -> Callable[[Selecti
             offered.append((symbol, size, known))
 
     def refusal(ctx: SelectionContext, candidate: Candidate) -> Rejection | None:
-        if dict(candidate.params).get("as_is"):
+        if candidate.as_is:
             return None
         where = next((f"{s}={n}" for s, n, known in offered if (candidate.kernel, ctx.region.nodes) not in known), None)
         return Rejection(candidate.kernel, "dynamic_shape", f"not for all sizes: its backend refuses it for {where}") if where else None

@@ -84,10 +84,18 @@ class Candidate:
     params: tuple[tuple[str, object], ...] = ()
     key: str = ""
 
+    def param(self, name: str, default: Any = None) -> Any:
+        return dict(self.params).get(name, default)
+
+    @property
+    def as_is(self) -> bool:
+        """Whether it is the node of the graph as it stands, in whose place nothing is put."""
+        return bool(self.param("as_is"))
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Nanoseconds, where they come from (`measured`, `roofline`, `assumed`), and the spread of the samples (p80 - p20).
+    """Nanoseconds, their source (`measured`, `learned`, `roofline`, `inductor`, `assumed`), and the spread of the samples (p80 - p20).
 
     `factor` is a policy's preference: it counts in the objective, and leaves the price itself as it is.
     """
@@ -188,6 +196,11 @@ class Target:
     cache_bandwidth: float = 0.0
     links: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def least_ns(self) -> int:
+        """No kernel takes less: on a GPU the host launches ahead of the device, so that what is shorter than a launch takes one."""
+        return self.launch_ns if self.device == "cuda" else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ class Hybrid:
         self.learned, self.known, self.exact, self.identify = learned, known, exact, identify
         self.tolerance, self.checks = tolerance, checks
         self.measured = self.checked = 0
-        self.least = learned.target.launch_ns if learned.target.device == "cuda" else 1
+        self.least = learned.target.least_ns
         self._guesses: dict[str, Guess] = {}
         self._answers: dict[str, Priced] = {}
 
@@ -194,7 +194,7 @@ class Hybrid:
         needed = [problem.candidates[k] for k in solution.chosen]
         unsure = {belief.index[c.key] for c in needed if c.key in belief.index and np.isnan(belief.exact[belief.index[c.key]])}
         at_most = belief.pessimistic() * _plan(problem, solution, belief).uses
-        free = {belief.index[c.key] for c in needed if c.key in belief.index and dict(c.params).get("as_is")}
+        free = {belief.index[c.key] for c in needed if c.key in belief.index and c.as_is}
         return sorted(i for i in unsure if i not in free or at_most[i] > self.tolerance * solution.objective)
 
     def _measure(self, belief: Belief, i: int) -> bool:

@@ -226,12 +226,12 @@ class Learned:
         if why:
             return Estimate(limit, limit, math.inf, why)
         ns = limit * math.exp(mean)
-        least = self.target.launch_ns if self.target.device == "cuda" else 1
-        return Estimate(max(ns, least), max(ns * math.exp(-width), least), max(ns * math.exp(width), least))
+        ns, low, high = (max(x, self.target.least_ns) for x in (ns, ns * math.exp(-width), ns * math.exp(width)))
+        return Estimate(ns, low, high)
 
     def traffic(self, candidate: Candidate) -> int:
         """ns of memory traffic that using the kernel costs elsewhere."""
-        return traffic_ns(self.target, int(dict(candidate.params).get("traffic", 0)))  # type: ignore[call-overload]
+        return traffic_ns(self.target, candidate.param("traffic", 0))
 
     def price(self, ctx: SelectionContext, candidates: Sequence[Candidate]) -> list[Priced]:
         if not measurable(ctx):
@@ -240,8 +240,7 @@ class Learned:
 
     def _priced(self, ctx: SelectionContext, candidate: Candidate) -> Priced:
         guess = self.estimate(ctx, candidate)
-        params = dict(candidate.params)
-        if guess.why and not params.get("as_is"):
+        if guess.why and not candidate.as_is:
             return Rejection(candidate.kernel, "uncertain", guess.why)
         extra = self.traffic(candidate)
         spread = 0 if guess.why else round(guess.high - guess.low)

@@ -77,15 +77,14 @@ class Measured:
     def _priced(self, ctx: SelectionContext, candidate: Candidate, key: str, timing: Timing | None) -> Priced:
         if timing is None:
             self.unmeasured.add(key)
-            if dict(candidate.params).get("as_is"):  # the graph as it stands must always have a price
+            if candidate.as_is:  # the graph as it stands must always have a price
                 return candidate, self.roofline.cost(ctx, candidate)
             why = "the measuring budget was spent before its turn" if self.measures else "no stored timing, and the target is not here"
             return Rejection(candidate.kernel, "not_measured", why)
-        if timing.ns is None and dict(candidate.params).get("as_is"):
+        if timing.ns is None and candidate.as_is:
             return candidate, self.roofline.cost(ctx, candidate)
         if timing.ns is None:
             return failed(candidate, timing.error)
-        extra = traffic_ns(self.target, int(dict(candidate.params).get("traffic", 0)))  # type: ignore[call-overload]
-        # On a GPU the host launches ahead of the device: what is shorter than a launch still takes one.
-        ns = max(timing.ns, self.target.launch_ns) if self.target.device == "cuda" else timing.ns
+        extra = traffic_ns(self.target, candidate.param("traffic", 0))
+        ns = max(timing.ns, self.target.least_ns)
         return replace(candidate, key=key, epsilon=timing.epsilon), Cost(ns + extra, "measured", timing.spread)

@@ -57,7 +57,7 @@ def work(ctx: SelectionContext, candidate: Candidate) -> tuple[int, int]:
     """Flops, and bytes that must move at least: each input and output once, in the candidate's formats."""
     formats = (*candidate.in_formats, *candidate.out_formats)
     moved = sum(bytes_of(s, f.dtype) for s, f in zip((*ctx.specs, *ctx.outputs), formats, strict=True))
-    return flops_of(ctx), moved + int(dict(candidate.params).get("traffic", 0))  # type: ignore[call-overload]
+    return flops_of(ctx), moved + candidate.param("traffic", 0)
 
 
 def traffic_ns(target: Target, nbytes: float) -> int:
@@ -66,7 +66,7 @@ def traffic_ns(target: Target, nbytes: float) -> int:
 
 def assumed_error(candidate: Candidate, ctx: SelectionContext) -> Candidate:
     """Nothing was run, so a kernel in a narrower dtype is charged that dtype's rounding of inputs and output."""
-    if "lossy" in dict(candidate.params):
+    if candidate.param("lossy"):
         return replace(candidate, epsilon=torch.finfo(torch.float8_e4m3fn).eps / 4)
     narrow = candidate.out_formats[0].dtype
     if narrow == ctx.outputs[0].dtype:

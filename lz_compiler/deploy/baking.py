@@ -552,7 +552,7 @@ def _blame(cell: CellPlan, made: Generated) -> dict[str, Any]:
     found = {}
     for kernel, names in made.calls.items():
         chosen = [c.candidate for p in cell.plans for c in p.choices if c.candidate.kernel == kernel]
-        subjects = dict.fromkeys(circuit.subject(c) for c in chosen if not dict(c.params).get("as_is"))
+        subjects = dict.fromkeys(circuit.subject(c) for c in chosen if not c.as_is)
         called = "|".join(circuit.pattern(PLAIN.get(f"{name}(", f"{name}(")[:-1]) for name in sorted(names))
         if subjects:
             found[kernel] = {"called": called, "failed": [asdict(s) for s in subjects]}

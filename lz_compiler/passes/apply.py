@@ -106,7 +106,7 @@ class _Rewriter:
         self.kept: dict[str, Candidate] = {}  # convolutions that stay
         for choice in choices:
             c = choice.candidate
-            if dict(c.params).get("as_is"):
+            if c.as_is:
                 if c.region.op == "conv":
                     self.kept[c.region.nodes[-1]] = c
             elif c.kernel not in (LOOP, VIEW, CALL):

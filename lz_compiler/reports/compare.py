@@ -253,8 +253,7 @@ def _solved(problem: Problem, solution: Solution) -> Iterator[Decision]:
     for index in solution.chosen:
         c, cost = problem.candidates[index], problem.costs[index]
         if c.kernel not in (LOOP, VIEW, CALL):
-            variant: Any = dict(c.params).get("variant", ())
-            tuning = ", ".join(f"{k}={v}" for k, v in variant)
+            tuning = ", ".join(f"{k}={v}" for k, v in c.param("variant", ()))
             epilogue = [str(p) for k, p in c.params if k in ("act", "binary") and p]
             what, formats = " + ".join((c.region.op, *epilogue)), formats_text(c.in_formats, c.out_formats)
             yield Decision(c.region.nodes, what, c.kernel, tuning, cost.ns, cost.source, formats)

@@ -101,7 +101,7 @@ def _timed(run: Callable[[], object], gpu: bool, calls: int = CALLS) -> int:
 def _operators(choice: Choice, calls: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     """As what a profile names the calls of a chosen kernel, and how many there are in one region."""
     candidate = choice.candidate
-    if dict(candidate.params).get("as_is"):  # a node of the graph is named after its operator
+    if candidate.as_is:  # a node of the graph is named after its operator
         return {f"aten::{re.sub(r'(_default)?(_[0-9]+)?$', '', candidate.region.nodes[-1])}": 1}
     names = calls.get(candidate.kernel, {}).items()
     found = ((re.sub(r"^extern_kernels\.", "aten::", name.removeprefix("torch.ops.")), times) for name, times in names)

@@ -94,11 +94,10 @@ def _floor(choice: Choice, peaks: Mapping[str, float]) -> int | None:
 
 def _rival(candidate: Candidate, cost: Cost, region: Region) -> dict[str, Any]:
     formats = {str(f) for f in (*candidate.in_formats, *candidate.out_formats)}
-    params = dict(candidate.params)
     return {
         "kernel": candidate.kernel, "cost_ns": cost.ns, "source": cost.source, "spread_ns": cost.spread, "factor": cost.factor,
-        "epsilon": candidate.epsilon, "formats": sorted(formats), "tuning": dict(params.get("variant", ())),  # type: ignore[call-overload]
-        "lossy": params.get("lossy"), "nodes": len(candidate.region.nodes), "same_region": candidate.region.nodes == region.nodes,
+        "epsilon": candidate.epsilon, "formats": sorted(formats), "tuning": dict(candidate.param("variant", ())),
+        "lossy": candidate.param("lossy"), "nodes": len(candidate.region.nodes), "same_region": candidate.region.nodes == region.nodes,
     }  # fmt: skip
 
 
@@ -154,8 +153,8 @@ def describe_choice(choice: Choice, count: int = 1, peaks: Mapping[str, float] |
         "formats": [[str(f) for f in c.in_formats], [str(f) for f in c.out_formats]],
         "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "factor": choice.cost.factor,
         "epsilon": c.epsilon, "floor_ns": _floor(choice, peaks or {}), "flops": choice.flops, "bytes": choice.nbytes,
-        "tuning": dict(dict(c.params).get("variant", ())), "mask": dict(c.params).get("mask"),  # type: ignore[call-overload]
-        "reads_mask": "mask" in dict(c.params).get("roles", ()),  # type: ignore[operator]
+        "tuning": dict(c.param("variant", ())), "mask": c.param("mask"),
+        "reads_mask": "mask" in c.param("roles", ()),
         "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
         "runner_up": _runner_up(choice),
         "candidates": [_rival(o, cost, c.region) for o, cost in choice.alternatives],

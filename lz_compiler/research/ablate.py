@@ -113,8 +113,8 @@ class Recorded:
 
     def cost(self, candidate: Candidate) -> Cost:
         target, taken = self.case.target, self.sample(candidate.key)
-        ns = max(taken.ns, target.launch_ns) if target.device == "cuda" else taken.ns
-        extra = traffic_ns(target, int(dict(candidate.params).get("traffic", 0)))  # type: ignore[call-overload]
+        ns = max(taken.ns, target.least_ns)
+        extra = traffic_ns(target, candidate.param("traffic", 0))
         return Cost(ns + extra, "measured", taken.spread)
 
 

@@ -51,7 +51,7 @@ class Quarantine:
 
     def reason(self, candidate: Candidate) -> str | None:
         """Why this candidate may not be used, or None. The graph as it stands is always allowed: eager runs the same."""
-        if not self.known or dict(candidate.params).get("as_is"):
+        if not self.known or candidate.as_is:
             return None
         value = self.known.get(capability(candidate, self.suffix))
         return None if value is None else f"raised at run time: {value.get('error')}; `lz cache clear {KIND}` gives it another try"
@@ -75,7 +75,7 @@ def capability(candidate: Candidate, suffix: str) -> str:
 def subject(candidate: Candidate) -> Failed:
     """What is to blame where this candidate raises."""
     known, library = backends.kernel(candidate.kernel), backends.all_backends()[backends.owners()[candidate.kernel]]
-    dtype = str(dict(candidate.params).get("dtype"))
+    dtype = str(candidate.param("dtype"))
     return Failed(candidate.kernel, str(known.version), library.version(), candidate.region.op, dtype)
 
 

@@ -48,7 +48,7 @@ class FirstUse:
         """Which of these candidates may not be used, and why. The graph as it stands must run at all, so it is not asked."""
         found: dict[int, Rejection] = {}
         for index, (ctx, candidate) in chosen.items() if self.here else ():
-            if dict(candidate.params).get("as_is"):
+            if candidate.as_is:
                 continue
             why = None if self.trust.passed(ctx, candidate) else self._fault(ctx, candidate)
             for other in () if why else self._elsewhere(ctx):

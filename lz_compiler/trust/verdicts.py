@@ -109,7 +109,7 @@ class Trust:
 
     def refusal(self, ctx: SelectionContext, candidate: Candidate) -> Rejection | None:
         """Why the canary forbids a candidate. The graph as it stands is never forbidden: it must run at all."""
-        if not self.failed or dict(candidate.params).get("as_is"):
+        if not self.failed or candidate.as_is:
             return None
         why = self.failed.get(capability_of(ctx, candidate))
         return Rejection(candidate.kernel, "quarantined", why) if why else None
