@@ -18,7 +18,10 @@ import lz_compiler as lz
 from lz_compiler import backends, measure, ops, semantics
 from lz_compiler.backend import RECORDS
 from lz_compiler.backends.base import SelectionContext
+from lz_compiler.cost_models.features import features
+from lz_compiler.cost_models.learned import Learned
 from lz_compiler.errors import OptionError
+from lz_compiler.types import Candidate, Rejection, Target
 
 SPEC = {"strategy": "paged", "page_size": 16, "kv_heads": 2, "head_size": 64, "dtype": "float16", "device": "cpu"}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -123,6 +126,16 @@ def test_region(layout: str) -> None:
     assert ctx.kv_cache is region(layout, torch.float32).kv_cache
     assert ctx.spec("k_cache").shape[0] == 28  # a pool is as large as memory, block tables name 28 pages of it
     assert [answer.kernel for answer in backends.answers(ctx)] == ["aten.paged_attention"]
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_the_learned_model_knows_the_sizes_of_a_paged_cache(layout: str) -> None:
+    ctx = region(layout, torch.float32)
+    target = Target("cpu", "", 1e10, {"float32": 1e11}, 1000, {})
+    answers = [answer for answer in backends.answers(ctx) if isinstance(answer, Candidate)]
+    found = features(ctx, answers[0], target)
+    assert [2 ** found[name] - 1 for name in ("keys", "head", "group")] == pytest.approx([64, 64, 2])
+    assert all(not isinstance(price, Rejection) for price in Learned(target).price(ctx, answers))
 
 
 def test_triton_kernel_is_offered_where_it_fits() -> None:

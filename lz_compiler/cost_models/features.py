@@ -40,14 +40,15 @@ def _sizes(ctx: SelectionContext) -> dict[str, float]:
     found: dict[str, float] = {"out": math.prod(out), "last": out[-1] if out else 1, "inner": (ctx.specs[0].shape or (1,))[-1]}
     found["rows"] = found["out"] / max(found["last"], 1)
     if ctx.region.op in ("attention", "paged_attention"):
-        q, k = ctx.spec("q").shape, ctx.spec("k").shape
-        found |= {
-            "heads": math.prod(q[:-2]),
-            "queries": q[-2],
-            "keys": k[-2],
-            "head": q[-1],
-            "group": math.prod(q[:-2]) / math.prod(k[:-2]),
-        }
+        q = ctx.spec("q").shape
+        if ctx.region.op == "attention":
+            *batch, keys, _ = ctx.spec("k").shape
+            kv_heads = math.prod(batch)
+        else:
+            assert ctx.kv_cache is not None
+            keys, kv_heads = ctx.params["keys"], q[0] * ctx.kv_cache.kv_heads
+        heads = math.prod(q[:-2])
+        found |= {"heads": heads, "queries": q[-2], "keys": keys, "head": q[-1], "group": heads / kv_heads}
     elif ctx.region.op == "conv":
         w, step = ctx.spec("w").shape, ctx.params.get("stride", (1,))
         found |= {"channels": w[1], "filters": w[0], "window": math.prod(w[2:]), "stride": math.prod(step),
