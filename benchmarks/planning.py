@@ -78,7 +78,7 @@ def plan_times(layers: int, solver: str) -> dict[str, Any]:
             problem.add_defaults(view, found, Roofline(target), lossy=False)
             program = problem.build(view, found, options, Roofline(target))
             built = time.perf_counter()
-            solution = planning.solve_within(program, options, 0.0)
+            solution = planning.solve_within(program, options)
             solved = time.perf_counter()
         rows.update(
             nodes=len(view.nodes), candidates=len(program.candidates), decisions=len(set(program.candidate_class)),

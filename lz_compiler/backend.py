@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import __version__, collectives, ops, race, ranks, torch_private
+from . import __version__, collectives, ops, race, ranks, semantics, torch_private
 from .backends import allowed_backends, check_names, set_up
 from .backends.library import first_line
 from .capture import GraphView, fingerprint, tensors_in
@@ -43,11 +43,7 @@ from .target import detect, environment
 from .timings import TimingStore, open_store
 from .trust.circuit import Breaker, Quarantine, called_as, guarded
 from .trust.verdicts import Trust
-from .types import EAGER as EAGER
-from .types import INDUCTOR as INDUCTOR
-from .types import LOSSLESS as LOSSLESS
-from .types import PLANNED as PLANNED
-from .types import Plan, Target
+from .types import EAGER, INDUCTOR, LOSSLESS, PLANNED, Plan, Target
 
 log = logging.getLogger(__name__)
 
@@ -579,7 +575,7 @@ def _changes(plan: Plan) -> bool:
     return any(not c.candidate.as_is and c.candidate.region.op in _REGIONS for c in plan.choices)
 
 
-_REGIONS = ("linear", "merged_linear", "gated_linear", "bmm", "conv", "attention", "paged_attention", "all_reduce")
+_REGIONS = {*semantics.REFERENCES, "all_reduce"}
 
 
 def _content(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .cost_models.constant import rank
-from .solvers import Instance, node_order, sweep
+from .solvers import Instance, node_order, pose, sweep, swept
 
 SOLVERS = ("lp_rounding", "one_layout", "priority")
 
@@ -29,18 +29,12 @@ def lp_rounding(inst: Instance, rows: Iterable[Any]) -> tuple[set[int] | None, i
 
     model: Any = mathopt.Model()
     xs = [model.add_variable(lb=0.0, ub=1.0) for _ in inst.cost]
-    for terms, bound in rows:
-        scale = 1 / bound if bound > 1 else 1.0
-        row = model.add_linear_constraint(ub=bound * scale)
-        for d, c in terms:
-            row.set_coefficient(xs[d], c * scale)
-    for x, c in zip(xs, inst.cost, strict=True):
-        model.objective.set_linear_coefficient(x, c)
+    pose(model, xs, inst.cost, rows)
     result = mathopt.solve(model, mathopt.SolverType.GLOP)
     if not result.has_primal_feasible_solution():
         return None, 0
     values = result.variable_values(xs)
-    used = _swept(inst, [-round(value, 6) for value in values])
+    used = swept(inst, [-round(value, 6) for value in values])
     return used, max(0, math.ceil(result.objective_value() - max(1e-4, 1e-9 * result.objective_value())))
 
 
@@ -49,7 +43,7 @@ def one_layout(inst: Instance) -> set[int] | None:
     plans = []
     for banned in ("channels_last", "strided"):
         mixed = [any(_is_image(inst, d) and banned in f for f in _layouts(inst, d)) for d in range(inst.nx)]
-        plans.append(_swept(inst, [math.inf if m else 0.0 for m in mixed]))
+        plans.append(swept(inst, [math.inf if m else 0.0 for m in mixed]))
     return min((p for p in plans if p is not None), key=inst.objective, default=None)
 
 
@@ -66,7 +60,7 @@ def _is_image(inst: Instance, d: int) -> bool:
 
 def priority(inst: Instance) -> set[int] | None:
     """The first library of a fixed order that can, whatever it costs (see `cost_models.constant`)."""
-    return _swept(inst, [float(rank(inst.problem.candidates[inst.members[d][0]].kernel)) for d in range(inst.nx)])
+    return swept(inst, [float(rank(inst.problem.candidates[inst.members[d][0]].kernel)) for d in range(inst.nx)])
 
 
 def local_search(inst: Instance, start: set[int], value: Callable[[set[int]], float], deadline: float) -> set[int]:
@@ -97,11 +91,3 @@ def local_search(inst: Instance, start: set[int], value: Callable[[set[int]], fl
             if cost < least:
                 best, least, improved = plan, cost, True
     return best
-
-
-def _swept(inst: Instance, ranks: list[float]) -> set[int] | None:
-    for single_nodes in (False, True):
-        used = sweep(inst, single_nodes, ranks)
-        if used is not None:
-            return used
-    return None

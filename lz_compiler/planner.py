@@ -283,14 +283,7 @@ def _highs(costs: Sequence[int], rows: Iterable[Row], seconds: float, hint: froz
 
     model: Any = mathopt.Model()
     xs = [model.add_binary_variable() for _ in costs]
-    for terms, bound in rows:
-        scale = 1 / bound if bound > 1 else 1.0  # the budget row has coefficients up to 2^36
-        row = model.add_linear_constraint(ub=bound * scale)
-        for d, c in terms:
-            row.set_coefficient(xs[d], c * scale)
-    for x, c in zip(xs, costs, strict=True):
-        if c:
-            model.objective.set_linear_coefficient(x, c)
+    solvers.pose(model, xs, costs, rows)
     parameters = mathopt.SolveParameters(
         time_limit=datetime.timedelta(seconds=seconds),
         random_seed=0,  # `threads` is refused for HiGHS (ortools 9.15); its branch and bound is serial anyway
@@ -353,10 +346,9 @@ def _branch_and_cut(inst: Instance, rows: _Rows, costs: Sequence[int], backend: 
 
 def _greedy(inst: Instance, deadline: float) -> set[int] | None:
     """A sweep; one over single-node candidates only; at last any plan of single-node candidates, at whatever cost."""
-    for single_nodes in (False, True):
-        used = solvers.sweep(inst, single_nodes)
-        if used is not None:
-            return used
+    used = solvers.swept(inst)
+    if used is not None:
+        return used
     rows = _program(inst)
     for d in range(inst.nx):
         if any(len(inst.nodes[k]) > 1 for k in inst.members[d]):
@@ -433,8 +425,8 @@ def solve(
         used = _greedy(inst, start + budget_s) if used is None else used
         result = _Result(Status.INFEASIBLE if used is None else Status.FEASIBLE, used, bound)
     elif solver == "dynamic":
-        word, used = solvers.dynamic(inst)
-        result = _Result(Status(word), used, inst.objective(used))
+        reached, used = solvers.dynamic(inst)
+        result = _Result(reached, used, inst.objective(used))
     elif solver == "exhaustive":
         finished, best = solvers.exhaustive(inst, start + budget_s)
         if best is None and not finished:

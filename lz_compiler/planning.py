@@ -96,7 +96,7 @@ def solved(posed: Posed) -> tuple[Posed, Solution]:
     """The graph's own plan, with prices refined where the cost model does so. PolicyError where a policy leaves none."""
     start = time.perf_counter()
     try:
-        problem, solution = refined(posed, posed.problem, lambda p: solve_within(p, posed.options, p.error_budget))
+        problem, solution = refined(posed, posed.problem, lambda p: solve_within(p, posed.options))
     except SolverError:
         conflict = _conflict(posed.view, posed.found, posed.options, posed.problem.error_budget, Roofline(posed.target))
         if conflict is None:
@@ -129,15 +129,14 @@ def _without(found: Enumeration, problem: Problem, refused: Mapping[int, Rejecti
     return replace(problem, candidates=tuple(candidates))
 
 
-def solve_within(problem: Problem, options: Options, budget: float, graphs: int = 1) -> Solution:
+def solve_within(problem: Problem, options: Options, graphs: int = 1) -> Solution:
     """Solve, and check the result independently of the solver. `graphs`: how many are planned together, each has its time."""
-    problem = replace(problem, error_budget=budget)
     solution = planner.solve(problem, options.solver, options.solve_budget_s * graphs)
     if not solution.chosen and problem.sinks:
         solution = planner.solve(problem, "cp_sat", options.solve_budget_s * graphs)
         if not solution.chosen and solution.status == "infeasible":
             if problem.candidate_class:  # repeated blocks that cannot all take the same decision
-                return solve_within(replace(problem, candidate_class=(), tensor_class={}), options, budget, graphs)
+                return solve_within(replace(problem, candidate_class=(), tensor_class={}), options, graphs)
             raise SolverError(f"no valid plan: {solution.status} with solver={options.solver!r} and with 'cp_sat'.")
     violations = planner.check(problem, solution)
     assert not violations, f"the solver's plan breaks the problem's rules: {violations[:5]}"

@@ -18,9 +18,10 @@ import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import SolverError
-from .types import Candidate, Problem
+from .types import Candidate, Problem, Status
 
 WEIGHT_SCALE = 1 << 36  # the error budget in integer units: rounding 10^4 candidates down loses less than 2e-7 of it
 BUDGET_SLACK = 1e-9  # relative; sums of squares that meet the budget exactly must not fail by float noise
@@ -289,6 +290,24 @@ def sweep(inst: Instance, single_nodes: bool, rank: Sequence[float] | None = Non
     return None if plan is None or is_cyclic(contracted(inst, plan)) else plan
 
 
+def swept(inst: Instance, rank: Sequence[float] | None = None) -> set[int] | None:
+    """A sweep; if that fails, one over candidates of single nodes only."""
+    plan = sweep(inst, False, rank)
+    return sweep(inst, True, rank) if plan is None else plan
+
+
+def pose(model: Any, xs: Sequence[Any], costs: Sequence[int], rows: Iterable[Any]) -> None:
+    """The program (planner.py) in the variables of a MathOpt model."""
+    for terms, bound in rows:
+        scale = 1 / bound if bound > 1 else 1.0  # the budget row has coefficients up to WEIGHT_SCALE
+        row = model.add_linear_constraint(ub=bound * scale)
+        for d, c in terms:
+            row.set_coefficient(xs[d], c * scale)
+    for x, c in zip(xs, costs, strict=True):
+        if c:
+            model.objective.set_linear_coefficient(x, c)
+
+
 @dataclass(frozen=True, slots=True)
 class _State:
     """What the tensors before the frontier need to know of those behind it."""
@@ -368,20 +387,20 @@ def _frontiers(inst: Instance, position: list[int], at: list[list[int]]) -> list
     return layers
 
 
-def dynamic(inst: Instance) -> tuple[str, set[int]]:
+def dynamic(inst: Instance) -> tuple[Status, set[int]]:
     """Dynamic programming from the sinks back, tensor by tensor, over the states of the frontier.
 
     A frontier does not remember the error spent, the other layers' decisions, or who waits for whom. So this solves the
     problem without the error budget, the ties and the rule against cycles. Its optimum is the optimum where it happens
-    to keep them, and nothing is claimed ("not_applicable") where it does not.
+    to keep them, and nothing is claimed (NOT_APPLICABLE) where it does not.
     """
     position = tensor_order(inst)
     at = _decided_at(inst, position)
     layers = None if at is None else _frontiers(inst, position, at)
     if layers is None:
-        return "not_applicable", set()
+        return Status.NOT_APPLICABLE, set()
     if not layers[-1]:
-        return "infeasible", set()
+        return Status.INFEASIBLE, set()
     state: _State | None = min(layers[-1], key=lambda s: layers[-1][s][0])
     chosen: set[int] = set()
     converted: set[int] = set()
@@ -393,8 +412,8 @@ def dynamic(inst: Instance) -> tuple[str, set[int]]:
     used = {inst.decision[k] for k in chosen} | {inst.conversion[c] for c in converted}
     tied = sum(len(inst.members[d]) for d in used) == len(chosen) + len(converted)
     if not tied or over_budget(inst, used) or is_cyclic(contracted(inst, used)):
-        return "not_applicable", set()
-    return "optimal", used
+        return Status.NOT_APPLICABLE, set()
+    return Status.OPTIMAL, used
 
 
 class _Search:

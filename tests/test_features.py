@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 import lz_compiler as lz
 from lz_compiler import backends, race, zoo
-from lz_compiler.backend import EAGER, INDUCTOR, PLANNED, RECORDS, GraphRecord, open_store
+from lz_compiler.backend import RECORDS, GraphRecord, open_store
 from lz_compiler.backends.base import SelectionContext
 from lz_compiler.cost_models import Priced
 from lz_compiler.errors import OptionError
-from lz_compiler.types import Candidate, Cost
+from lz_compiler.types import EAGER, INDUCTOR, PLANNED, Candidate, Cost
 
 # The roofline's prices do not depend on the clock, and on a CPU they prefer the library's kernels: so these run.
 FIXED = {"race": False, "cost_model": "roofline"}

@@ -104,7 +104,7 @@ def test_blocks_that_cannot_take_the_same_decision_are_untied() -> None:
     regions = Region("a", ("n",), (), ("n",)), Region("b", ("n",), (), ("n",))
     twins = tuple(Candidate(region.op, region, (), (fmt,)) for region in regions)
     problem = Problem(twins, (Cost(2, "test"), Cost(1, "test")), sinks=(("n", fmt),), candidate_class=(0, 0), tensor_class={"n": 0})
-    assert solve_within(problem, lz.Options(), 0.0).chosen == (1,)
+    assert solve_within(problem, lz.Options()).chosen == (1,)
 
 
 def test_every_solver_gives_a_plan_that_runs() -> None:

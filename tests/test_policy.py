@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import lz_compiler as lz
 from lz_compiler import backends, cli, semantics, zoo
-from lz_compiler.backend import EAGER, INDUCTOR, PLANNED, RECORDS
+from lz_compiler.backend import RECORDS
 from lz_compiler.capture import GraphView
 from lz_compiler.errors import KernelError, OptionError, PlanError, PolicyError
 from lz_compiler.measure import Measurement
@@ -39,7 +39,7 @@ from lz_compiler.target import detect
 from lz_compiler.timings import TimingStore, open_store
 from lz_compiler.trust import circuit, first_use
 from lz_compiler.trust.policy import MAX_BYTES, SIZES, Policy, load_policy
-from lz_compiler.types import Plan
+from lz_compiler.types import EAGER, INDUCTOR, PLANNED, Plan
 
 FIXED = {"race": False, "cost_model": "roofline"}
 TINY = zoo.LlamaConfig(hidden=64, layers=2, heads=4, kv_heads=4, intermediate=96, vocab=128, max_len=64, tied=True)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import __version__, ops, torch_private
-from ..backend import EAGER, PLANNED, setup
+from ..backend import setup
 from ..capture import fingerprint
 from ..errors import PlanError
 from ..options import Options
@@ -36,6 +36,7 @@ from ..plan_io import plan_to_dict
 from ..reports.report import milliseconds
 from ..timings import open_store
 from ..trust import circuit
+from ..types import EAGER, PLANNED
 from . import export, general, writing
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options

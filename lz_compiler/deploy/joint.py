@@ -210,7 +210,7 @@ def _together(cells: Sequence[Posed], table: Sequence[Sequence[Reads]], options:
     problems = [posed.problem for posed in cells]
 
     def solve(given: Sequence[Problem]) -> Solution:
-        whole = solve_within(join(given, table), options, given[0].error_budget, len(given))
+        whole = solve_within(join(given, table), options, len(given))
         untied = [replace(problem, candidate_class=(), tensor_class={}) for problem in given]  # as the whole may have had to be solved
         wrong = [line for problem, part in zip(untied, split(given, whole), strict=True) for line in planner.check(problem, part)]
         assert not wrong, f"a cell's part of the joint plan breaks its own rules: {wrong[:5]}"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import __version__, backends, torch_private
-from ..backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, TIGHTEN, Session, setup
+from ..backend import TIGHTEN, Session, setup
 from ..capture import fingerprint
 from ..errors import OptionError, PlanError, unknown
 from ..options import Options
@@ -32,7 +32,7 @@ from ..problem import CALL, LOOP, VIEW
 from ..target import environment
 from ..timings import TimingStore, open_store
 from ..trust.capabilities import descriptor
-from ..types import Plan, Status
+from ..types import EAGER, INDUCTOR, LOSSLESS, PLANNED, Plan, Status
 from . import export
 from .export import Argument, Dynamic, Program, Ranges
 from .joint import Joint, plan_cells

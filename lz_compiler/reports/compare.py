@@ -246,7 +246,7 @@ def _what_if(problems: Mapping[str, tuple[Problem, int | None]], rules: Sequence
 
 
 def _solution(problem: Problem, solver: str) -> Solution:
-    return solve_within(problem, Options.resolve({"solver": solver, "solve_budget_s": BUDGET_S}), problem.error_budget)
+    return solve_within(problem, Options.resolve({"solver": solver, "solve_budget_s": BUDGET_S}))
 
 
 def _solved(problem: Problem, solution: Solution) -> Iterator[Decision]:
