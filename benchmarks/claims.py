@@ -29,13 +29,19 @@ def counts(run: Mapping[str, Any]) -> tuple[int, int, int]:
     return found.total(), found.total() - found["not_offered"], found["passed"]
 
 
+def _without_numbers(detail: str) -> str:
+    return re.sub(r"\d[\d.e-]*", "N", detail)
+
+
 def remark(run: Mapping[str, Any], today: Mapping[str, str]) -> str:
     """What the numbers do not say: not complete, nothing offered and why, of another descriptor than today's."""
     declared, tried, passed = counts(run)
-    reasons = Counter(re.sub(r"\d[\d.e-]*", "N", verdict["detail"]) for verdict in run["capabilities"].values() if verdict["status"] in BAD)
+    details = [verdict["detail"] for verdict in run["capabilities"].values() if verdict["status"] in BAD]
+    reasons = Counter(_without_numbers(detail) for detail in details)
     told = [f"not complete: {run['incomplete']}"] if run["incomplete"] else []
     if tried > passed:
-        told.append(f"**{tried - passed} did not pass**: {reasons.most_common(1)[0][0]}")
+        most = reasons.most_common(1)[0][0]
+        told.append(f"**{tried - passed} did not pass**: {next(d for d in details if _without_numbers(d) == most)}")
     if declared and not tried:
         why = Counter(verdict["detail"] for verdict in run["capabilities"].values()).most_common(1)[0][0]
         told.append(f"nothing offered: {why or 'the report does not say why'}")
