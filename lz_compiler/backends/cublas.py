@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold_constants, folded, folding_candidate, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -101,7 +100,7 @@ def _fp8(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(aten._scaled_mm.default, narrow, t["w"], scale, t["scale"], t.get("bias"), None, out, True)
 
 
-class Cublas(BuiltIn):
+class Cublas(Described):
     name = "cublas"
     devices: tuple[str, ...] = ("cuda",)
     kernels = by_name(
@@ -112,20 +111,17 @@ class Cublas(BuiltIn):
         Kernel("cublas.fp8_rowwise", _fp8, _fp8_weight, packs=lambda p: ("stacked", "float8_e4m3fn"), compiled=True),
     )
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            kernel = self.kernels[name]
-            match name:
-                case "cublas.addmm_activation":
-                    yield ctx.candidate(kernel)
-                case "cublas.fp8_rowwise":
-                    yield ctx.candidate(kernel, layouts={"w": "packed"}, lossy=True)
-                case "cublas.merged":
-                    yield ctx.candidate(kernel, layouts={r: "packed" for r in ctx.roles if r != "x"})
-                case "cublas.conv1x1":
-                    yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape)
-                case "cublas.im2col":
-                    eager = {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}
-                    yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape, layouts=eager)
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        kernel = self.kernels[name]
+        match name:
+            case "cublas.addmm_activation":
+                yield ctx.candidate(kernel)
+            case "cublas.fp8_rowwise":
+                yield ctx.candidate(kernel, layouts={"w": "packed"}, lossy=True)
+            case "cublas.merged":
+                yield ctx.candidate(kernel, layouts={r: "packed" for r in ctx.roles if r != "x"})
+            case "cublas.conv1x1":
+                yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape)
+            case "cublas.im2col":
+                eager = {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}
+                yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape, layouts=eager)

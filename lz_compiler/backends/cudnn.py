@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name
 from .folding import fold_constants, folded, folding_candidate
 
 aten = torch.ops.aten
@@ -34,14 +33,11 @@ def _conv(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(ops.cudnn_conv_relu, x, t["w"], t["bias"], *geometry)
 
 
-class Cudnn(BuiltIn):
+class Cudnn(Described):
     name = "cudnn"
     devices: tuple[str, ...] = ("cuda",)
     # cudnn_convolution_relu and _add_relu ask cuDNN for any algorithm, whatever torch's flags say (ATen/native/cudnn/ConvShared.cpp).
     kernels = by_name(Kernel("cudnn.conv", _conv, _fold, packs=lambda p: ("folded", p["affine"], p["dtype"])))
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            yield folding_candidate(ctx, self.kernels[name])
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        yield folding_candidate(ctx, self.kernels[name])

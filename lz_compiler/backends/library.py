@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,9 +19,8 @@ import torch
 
 from ..facts import machine
 from ..timings import open_store
-from ..trust.capabilities import fitting, installed_version
-from ..types import Candidate, Rejection
-from .base import Kernel, SelectionContext
+from ..trust.capabilities import installed_version
+from .base import Described, SelectionContext
 
 IMPORT = "import"  # kind of the records that say that an import was tried, and went well
 IMPORT_S = 60.0  # an import that takes longer hangs
@@ -112,12 +111,9 @@ def first_line(text: str) -> str:
     return text.strip().splitlines()[0][:200] if text.strip() else "no message"
 
 
-class LibraryBackend:
+class LibraryBackend(Described):
     """What such backends share. They say `name`, `devices`, `kernels`, `library`, and in `offers` what data cannot say."""
 
-    name: str
-    devices: tuple[str, ...]
-    kernels: Mapping[str, Kernel]
     library: Library
 
     def version(self) -> str:
@@ -126,19 +122,8 @@ class LibraryBackend:
     def missing(self) -> str | None:
         return self.library.missing()
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        why = self.library.broken(ctx.options.cache_dir) if fit else None
-        for name in fit:
-            if why is not None:
-                yield ctx.reject(name, "library_import", why)
-            else:
-                yield from self.offers(ctx, name)
-
-    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
-        """The candidates of one kernel whose declaration allows the region."""
-        yield ctx.candidate(self.kernels[name])
+    def broken(self, cache_dir: str | None) -> str | None:
+        return self.library.broken(cache_dir)
 
 
 def sees_last_keys(ctx: SelectionContext) -> bool:

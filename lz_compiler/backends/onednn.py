@@ -13,7 +13,7 @@ from .. import ops, semantics
 from ..target import onednn_computes
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name, split_columns
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, split_columns
 from .folding import fold_constants, folded, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -129,7 +129,7 @@ def _conv_packs(p: Values) -> Hashable:
     return "onednn.conv", p["dtype"], p["affine"], p["padding"], p["stride"], p["dilation"], p["groups"], str(_size(p))
 
 
-class OneDNN(BuiltIn):
+class OneDNN(Described):
     name = "onednn"
     devices: tuple[str, ...] = ("cpu",)
     kernels = by_name(
