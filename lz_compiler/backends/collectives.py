@@ -23,7 +23,7 @@ class Collectives(Described):
     name = "collectives"
     devices: tuple[str, ...] = ("cpu", "cuda")
     kernels = by_name(
-        Kernel("c10d.all_reduce", _own, deterministic=False),
+        Kernel("c10d.all_reduce", _own),
         Kernel("symm_mem.one_shot", _symmetric),
         Kernel("symm_mem.two_shot", _symmetric),
     )
