@@ -283,7 +283,7 @@ all_reduce = _define(
 
 
 def attention_library() -> str:
-    """The compiled backends/attention.cpp, kept beside the timings."""
+    """The compiled backends/attention.cpp, kept in LAYERZERO_CACHE_DIR or the user's cache folder, whatever torch.compile's options say."""
     import platformdirs
 
     from .options import Options
