@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..errors import first_line, told
 from ..facts import machine
 from ..timings import open_store
 from ..trust.capabilities import installed_version
@@ -75,7 +76,7 @@ def _import_error(module: str, package: str, cache_dir: str | None) -> str | Non
     try:
         import_module(module)
     except Exception as error:  # it is foreign code, and may raise anything
-        return f"importing {module} raises {type(error).__name__}: {first_line(str(error))}"
+        return f"importing {module} raises {told(error)}"
     return None
 
 
@@ -105,10 +106,6 @@ def tried_elsewhere(what: str, code: str, *args: str) -> str | None:
         return None
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     return f"importing {what} ends its process ({how}): {first_line(done.stderr.strip().rpartition(chr(10))[2])}"
-
-
-def first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:200] if text.strip() else "no message"
 
 
 class LibraryBackend(Described):
