@@ -45,6 +45,7 @@ def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _linear_binary_fake(x: Tensor, other: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    """Where something else stands before the weight."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -64,15 +65,11 @@ linear_binary = _define(
 )
 
 
-def _mkl_linear_fake(x: Tensor, packed: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 if torch.backends.mkl.is_available():
     mkl_linear = _define(
         "mkl_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias, int rows) -> Tensor",
         lambda x, packed, weight, bias, rows: torch.ops.mkl._mkl_linear(x.contiguous(), packed, weight, bias, rows),
-        _mkl_linear_fake,
+        _linear_binary_fake,
     )
 
 
@@ -319,7 +316,7 @@ def register_lowerings() -> None:
         lambda put, x, other, w, b, attr: (put.contiguous(x), put.contiguous(other), w, b, attr),
     )  # fmt: skip
     if torch.backends.mkl.is_available():
-        fake(torch.ops.mkl._mkl_linear.default, _mkl_linear_fake)
+        fake(torch.ops.mkl._mkl_linear.default, _linear_binary_fake)
         lower(
             mkl_linear, torch.ops.mkl._mkl_linear.default,
             lambda put, x, packed, w, bias, rows: (put.contiguous(x), packed, w, bias, rows),

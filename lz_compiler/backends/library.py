@@ -21,7 +21,8 @@ from ..errors import first_line, told
 from ..facts import machine
 from ..timings import open_store
 from ..trust.capabilities import installed_version
-from .base import Described, SelectionContext
+from ..types import Candidate, Rejection
+from .base import Described, Kernel, SelectionContext
 
 IMPORT = "import"  # kind of the records that say that an import was tried, and went well
 IMPORT_S = 60.0  # an import that takes longer hangs
@@ -123,9 +124,18 @@ class LibraryBackend(Described):
         return self.library.broken(cache_dir)
 
 
-def sees_last_keys(ctx: SelectionContext) -> bool:
-    """Whether the predicate is what these libraries call causal: the last query sees the last key, the one before it one key less."""
+def at_last_key(ctx: SelectionContext, kernel: Kernel, **extra: Any) -> Candidate | Rejection:
+    """A candidate where the predicate is what these libraries call causal: the last query sees the last key, the one before it one key
+    less."""
     p = ctx.params
-    if p["causal"] and p["dynamic_rows"]:
-        return bool(p["square"])
-    return bool(p["shift"] == p["keys"] - p["queries"] and p["queries"] <= p["keys"]) if p["causal"] else not (p["window"] or p["shift"])
+    if p["causal"]:
+        fits = p["square"] if p["dynamic_rows"] else p["shift"] == p["keys"] - p["queries"] and p["queries"] <= p["keys"]
+    else:
+        fits = not (p["window"] or p["shift"])
+    return ctx.candidate(kernel, **extra) if fits else ctx.reject(kernel.name, "mask", "a causal mask or window must end at the last key")
+
+
+def like_query(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    """An attention's result in q's sizes, in memory order (B, Q, H, D)."""
+    batch, heads, length, head = q.shape
+    return q.new_empty((batch, length, heads, head)).transpose(1, 2)
