@@ -10,7 +10,7 @@ import torch
 from .. import ops, semantics
 from ..types import Candidate, Rejection
 from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
-from .folding import fold_constants, folded, folding_candidate, rows_of
+from .folding import fold, folding_candidate, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -47,12 +47,8 @@ def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
 
 def _patch_weight(emit: Emitter, t: Values, p: Values) -> Values:
     """(N, C, H, W) filters as rows: constants where frozen."""
-    if p["is_frozen"]:
-        t = fold_constants(emit, t, p, lambda w: w.contiguous())
-        weight, bias = t["w"], t["bias"]
-    else:
-        weight, bias = folded(emit, t, p)
-    return {"x": t["x"], "w": emit.call(aten.reshape.default, weight, [p["w_shape"][0], -1]), "bias": bias}
+    t = fold(emit, t, p, lambda w: w.contiguous())
+    return {"x": t["x"], "w": emit.call(aten.reshape.default, t["w"], [p["w_shape"][0], -1]), "bias": t["bias"]}
 
 
 def _im2col(emit: Emitter, t: Values, p: Values) -> Any:

@@ -10,16 +10,14 @@ import torch
 from .. import ops
 from ..types import Candidate, Rejection
 from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name
-from .folding import fold_constants, folded, folding_candidate
+from .folding import fold, folding_candidate
 
 aten = torch.ops.aten
 
 
 def _fold(emit: Emitter, t: Values, p: Values) -> Values:
-    if p["is_frozen"]:
-        return fold_constants(emit, t, p, lambda w: w.contiguous(memory_format=torch.channels_last))
-    weight, bias = folded(emit, t, p)
-    return {**t, "w": emit.call(aten.clone.default, weight, memory_format=torch.channels_last), "bias": bias}
+    t = fold(emit, t, p, lambda w: w.contiguous(memory_format=torch.channels_last))
+    return t if p["is_frozen"] else {**t, "w": emit.call(aten.clone.default, t["w"], memory_format=torch.channels_last)}
 
 
 def _conv(emit: Emitter, t: Values, p: Values) -> Any:

@@ -15,7 +15,7 @@ from .. import semantics
 from ..types import Candidate, Rejection
 from .aten import paged_arguments
 from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
-from .folding import fold_constants, folded, folding_candidate
+from .folding import fold, folding_candidate
 
 aten = torch.ops.aten
 
@@ -58,10 +58,7 @@ def _prepared(emit: Emitter, t: Values, p: Values) -> Values:
 
 
 def _depthwise_weight(emit: Emitter, t: Values, p: Values) -> Values:
-    if p["is_frozen"]:
-        return fold_constants(emit, t, p, torch.clone)
-    weight, bias = folded(emit, t, p)
-    return {**t, "w": weight, "bias": bias}
+    return fold(emit, t, p, torch.clone)
 
 
 def _depthwise(emit: Emitter, t: Values, p: Values) -> Any:
