@@ -20,6 +20,11 @@ def _weight(emit: Emitter, t: Values, p: Values) -> object:
     return t["w"] if p["transposed"] else emit.call(aten.permute.default, t["w"], [1, 0])
 
 
+def weight_rows(emit: Emitter, t: Values, p: Values) -> Any:
+    """The weight with one row an output, (N, K)."""
+    return emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
+
+
 def _mm(emit: Emitter, t: Values, p: Values) -> object:
     if "bias" in t:
         return emit.call(aten.addmm.default, t["bias"], t["x"], _weight(emit, t, p))

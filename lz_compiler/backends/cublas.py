@@ -9,6 +9,7 @@ import torch
 
 from .. import ops, semantics
 from ..types import Candidate, Rejection
+from .aten import weight_rows
 from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
 from .folding import fold, folding_candidate, rows_of
 
@@ -18,13 +19,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 
 
-def _rows_n(emit: Emitter, t: Values, p: Values) -> Any:
-    """The weight with one row an output, (N, K)."""
-    return emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
-
-
 def _activated(emit: Emitter, t: Values, p: Values) -> Any:
-    return emit.call(ops.addmm_activation, t["bias"], t["x"], _rows_n(emit, t, p), p["act"] != "relu")
+    return emit.call(ops.addmm_activation, t["bias"], t["x"], weight_rows(emit, t, p), p["act"] != "relu")
 
 
 def _merge(emit: Emitter, t: Values, p: Values) -> Values:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..types import Candidate, Rejection
+from .aten import weight_rows
 from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -17,8 +18,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 def _gemv(emit: Emitter, t: Values, p: Values) -> Any:
     """x (1, K) times w (N, K), as a broadcast multiplication and a sum: one pass over the weight, fused with neighbours."""
-    weight = emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
-    y = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weight, t["x"]), [1])
+    y = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weight_rows(emit, t, p), t["x"]), [1])
     y = emit.call(aten.reshape.default, y, [1, -1])
     return emit.call(aten.add.Tensor, y, t["bias"]) if "bias" in t else y
 
