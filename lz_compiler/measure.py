@@ -162,7 +162,7 @@ def _poisoned(ctx: SelectionContext, values: dict[str, Tensor]) -> dict[str, Ten
     first = values[ctx.roles[0]]
     if not first.is_floating_point() or first.dim() < 2:
         return None
-    spoiled = first.clone() if 0 in first.stride() else _clone({"": first})[""]  # a clone of padded rows would lose the padding
+    spoiled = first.clone() if 0 in first.stride() else _clone(first)
     spoiled.select(0, 0).select(0, 0).fill_(math.nan)
     return {**values, ctx.roles[0]: spoiled}
 
@@ -288,19 +288,12 @@ def _copies(first: Inputs, device: str) -> list[Inputs]:
     size = sum(t.numel() * t.element_size() for t in first.values.values())
     wanted = math.ceil((3 if device == "cuda" else 1) * last_level_cache(device) / max(size, 1))
     count = min(MAX_COPIES[device], max(2, wanted))
-    return [first, *(Inputs(_clone(first.values)) for _ in range(count - 1))]
+    return [first, *(Inputs({role: _clone(value) for role, value in first.values.items()}) for _ in range(count - 1))]
 
 
-def _clone(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {}
-    for role, value in values.items():
-        out[role] = semantics.blank(value.shape, value.stride(), value.dtype, value.device)
-        if 0 in value.stride():
-            index = tuple(slice(0, 1) if s == 0 else slice(None) for s in value.stride())
-            out[role][index].copy_(value[index])
-        else:
-            out[role].copy_(value)
-    return out
+def _clone(value: Tensor) -> Tensor:
+    """A copy with the padding between its rows."""
+    return semantics.laid_out(value, value.stride(), value.dtype, value.device)
 
 
 def _sample(calls: Sequence[Callable[[], Any]], repeats: int, turn: int) -> tuple[float, float]:
