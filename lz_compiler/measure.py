@@ -32,6 +32,7 @@ ROUNDS = 9
 MAX_COPIES = {"cpu": 4, "cuda": 12}
 PLACE = ("values", "out_reshape", "mask", "square")  # parameters that say where in which model a region stands, not what runs
 OUT_OF_MEMORY, UNJUDGED = "OutOfMemoryError", "unjudged"  # how errors begin that say nothing about a kernel
+CONTENDED = 1.3  # times the best wall time over CPU time: the process had to wait for its cores
 SAMPLE_S = 0.0005  # a sample repeats short calls until it lasts about this long
 
 
@@ -318,7 +319,7 @@ def _rounds(calls: dict[int, list[Callable[[], Any]]], deadline: float) -> dict[
             taken[i].append(_sample(bound, repeats[i], turn * repeats[i]))
         if turn >= 3 and time.perf_counter() > deadline:
             break
-    return {i: _uncontended(samples) for i, samples in taken.items()}
+    return {i: uncontended(samples, 3) for i, samples in taken.items()}
 
 
 def _graph(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
@@ -359,10 +360,12 @@ def _replays(graphs: dict[int, list[Callable[[], Any]]]) -> dict[int, list[float
     return {i: [event_timed(replay[0]) / len(replay) for _ in range(ROUNDS)] for i, replay in graphs.items()}
 
 
-def _uncontended(samples: list[tuple[float, float]]) -> list[float]:
+def uncontended(samples: Sequence[tuple[float, float]], least: int = 1) -> list[float]:
+    """Seconds of those samples (seconds, wall time over CPU time) in which the process had its cores; the shortest `least` of all where
+    there are fewer."""
     best = min(ratio for _, ratio in samples)
-    kept = [seconds for seconds, ratio in samples if ratio <= 1.3 * best]
-    return kept if len(kept) >= 3 else sorted(seconds for seconds, _ in samples)[:3]
+    kept = [seconds for seconds, ratio in samples if ratio <= CONTENDED * best]
+    return kept if len(kept) >= least else sorted(seconds for seconds, _ in samples)[:least]
 
 
 def signature(ctx: SelectionContext, candidate: Candidate, environment: str, version: str) -> str:
