@@ -282,7 +282,7 @@ def test_flex_attention_is_right_also_for_nan() -> None:
               and canary_regions.feature_of(c) == "causal+position" and canary_regions.worst_layout(c.specs) == "contiguous"]  # fmt: skip
     (candidate,) = [a for a in backends.answers(ctx) if isinstance(a, Candidate) and a.kernel == "flex.attention"]
     with torch.no_grad():
-        assert measure._wrong(measure.Bound(candidate, ctx), ctx, measure._truth(ctx)) == (None, 0.0)
+        assert measure.judged(measure.Bound(candidate, ctx), ctx, measure.truth_of(ctx)) == (None, 0.0)
 
 
 def test_torchao_quantises_within_the_budget() -> None:
@@ -298,7 +298,7 @@ def test_torchao_quantises_within_the_budget() -> None:
               and canary_regions.feature_of(c) == "bias+frozen" and canary_regions.worst_layout(c.specs) == "contiguous"]  # fmt: skip
     (candidate,) = [a for a in backends.answers(ctx) if isinstance(a, Candidate) and a.kernel == "torchao.int8_linear"]
     with torch.no_grad():
-        assert measure._wrong(measure.Bound(candidate, ctx), ctx, measure._truth(ctx))[0] is None  # NaN comes out where eager's does
+        assert measure.judged(measure.Bound(candidate, ctx), ctx, measure.truth_of(ctx))[0] is None  # NaN comes out where eager's does
     lossless = replace(ctx, options=replace(ctx.options, error_budget=0.0))
     assert "lossy" in {a.code for a in backends.answers(lossless) if isinstance(a, Rejection) and a.kernel == "torchao.int8_linear"}
 

@@ -43,11 +43,11 @@ def _cached_run(
 
 
 _STRIDES = torch.Tag.needs_exact_strides  # they ask for a contiguous last dimension, which descriptors promise of the graph's strides
-flash_attention = ops._define(
+flash_attention = ops.define(
     "flash_attention(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int left, str module) -> Tensor",
     _attention_run, like_query, _STRIDES,
 )  # fmt: skip
-flash_attention_cached = ops._define(
+flash_attention_cached = ops.define(
     "flash_attention_cached(Tensor q, Tensor k, Tensor v, Tensor last, int offset, Tensor? pages, float? scale, int left, str module)"
     " -> Tensor",
     _cached_run, like_query, _STRIDES,

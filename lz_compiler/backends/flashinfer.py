@@ -48,11 +48,11 @@ def _paged_run(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengt
     return y.masked_fill(lengths[:, None, None] == 0, 0)[:, :, None]  # what it gives for no key at all is not documented
 
 
-flashinfer_single = ops._define(
+flashinfer_single = ops.define(
     "flashinfer_single(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int left) -> Tensor",
     _single_run, like_query, torch.Tag.needs_exact_strides,
 )  # fmt: skip
-flashinfer_paged = ops._define(
+flashinfer_paged = ops.define(
     "flashinfer_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float scale, str layout) -> Tensor",
     _paged_run, like_query, torch.Tag.needs_exact_strides,
 )  # fmt: skip

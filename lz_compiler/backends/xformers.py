@@ -33,7 +33,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, win
     return (y.flatten(2, 3) if shared > 1 else y).contiguous().transpose(1, 2)
 
 
-xformers_attention = ops._define(
+xformers_attention = ops.define(
     "xformers_attention(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int window) -> Tensor",
     _run, like_query, torch.Tag.needs_exact_strides,
 )  # fmt: skip
