@@ -396,6 +396,22 @@ def test_a_broken_third_party_is_a_rejection(name: str, site: Path, monkeypatch:
     assert why in rejection.detail
 
 
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w
+
+
+def test_a_declared_workspace_is_held_against_the_memory_limit(site: Path) -> None:
+    run = "lambda emit, t, p: emit.call(torch.ops.aten.mm.default, t['x'], t['w'])"
+    _register(site, "roomy", "import torch" + GOOD.format(name="roomy").replace("lambda emit, t, p: None", run))
+    declared = {"roomy.product": {"ops": ["linear"], "workspace": 4096}}
+    (site / "roomy.json").write_text(json.dumps({"schema": 1, "backend": "roomy", "kernels": declared}))
+    _forget()
+    options = {"backends": ["roomy"], "cost_model": "roofline", "policy": {"prefer": [{"kernel": "roomy.product", "factor": 0.001}]}}
+    for limit, kernel in ((4096, "roomy.product"), (4095, "aten.mm")):
+        chosen, *_ = _kernels({**options, "memory_limit": limit}, _product, torch.randn(8, 32), torch.randn(32, 16))
+        assert chosen == [kernel]
+
+
 @pytest.mark.slow
 def test_compiling_goes_on_beside_broken_third_parties(site: Path) -> None:
     """Those that break while they are asked, and one that ends processes; an allow-list without them imports none."""
