@@ -24,10 +24,9 @@ from torch import Tensor, fx
 
 from . import __version__, collectives, ops, race, ranks, semantics, torch_private
 from .backends import allowed_backends, check_names, set_up
-from .backends.library import first_line
 from .capture import GraphView, fingerprint, tensors_in
 from .cost_models.roofline import Roofline
-from .errors import PlanError
+from .errors import PlanError, first_line
 from .options import Options
 from .passes.apply import apply_plan
 from .passes.drop_masks import drop_masks_pass

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 SETTLE = 40  # calls before timing: compilation, and LayerZero's race over its first calls
-CONTENDED = 1.3
 
 
 def measure_columns(
@@ -22,6 +21,7 @@ def measure_columns(
     import torch
 
     from . import api
+    from .measure import CONTENDED
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(columns))
     calls: dict[str, Any] = {}

@@ -71,6 +71,15 @@ class SolverError(LayerZeroError, RuntimeError):
     """No valid plan exists for the problem as posed."""
 
 
+def first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:200] if text.strip() else "no message"
+
+
+def told(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(str(error))}"
+
+
 def unknown(what: str, given: object, allowed: Iterable[str]) -> str:
     """A message for a wrong name, with the nearest right one."""
     names = sorted(allowed)

@@ -32,6 +32,7 @@ ROUNDS = 9
 MAX_COPIES = {"cpu": 4, "cuda": 12}
 PLACE = ("values", "out_reshape", "mask", "square")  # parameters that say where in which model a region stands, not what runs
 OUT_OF_MEMORY, UNJUDGED = "OutOfMemoryError", "unjudged"  # how errors begin that say nothing about a kernel
+CONTENDED = 1.3  # times the best wall time over CPU time: the process had to wait for its cores
 SAMPLE_S = 0.0005  # a sample repeats short calls until it lasts about this long
 
 
@@ -123,12 +124,12 @@ class Bound:
         return self.ctx.specs[0].device == "cuda" or not torch_private.COMPILED_IN & {*self.ctx.roles}
 
 
-def _leaves(value: Any) -> tuple[Tensor, ...]:
+def leaves(value: Any) -> tuple[Tensor, ...]:
     return tuple(value) if isinstance(value, tuple) else (value,)
 
 
 @dataclass(frozen=True, slots=True)
-class _Truth:
+class Truth:
     """What a region computes on one set of inputs: in float64 (some channels), by eager, and by eager with a NaN put in."""
 
     inputs: Inputs
@@ -140,21 +141,21 @@ class _Truth:
     nans: tuple[Tensor, ...]
 
 
-def _truth(ctx: SelectionContext) -> _Truth:
+def truth_of(ctx: SelectionContext) -> Truth:
     """UnjudgedError where eager itself is not finite, and float64 is."""
     op, params = ctx.region.op, ctx.params
     values, reference = inputs(ctx, 0), semantics.REFERENCES[op]
     some, select = semantics.sampled(op, values, params)
-    exact = _leaves(reference({r: v.double() if v.is_floating_point() else v for r, v in some.items()}, params))
-    eager = _leaves(reference(values, params))
+    exact = leaves(reference({r: v.double() if v.is_floating_point() else v for r, v in some.items()}, params))
+    eager = leaves(reference(values, params))
     pairs = [(select(e), x) for e, x in zip(eager, exact, strict=True)]
     if any(bool((x.isfinite() & ~e.isfinite().reshape(x.shape)).any()) for e, x in pairs):
         raise UnjudgedError(f"eager's own result of {_sized(ctx)} is not finite where float64's is")
-    error = max(_max_error(e, x) for e, x in pairs)
+    error = max(max_error(e, x) for e, x in pairs)
     scale = max(float(x.abs().nan_to_num().max()) for x in exact)
     poisoned = _poisoned(ctx, values)
-    nans = tuple(y.isnan() for y in _leaves(reference(poisoned, params))) if poisoned else ()
-    return _Truth(Inputs(values), exact, select, error, scale, Inputs(poisoned) if poisoned else None, nans)
+    nans = tuple(y.isnan() for y in leaves(reference(poisoned, params))) if poisoned else ()
+    return Truth(Inputs(values), exact, select, error, scale, Inputs(poisoned) if poisoned else None, nans)
 
 
 def _poisoned(ctx: SelectionContext, values: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -162,7 +163,7 @@ def _poisoned(ctx: SelectionContext, values: dict[str, Tensor]) -> dict[str, Ten
     first = values[ctx.roles[0]]
     if not first.is_floating_point() or first.dim() < 2:
         return None
-    spoiled = first.clone() if 0 in first.stride() else _clone({"": first})[""]  # a clone of padded rows would lose the padding
+    spoiled = first.clone() if 0 in first.stride() else _clone(first)
     spoiled.select(0, 0).select(0, 0).fill_(math.nan)
     return {**values, ctx.roles[0]: spoiled}
 
@@ -187,15 +188,15 @@ def rounding(ctx: SelectionContext) -> float:
     return accumulated + 4 * torch.finfo(semantics.torch_dtype(ctx.outputs[0].dtype)).eps
 
 
-def _max_error(value: Tensor, exact: Tensor) -> float:
+def max_error(value: Tensor, exact: Tensor) -> float:
     return float((value.double().reshape(exact.shape) - exact).abs().max())
 
 
-def _wrong(bound: Bound, ctx: SelectionContext, truth: _Truth) -> tuple[str | None, float]:
+def judged(bound: Bound, ctx: SelectionContext, truth: Truth) -> tuple[str | None, float]:
     """(why the kernel may not be used, its relative error beyond the reference). Lossless is an error of at most twice
     eager's, plus what any order of summation may cost; and a NaN must come out where eager's does."""
-    results = [truth.select(y) for y in _leaves(bound.on(truth.inputs)())]
-    own = max(_max_error(y, x) for y, x in zip(results, truth.exact, strict=True))
+    results = [truth.select(y) for y in leaves(bound.on(truth.inputs)())]
+    own = max(max_error(y, x) for y, x in zip(results, truth.exact, strict=True))
     lossless = own <= 2 * truth.eager_error + rounding(ctx) * truth.scale
     candidate = bound.candidate
     quantized = "lossy" in dict(candidate.params)
@@ -207,7 +208,7 @@ def _wrong(bound: Bound, ctx: SelectionContext, truth: _Truth) -> tuple[str | No
     if not math.isfinite(own) or (not lossless and not lossy):
         return f"wrong: error {own:.3g}, eager's is {truth.eager_error:.3g} at scale {truth.scale:.3g}", epsilon
     if truth.poisoned is not None:
-        results = list(_leaves(bound.on(truth.poisoned)()))
+        results = list(leaves(bound.on(truth.poisoned)()))
         if not all(torch.equal(y.isnan().reshape(n.shape), n) for y, n in zip(results, truth.nans, strict=True)):
             return "nan: a NaN in the input does not come out where eager's does", epsilon
     return None, epsilon
@@ -224,7 +225,7 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
     cuda = ctx.specs[0].device == "cuda"
     with torch_private.real_tensors():
         try:
-            truth = _truth(ctx)
+            truth = truth_of(ctx)
             copies = _copies(truth.inputs, ctx.specs[0].device) if timed else []
         except (RuntimeError, MemoryError) as raised:
             if not isinstance(raised, UnjudgedError) and not torch_private.out_of_memory(raised):
@@ -237,7 +238,7 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
                 break
             try:
                 bound = Bound(candidate, ctx)
-                error, epsilons[i] = _wrong(bound, ctx, truth)
+                error, epsilons[i] = judged(bound, ctx, truth)
                 if error is None and timed:
                     one = bound.kernel.compiled and not bound.reusable
                     calls[i] = [bound.on(values) for values in (copies[:1] if one else copies)]
@@ -288,19 +289,12 @@ def _copies(first: Inputs, device: str) -> list[Inputs]:
     size = sum(t.numel() * t.element_size() for t in first.values.values())
     wanted = math.ceil((3 if device == "cuda" else 1) * last_level_cache(device) / max(size, 1))
     count = min(MAX_COPIES[device], max(2, wanted))
-    return [first, *(Inputs(_clone(first.values)) for _ in range(count - 1))]
+    return [first, *(Inputs({role: _clone(value) for role, value in first.values.items()}) for _ in range(count - 1))]
 
 
-def _clone(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {}
-    for role, value in values.items():
-        out[role] = semantics.blank(value.shape, value.stride(), value.dtype, value.device)
-        if 0 in value.stride():
-            index = tuple(slice(0, 1) if s == 0 else slice(None) for s in value.stride())
-            out[role][index].copy_(value[index])
-        else:
-            out[role].copy_(value)
-    return out
+def _clone(value: Tensor) -> Tensor:
+    """A copy with the padding between its rows."""
+    return semantics.laid_out(value, value.stride(), value.dtype, value.device)
 
 
 def _sample(calls: Sequence[Callable[[], Any]], repeats: int, turn: int) -> tuple[float, float]:
@@ -325,7 +319,7 @@ def _rounds(calls: dict[int, list[Callable[[], Any]]], deadline: float) -> dict[
             taken[i].append(_sample(bound, repeats[i], turn * repeats[i]))
         if turn >= 3 and time.perf_counter() > deadline:
             break
-    return {i: _uncontended(samples) for i, samples in taken.items()}
+    return {i: uncontended(samples, 3) for i, samples in taken.items()}
 
 
 def _graph(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
@@ -366,10 +360,12 @@ def _replays(graphs: dict[int, list[Callable[[], Any]]]) -> dict[int, list[float
     return {i: [event_timed(replay[0]) / len(replay) for _ in range(ROUNDS)] for i, replay in graphs.items()}
 
 
-def _uncontended(samples: list[tuple[float, float]]) -> list[float]:
+def uncontended(samples: Sequence[tuple[float, float]], least: int = 1) -> list[float]:
+    """Seconds of those samples (seconds, wall time over CPU time) in which the process had its cores; the shortest `least` of all where
+    there are fewer."""
     best = min(ratio for _, ratio in samples)
-    kept = [seconds for seconds, ratio in samples if ratio <= 1.3 * best]
-    return kept if len(kept) >= 3 else sorted(seconds for seconds, _ in samples)[:3]
+    kept = [seconds for seconds, ratio in samples if ratio <= CONTENDED * best]
+    return kept if len(kept) >= least else sorted(seconds for seconds, _ in samples)[:least]
 
 
 def signature(ctx: SelectionContext, candidate: Candidate, environment: str, version: str) -> str:

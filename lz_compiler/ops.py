@@ -27,7 +27,7 @@ aten = torch.ops.aten
 _lib = torch.library.Library("lz", "DEF")
 
 
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], layout: torch.Tag = torch.Tag.flexible_layout) -> Any:
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], layout: torch.Tag = torch.Tag.flexible_layout) -> Any:
     """`flexible_layout`: the operator's lowering says which layouts it needs (Inductor would copy for any other tag first)."""
     name = schema.split("(")[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))
@@ -45,6 +45,7 @@ def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _linear_binary_fake(x: Tensor, other: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    """Where something else stands before the weight."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -56,23 +57,19 @@ def _linear_binary_run(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | 
     return mkldnn._linear_pointwise.binary(x.contiguous(), other.contiguous(), weight, bias, attr)
 
 
-linear = _define("linear(Tensor x, Tensor weight, Tensor? bias, str attr, str algorithm) -> Tensor", _linear_run, _linear_fake)
-linear_binary = _define(
+linear = define("linear(Tensor x, Tensor weight, Tensor? bias, str attr, str algorithm) -> Tensor", _linear_run, _linear_fake)
+linear_binary = define(
     "linear_binary(Tensor x, Tensor other, Tensor weight, Tensor? bias, str attr) -> Tensor",
     _linear_binary_run,
     _linear_binary_fake,
 )
 
 
-def _mkl_linear_fake(x: Tensor, packed: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 if torch.backends.mkl.is_available():
-    mkl_linear = _define(
+    mkl_linear = define(
         "mkl_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias, int rows) -> Tensor",
         lambda x, packed, weight, bias, rows: torch.ops.mkl._mkl_linear(x.contiguous(), packed, weight, bias, rows),
-        _mkl_linear_fake,
+        _linear_binary_fake,
     )
 
 
@@ -100,14 +97,14 @@ def _nhwc(x: Tensor) -> Tensor:
 
 
 _CONV = "Tensor weight, Tensor? bias, int[] padding, int[] stride, int[] dilation, int groups, str attr"
-conv = _define(
+conv = define(
     f"conv(Tensor x, {_CONV}) -> Tensor",
     lambda x, w, b, padding, stride, dilation, groups, attr: mkldnn._convolution_pointwise(
         _nhwc(x), w, b, padding, stride, dilation, groups, attr, [], ""
     ),
     _conv_fake,
 )
-conv_binary = _define(
+conv_binary = define(
     f"conv_binary(Tensor x, Tensor other, {_CONV}, str? unary) -> Tensor",
     lambda x, other, w, b, padding, stride, dilation, groups, attr, unary: mkldnn._convolution_pointwise.binary(
         _nhwc(x), _nhwc(other), w, b, padding, stride, dilation, groups, attr, None, unary, [], ""
@@ -118,7 +115,7 @@ conv_binary = _define(
 
 # --- CUDA: products that end in an activation, convolutions that end in relu (channels last) ---------------------------
 
-addmm_activation = _define(
+addmm_activation = define(
     "addmm_activation(Tensor bias, Tensor x, Tensor weight, bool gelu) -> Tensor",
     lambda bias, x, weight, gelu: aten._addmm_activation(bias, x.contiguous(), weight.t(), use_gelu=gelu),
     lambda bias, x, weight, gelu: x.new_empty((x.shape[0], weight.shape[0])),
@@ -132,19 +129,19 @@ def _cudnn_fake(
 
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
-cudnn_conv = _define(
+cudnn_conv = define(
     f"cudnn_conv(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor",
     lambda x, w, stride, padding, dilation, groups: aten.convolution(
         _nhwc(x), _nhwc(w), None, stride, padding, dilation, False, [0, 0], groups
     ),
     _cudnn_fake,
 )
-cudnn_conv_relu = _define(
+cudnn_conv_relu = define(
     f"cudnn_conv_relu(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     lambda x, w, bias, *geometry: aten.cudnn_convolution_relu(_nhwc(x), _nhwc(w), bias, *geometry),
     lambda x, w, bias, *geometry: _cudnn_fake(x, w, *geometry),
 )
-cudnn_conv_add_relu = _define(
+cudnn_conv_add_relu = define(
     f"cudnn_conv_add_relu(Tensor x, Tensor weight, Tensor other, Tensor? bias, {_GEOMETRY}) -> Tensor",
     lambda x, w, other, bias, *geometry: aten.cudnn_convolution_add_relu(_nhwc(x), _nhwc(w), _nhwc(other), 1.0, bias, *geometry),
     lambda x, w, other, bias, *geometry: _cudnn_fake(x, w, *geometry),
@@ -161,7 +158,7 @@ def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
 
 
 _FIXED = torch.Tag.needs_fixed_stride_order
-sdpa = _define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run, _FIXED)
+sdpa = define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run, _FIXED)
 
 
 def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
@@ -169,7 +166,7 @@ def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: 
         return _sdpa_run(q, k, v, mask, is_causal, scale, enable_gqa)
 
 
-sdpa_math = _define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])), _FIXED)
+sdpa_math = define(f"sdpa_math({_SDPA}) -> Tensor", _sdpa_math, lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])), _FIXED)
 
 
 # --- attention over a paged cache -------------------------------------------------------------------------------------------
@@ -248,7 +245,7 @@ def _paged_fake(
     return q.new_empty((batch, queries, heads, head)).transpose(1, 2)
 
 
-paged_attention = _define(
+paged_attention = define(
     'paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float? scale=None, str layout="NHD")'
     " -> Tensor",
     _paged_run,
@@ -275,7 +272,7 @@ def _all_reduce_run(x: Tensor, variant: str, group: str) -> Tensor:
     return torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", group).clone()
 
 
-all_reduce = _define(
+all_reduce = define(
     "all_reduce(Tensor x, str variant, str group) -> Tensor",
     _all_reduce_run,
     lambda x, variant, group: torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -283,7 +280,7 @@ all_reduce = _define(
 
 
 def attention_library() -> str:
-    """The compiled backends/attention.cpp, kept beside the timings."""
+    """The compiled backends/attention.cpp, kept in LAYERZERO_CACHE_DIR or the user's cache folder, whatever torch.compile's options say."""
     import platformdirs
 
     from .options import Options
@@ -319,7 +316,7 @@ def register_lowerings() -> None:
         lambda put, x, other, w, b, attr: (put.contiguous(x), put.contiguous(other), w, b, attr),
     )  # fmt: skip
     if torch.backends.mkl.is_available():
-        fake(torch.ops.mkl._mkl_linear.default, _mkl_linear_fake)
+        fake(torch.ops.mkl._mkl_linear.default, _linear_binary_fake)
         lower(
             mkl_linear, torch.ops.mkl._mkl_linear.default,
             lambda put, x, packed, w, bias, rows: (put.contiguous(x), packed, w, bias, rows),

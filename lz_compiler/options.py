@@ -52,7 +52,7 @@ class Options:
     cudagraphs: bool = _option(False, "run inside TorchInductor's CUDA graphs")
     measure_budget_s: float = _option(30.0, "seconds that measuring one graph's kernels may take", plans=False)
     solve_budget_s: float = _option(10.0, "seconds that solving one graph may take", plans=False)
-    memory_limit: int | None = _option(None, "bytes of scratch memory that a plan may use; None is no limit")
+    memory_limit: int | None = _option(None, "bytes of scratch memory, for kernels whose descriptor declares `workspace`; None is no limit")
     deterministic: bool = _option(
         False,
         "no race, no kernel that may give other bits: the plan follows from stored facts alone; on where torch's own flag is",

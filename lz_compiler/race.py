@@ -19,11 +19,11 @@ from torch import Tensor
 from . import torch_private
 from .capture import tensors_in
 from .errors import KernelError
+from .measure import uncontended
 
 log = logging.getLogger(__name__)
 
 WARMUP, ROUNDS, DROP_AFTER, DROP_RATIO = 2, 9, 3, 1.5
-CONTENDED = 1.3
 
 Finalist = Callable[..., Any]
 
@@ -152,11 +152,8 @@ class Race:
 
     def _median(self, name: str) -> float:
         """Median forward time of uncontended calls, plus median backward time."""
-        samples = self.forward[name]
-        best = min(ratio for _, ratio in samples)
-        kept = [s for s, ratio in samples if ratio <= CONTENDED * best] or [s for s, _ in samples]
         back = self.backward[name]
-        return statistics.median(kept) + (statistics.median(back) if back else 0.0)
+        return statistics.median(uncontended(self.forward[name])) + (statistics.median(back) if back else 0.0)
 
     def _decide(self) -> Finalist:
         times = {n: self._median(n) for n in self.forward if self.forward[n]}

@@ -227,6 +227,14 @@ def blank(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
     return out
 
 
+def laid_out(value: Tensor, stride: Sequence[int], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """A copy in other strides, padded or expanded: of an expanded dimension it holds the first value."""
+    out = blank(value.shape, stride, dtype, device)
+    index = tuple(slice(0, 1) if s == 0 else slice(None) for s in stride)
+    out[index].copy_(value[index])
+    return out
+
+
 def example(role: str, spec: TensorSpec, generator: torch.Generator, params: Params) -> Tensor:
     """A random tensor with the spec's shape, strides, dtype and device, scaled as a trained network's would be.
 
@@ -251,14 +259,7 @@ def example(role: str, spec: TensorSpec, generator: torch.Generator, params: Par
         value = torch.randn(spec.shape, generator=generator, device=device)
         if role.startswith("w"):  # weights: unit-variance outputs
             value /= max(1, value[0].numel() if value.dim() > 2 else spec.shape[-1]) ** 0.5
-    out = blank(spec.shape, spec.stride, dtype, spec.device)
-    if 0 in spec.stride:  # an expanded dimension holds one value
-        for dim, stride in enumerate(spec.stride):
-            value = value.narrow(dim, 0, 1).expand(value.shape) if stride == 0 and spec.shape[dim] > 0 else value
-        index = tuple(slice(0, 1) if s == 0 else slice(None) for s in spec.stride)
-        out[index].copy_(value[index])
-        return out
-    return out.copy_(value)
+    return laid_out(value, spec.stride, dtype, spec.device)
 
 
 def _padding(read: tuple[Any, ...], spec: TensorSpec, generator: torch.Generator) -> Tensor:

@@ -155,7 +155,7 @@ def test_padding_is_zero_and_an_innocent_kernel_is_not_blamed(monkeypatch: pytes
         return out
 
     monkeypatch.setattr(torch, "empty_strided", spoiled)
-    for x in (measure.inputs(ctx, 0)["x"], measure._clone(measure.inputs(ctx, 0))["x"]):
+    for x in (measure.inputs(ctx, 0)["x"], measure._clone(measure.inputs(ctx, 0)["x"])):
         stored = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,))
         assert stored.isfinite().all()
     candidate = ctx.candidate(Rows.kernels["rows.linear"])

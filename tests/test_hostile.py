@@ -450,7 +450,7 @@ def test_reports_of_baked_files(tmp_path: Path) -> None:
     """One of a few classes of error, told in few words, or a report of which every text is short and harmless."""
     path = tmp_path / "r.json"
 
-    def read(data: bytes) -> failures.Report | None:
+    def read(data: bytes) -> failures.FailureReport | None:
         path.write_bytes(data)
         start = time.process_time()
         try:

@@ -325,13 +325,13 @@ def test_every_candidate_computes_its_region(case: Case) -> None:
             what = f"{ctx.region.op} {dict(ctx.params)}"
             for y, x in zip(leaves(semantics.REFERENCES[ctx.region.op](read, ctx.params)), expected, strict=True):
                 assert_same(y, x, CLOSE[x.dtype], f"the reference of {what}")
-            truth = measure._truth(ctx)
+            truth = measure.truth_of(ctx)
             for answer in backends.answers(ctx):
                 if isinstance(answer, Rejection):
                     assert answer.code, answer
                     assert answer.detail, answer
                     continue
-                error, epsilon = measure._wrong(measure.Bound(answer, ctx), ctx, truth)
+                error, epsilon = measure.judged(measure.Bound(answer, ctx), ctx, truth)
                 assert error is None, f"{answer.kernel} for {what}: {error}"
                 lossy = any(f.dtype != s.dtype for f, s in zip(answer.out_formats, ctx.outputs, strict=True))
                 assert (epsilon < 0.02) if lossy else (epsilon == 0.0), f"{answer.kernel} for {what}: {epsilon}"
@@ -345,10 +345,10 @@ def test_a_lossy_kernel_is_never_free() -> None:
     """However small its error: what is quantised on purpose counts against the budget, and the whole plan is then checked."""
     ctx = next(c for case in CASES for c in trace(case).contexts if c.region.op == "linear")
     with torch_private.real_tensors():
-        truth = measure._truth(ctx)
+        truth = measure.truth_of(ctx)
         answer = next(a for a in backends.answers(ctx) if not isinstance(a, Rejection) and a.kernel == "aten.mm")
         quantized = replace(answer, params=(*answer.params, ("lossy", "int8")))
-        errors = [measure._wrong(measure.Bound(candidate, ctx), ctx, truth) for candidate in (answer, quantized)]
+        errors = [measure.judged(measure.Bound(candidate, ctx), ctx, truth) for candidate in (answer, quantized)]
     assert [error for error, _ in errors] == [None, None]
     assert errors[0][1] == 0.0 < errors[1][1]
 
@@ -374,7 +374,7 @@ def test_compiled_gemm_template() -> None:
     (template,) = (a for a in backends.answers(ctx) if a.kernel == "inductor.cpp_gemm")
     assert isinstance(template, Candidate)
     with torch_private.real_tensors():
-        error, epsilon = measure._wrong(measure.Bound(template, ctx), ctx, measure._truth(ctx))
+        error, epsilon = measure.judged(measure.Bound(template, ctx), ctx, measure.truth_of(ctx))
     assert (error, epsilon) == (None, 0.0)
 
 
@@ -391,7 +391,7 @@ def test_a_wrong_kernel_is_found() -> None:
         fake = type(real)(real.name, run, real.prepare)
         with pytest.MonkeyPatch.context() as patch, torch_private.real_tensors():
             patch.setattr(measure, "kernel", lambda name, fake=fake: fake)
-            error, _ = measure._wrong(measure.Bound(honest, ctx), ctx, measure._truth(ctx))
+            error, _ = measure.judged(measure.Bound(honest, ctx), ctx, measure.truth_of(ctx))
         assert error is not None
         assert error.startswith(f"{code}: "), error
 

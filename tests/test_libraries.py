@@ -282,7 +282,7 @@ def test_flex_attention_is_right_also_for_nan() -> None:
               and canary_regions.feature_of(c) == "causal+position" and canary_regions.worst_layout(c.specs) == "contiguous"]  # fmt: skip
     (candidate,) = [a for a in backends.answers(ctx) if isinstance(a, Candidate) and a.kernel == "flex.attention"]
     with torch.no_grad():
-        assert measure._wrong(measure.Bound(candidate, ctx), ctx, measure._truth(ctx)) == (None, 0.0)
+        assert measure.judged(measure.Bound(candidate, ctx), ctx, measure.truth_of(ctx)) == (None, 0.0)
 
 
 def test_torchao_quantises_within_the_budget() -> None:
@@ -298,7 +298,7 @@ def test_torchao_quantises_within_the_budget() -> None:
               and canary_regions.feature_of(c) == "bias+frozen" and canary_regions.worst_layout(c.specs) == "contiguous"]  # fmt: skip
     (candidate,) = [a for a in backends.answers(ctx) if isinstance(a, Candidate) and a.kernel == "torchao.int8_linear"]
     with torch.no_grad():
-        assert measure._wrong(measure.Bound(candidate, ctx), ctx, measure._truth(ctx))[0] is None  # NaN comes out where eager's does
+        assert measure.judged(measure.Bound(candidate, ctx), ctx, measure.truth_of(ctx))[0] is None  # NaN comes out where eager's does
     lossless = replace(ctx, options=replace(ctx.options, error_budget=0.0))
     assert "lossy" in {a.code for a in backends.answers(lossless) if isinstance(a, Rejection) and a.kernel == "torchao.int8_linear"}
 
@@ -394,6 +394,22 @@ def test_a_broken_third_party_is_a_rejection(name: str, site: Path, monkeypatch:
     assert isinstance(rejection, Rejection)
     assert rejection.code == "backend_error"
     assert why in rejection.detail
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w
+
+
+def test_a_declared_workspace_is_held_against_the_memory_limit(site: Path) -> None:
+    run = "lambda emit, t, p: emit.call(torch.ops.aten.mm.default, t['x'], t['w'])"
+    _register(site, "roomy", "import torch" + GOOD.format(name="roomy").replace("lambda emit, t, p: None", run))
+    declared = {"roomy.product": {"ops": ["linear"], "workspace": 4096}}
+    (site / "roomy.json").write_text(json.dumps({"schema": 1, "backend": "roomy", "kernels": declared}))
+    _forget()
+    options = {"backends": ["roomy"], "cost_model": "roofline", "policy": {"prefer": [{"kernel": "roomy.product", "factor": 0.001}]}}
+    for limit, kernel in ((4096, "roomy.product"), (4095, "aten.mm")):
+        chosen, *_ = _kernels({**options, "memory_limit": limit}, _product, torch.randn(8, 32), torch.randn(32, 16))
+        assert chosen == [kernel]
 
 
 @pytest.mark.slow

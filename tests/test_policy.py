@@ -37,7 +37,7 @@ from lz_compiler.planning import make_plan
 from lz_compiler.reports.report import explain_plan
 from lz_compiler.target import detect
 from lz_compiler.timings import TimingStore, open_store
-from lz_compiler.trust import circuit, first_use
+from lz_compiler.trust import circuit, failures, first_use
 from lz_compiler.trust.policy import MAX_BYTES, SIZES, Policy, load_policy
 from lz_compiler.types import EAGER, INDUCTOR, PLANNED, Plan
 
@@ -73,7 +73,7 @@ def store() -> TimingStore:
 
 
 def forget() -> None:
-    for kind in (circuit.KIND, first_use.CHECKED, "verdict"):
+    for kind in (failures.KIND, first_use.CHECKED, "verdict"):
         store().clear(kind)
 
 
@@ -503,7 +503,7 @@ def test_a_deterministic_plan_is_kept(tmp_path: Path) -> None:
 
 
 def quarantined() -> dict[str, Any]:
-    return store().get_records(circuit.KIND)
+    return store().get_records(failures.KIND)
 
 
 @pytest.mark.parametrize("race", [False, True])
@@ -795,7 +795,7 @@ from torch._dynamo.utils import counters
 from lz_compiler.errors import KernelError
 from lz_compiler.options import Options
 from lz_compiler.timings import open_store
-from lz_compiler.trust import circuit
+from lz_compiler.trust import failures
 policy = {"prefer": [{"kernel": "acme.product", "factor": 0.001}]}
 options = {"race": False, "cost_model": "roofline", "policy": policy, "deterministic": True}
 model, x = torch.nn.Linear(16, 16), torch.randn(3, 16, requires_grad=True)
@@ -807,7 +807,7 @@ try:
     y.sum().backward()
     print(hits, planned, "ran")
 except KernelError as error:
-    refused = open_store(Options.resolve().cache_dir).get_records(circuit.KIND)
+    refused = open_store(Options.resolve().cache_dir).get_records(failures.KIND)
     print(hits, planned, error, [value["kernel"] for value in refused.values()])
 """
 

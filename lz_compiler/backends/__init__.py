@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points
 
 from ..errors import CapabilityError, OptionError, PolicyError, unknown
@@ -103,9 +104,15 @@ def answers(ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
                 if broken or _serves(library, ctx):
                     yield Rejection(library.name, "backend_error" if broken else "library_missing", reason)
                 continue
+            known = descriptor(library)
             for answer in library.candidates(ctx):
-                if ctx.options.deterministic and isinstance(answer, Candidate) and not _deterministic(library, answer.kernel):
+                declared = known.kernels.get(answer.kernel) if known else None
+                if not isinstance(answer, Candidate):
+                    yield answer
+                elif ctx.options.deterministic and not (declared or library.kernels[answer.kernel]).deterministic:
                     yield Rejection(answer.kernel, "nondeterministic", "the same inputs may give other bits, and deterministic=True")
+                elif declared and declared.workspace is not None:
+                    yield replace(answer, workspace=declared.workspace)
                 else:
                     yield answer
         except CapabilityError as error:
@@ -116,11 +123,6 @@ def _serves(library: Backend, ctx: SelectionContext) -> bool:
     """Whether a library, if it were there, would have anything for such regions."""
     known = descriptor(library)
     return known is None or any(ctx.region.op in kernel.ops for kernel in known.kernels.values())
-
-
-def _deterministic(library: Backend, name: str) -> bool:
-    known = descriptor(library)
-    return known.kernels[name].deterministic if known and name in known.kernels else library.kernels[name].deterministic
 
 
 @functools.cache

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout
 
 aten = torch.ops.aten
 
@@ -19,6 +18,11 @@ aten = torch.ops.aten
 def _weight(emit: Emitter, t: Values, p: Values) -> object:
     """The weight as the right operand of a product, (K, N)."""
     return t["w"] if p["transposed"] else emit.call(aten.permute.default, t["w"], [1, 0])
+
+
+def weight_rows(emit: Emitter, t: Values, p: Values) -> Any:
+    """The weight with one row an output, (N, K)."""
+    return emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
 
 
 def _mm(emit: Emitter, t: Values, p: Values) -> object:
@@ -53,7 +57,7 @@ def _mkl(emit: Emitter, t: Values, p: Values) -> object:
     return emit.call(ops.mkl_linear, t["x"], t["packed"], t["w"], t.get("bias"), p["rows"])
 
 
-class Aten(BuiltIn):
+class Aten(Described):
     name = "aten"
     devices: tuple[str, ...] = ("cpu", "cuda")
     kernels = by_name(
@@ -65,18 +69,14 @@ class Aten(BuiltIn):
         Kernel("mkl.linear_packed", _mkl, _pack_mkl),
     )
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            kernel = self.kernels[name]
-            if name == "mkl.linear_packed":
-                missing = ctx.reject(name, "library_missing", "this torch was built without MKL")
-                yield ctx.candidate(kernel, layouts={"w": "packed"}) if torch.backends.mkl.is_available() else missing
-                continue
-            mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""} if name == "aten.sdpa" else {}
-            yield ctx.candidate(kernel, as_is=True, **mask)
-            x = ctx.specs[0]
-            keeps = (x.device, x.dtype) != ("cuda", "float64")  # there the result is contiguous whatever comes in
-            if name == "aten.conv" and keeps and ctx.options.layout_mode == "adapt" and natural_layout(x) == "strided":
-                yield ctx.candidate(kernel, layouts={"x": "channels_last", "w": "channels_last"}, out_layout="channels_last")
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        kernel, x = self.kernels[name], ctx.specs[0]
+        if name == "mkl.linear_packed":
+            missing = ctx.reject(name, "library_missing", "this torch was built without MKL")
+            yield ctx.candidate(kernel, layouts={"w": "packed"}) if torch.backends.mkl.is_available() else missing
+            return
+        mask: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""} if name == "aten.sdpa" else {}
+        yield ctx.candidate(kernel, as_is=True, **mask)
+        keeps = (x.device, x.dtype) != ("cuda", "float64")  # there the result is contiguous whatever comes in
+        if name == "aten.conv" and keeps and ctx.options.layout_mode == "adapt" and natural_layout(x) == "strided":
+            yield ctx.candidate(kernel, layouts={"x": "channels_last", "w": "channels_last"}, out_layout="channels_last")

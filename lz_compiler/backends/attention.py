@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .aten import attention_arguments
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -107,7 +106,7 @@ def _aligned(ctx: SelectionContext) -> bool:
     return mask.shape[-1] == ctx.params["keys"] and mask.shape[-1] % 8 == 0 and mask.stride[-1] == 1 and all(s % 8 == 0 for s in steps)
 
 
-class Attention(BuiltIn):
+class Attention(Described):
     name = "attention"
     devices: tuple[str, ...] = ("cpu", "cuda")
     kernels = by_name(
@@ -120,29 +119,27 @@ class Attention(BuiltIn):
     )
 
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        if ctx.region.op != "attention":
-            return
-        if _broadcasts(ctx):
+        if ctx.region.op == "attention" and _broadcasts(ctx):
             for name in ("aten.sdpa_math", "aten.flash_attention_cpu", "cudnn.attention", "aten.flash_attention"):
                 yield ctx.reject(name, "shape", "q, k and v have different batch dimensions")
-            return
-        fit, refused = fitting(self, ctx)
-        yield from refused
+        else:
+            yield from super().candidates(ctx)
+
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        kernel, q = self.kernels[name], ctx.spec("q")
         extra: dict[str, Any] = {"mask_dtype": ctx.spec("mask").dtype if "mask" in ctx.roles else ""}
-        for name in fit:
-            q = ctx.spec("q")
-            match name:
-                case "aten.flash_attention_cpu":
-                    yield ctx.candidate(self.kernels[name], q.dtype, **extra)
-                    if q.dtype == "float32" and ctx.options.error_budget > 0:
-                        yield ctx.candidate(self.kernels[name], "bfloat16", **extra)
-                case "attention.brgemm":
-                    yield ctx.candidate(self.kernels[name], size=q.shape[-1], **extra)
-                case "cudnn.attention" if _scattered(ctx):
-                    yield ctx.candidate(self.kernels[name], mask_copied=True, **extra)
-                case "aten.efficient_attention" if len(ctx.roles) > 3 and not _aligned(ctx):
-                    yield ctx.reject(name, "stride", "it reads a mask eight elements at once: rows must begin at multiples of eight")
-                case "aten.efficient_attention":
-                    yield ctx.candidate(self.kernels[name], scores=[*q.shape[:3], ctx.params["keys"]], **extra)
-                case _:
-                    yield ctx.candidate(self.kernels[name], **extra)
+        match name:
+            case "aten.flash_attention_cpu":
+                yield ctx.candidate(kernel, q.dtype, **extra)
+                if q.dtype == "float32" and ctx.options.error_budget > 0:
+                    yield ctx.candidate(kernel, "bfloat16", **extra)
+            case "attention.brgemm":
+                yield ctx.candidate(kernel, size=q.shape[-1], **extra)
+            case "cudnn.attention" if _scattered(ctx):
+                yield ctx.candidate(kernel, mask_copied=True, **extra)
+            case "aten.efficient_attention" if len(ctx.roles) > 3 and not _aligned(ctx):
+                yield ctx.reject(name, "stride", "it reads a mask eight elements at once: rows must begin at multiples of eight")
+            case "aten.efficient_attention":
+                yield ctx.candidate(kernel, scores=[*q.shape[:3], ctx.params["keys"]], **extra)
+            case _:
+                yield ctx.candidate(kernel, **extra)

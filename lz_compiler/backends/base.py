@@ -14,6 +14,7 @@ import torch
 
 from ..kv_cache import KVCacheSpec
 from ..options import Options
+from ..trust.capabilities import fitting
 from ..types import Candidate, Format, Region, Rejection, TensorSpec
 
 Values = Mapping[str, Any]
@@ -152,14 +153,37 @@ class Backend(Protocol):
     def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]: ...
 
 
-class BuiltIn:
-    """A library that is part of torch: it is always there, and torch's version is part of every target."""
+class Described:
+    """A library whose descriptor says which kernels fit a region; what data cannot say, `offers` does. Unless it says otherwise it is a
+    part of torch: always there, and torch's version is part of every target."""
+
+    name: str
+    devices: tuple[str, ...]
+    kernels: Mapping[str, Kernel]
 
     def version(self) -> str:
         return "torch"
 
     def missing(self) -> str | None:
         return None
+
+    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
+        fit, refused = fitting(self, ctx)
+        yield from refused
+        why = self.broken(ctx.options.cache_dir) if fit else None
+        for name in fit:
+            if why is not None:
+                yield ctx.reject(name, "library_import", why)
+            else:
+                yield from self.offers(ctx, name)
+
+    def broken(self, cache_dir: str | None) -> str | None:
+        """Why a library that is not missing cannot be imported, or None."""
+        return None
+
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        """The candidates of one kernel whose declaration allows the region."""
+        yield ctx.candidate(self.kernels[name])
 
 
 def by_name(*kernels: Kernel) -> Mapping[str, Kernel]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from .. import ops, semantics
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
-from .folding import fold_constants, folded, folding_candidate, rows_of
+from .aten import weight_rows
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
+from .folding import fold, folding_candidate, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -19,13 +19,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 
 
-def _rows_n(emit: Emitter, t: Values, p: Values) -> Any:
-    """The weight with one row an output, (N, K)."""
-    return emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
-
-
 def _activated(emit: Emitter, t: Values, p: Values) -> Any:
-    return emit.call(ops.addmm_activation, t["bias"], t["x"], _rows_n(emit, t, p), p["act"] != "relu")
+    return emit.call(ops.addmm_activation, t["bias"], t["x"], weight_rows(emit, t, p), p["act"] != "relu")
 
 
 def _merge(emit: Emitter, t: Values, p: Values) -> Values:
@@ -48,12 +43,8 @@ def _conv1x1(emit: Emitter, t: Values, p: Values) -> Any:
 
 def _patch_weight(emit: Emitter, t: Values, p: Values) -> Values:
     """(N, C, H, W) filters as rows: constants where frozen."""
-    if p["is_frozen"]:
-        t = fold_constants(emit, t, p, lambda w: w.contiguous())
-        weight, bias = t["w"], t["bias"]
-    else:
-        weight, bias = folded(emit, t, p)
-    return {"x": t["x"], "w": emit.call(aten.reshape.default, weight, [p["w_shape"][0], -1]), "bias": bias}
+    t = fold(emit, t, p, lambda w: w.contiguous())
+    return {"x": t["x"], "w": emit.call(aten.reshape.default, t["w"], [p["w_shape"][0], -1]), "bias": t["bias"]}
 
 
 def _im2col(emit: Emitter, t: Values, p: Values) -> Any:
@@ -101,7 +92,7 @@ def _fp8(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(aten._scaled_mm.default, narrow, t["w"], scale, t["scale"], t.get("bias"), None, out, True)
 
 
-class Cublas(BuiltIn):
+class Cublas(Described):
     name = "cublas"
     devices: tuple[str, ...] = ("cuda",)
     kernels = by_name(
@@ -112,20 +103,17 @@ class Cublas(BuiltIn):
         Kernel("cublas.fp8_rowwise", _fp8, _fp8_weight, packs=lambda p: ("stacked", "float8_e4m3fn"), compiled=True),
     )
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            kernel = self.kernels[name]
-            match name:
-                case "cublas.addmm_activation":
-                    yield ctx.candidate(kernel)
-                case "cublas.fp8_rowwise":
-                    yield ctx.candidate(kernel, layouts={"w": "packed"}, lossy=True)
-                case "cublas.merged":
-                    yield ctx.candidate(kernel, layouts={r: "packed" for r in ctx.roles if r != "x"})
-                case "cublas.conv1x1":
-                    yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape)
-                case "cublas.im2col":
-                    eager = {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}
-                    yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape, layouts=eager)
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        kernel = self.kernels[name]
+        match name:
+            case "cublas.addmm_activation":
+                yield ctx.candidate(kernel)
+            case "cublas.fp8_rowwise":
+                yield ctx.candidate(kernel, layouts={"w": "packed"}, lossy=True)
+            case "cublas.merged":
+                yield ctx.candidate(kernel, layouts={r: "packed" for r in ctx.roles if r != "x"})
+            case "cublas.conv1x1":
+                yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape)
+            case "cublas.im2col":
+                eager = {r: natural_layout(ctx.spec(r)) for r in ("x", "w")}
+                yield folding_candidate(ctx, kernel, out_shape=ctx.outputs[0].shape, layouts=eager)

@@ -8,19 +8,16 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
-from .folding import fold_constants, folded, folding_candidate
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name
+from .folding import fold, folding_candidate
 
 aten = torch.ops.aten
 
 
 def _fold(emit: Emitter, t: Values, p: Values) -> Values:
-    if p["is_frozen"]:
-        return fold_constants(emit, t, p, lambda w: w.contiguous(memory_format=torch.channels_last))
-    weight, bias = folded(emit, t, p)
-    return {**t, "w": emit.call(aten.clone.default, weight, memory_format=torch.channels_last), "bias": bias}
+    t = fold(emit, t, p, lambda w: w.contiguous(memory_format=torch.channels_last))
+    return t if p["is_frozen"] else {**t, "w": emit.call(aten.clone.default, t["w"], memory_format=torch.channels_last)}
 
 
 def _conv(emit: Emitter, t: Values, p: Values) -> Any:
@@ -34,14 +31,11 @@ def _conv(emit: Emitter, t: Values, p: Values) -> Any:
     return emit.call(ops.cudnn_conv_relu, x, t["w"], t["bias"], *geometry)
 
 
-class Cudnn(BuiltIn):
+class Cudnn(Described):
     name = "cudnn"
     devices: tuple[str, ...] = ("cuda",)
     # cudnn_convolution_relu and _add_relu ask cuDNN for any algorithm, whatever torch's flags say (ATen/native/cudnn/ConvShared.cpp).
     kernels = by_name(Kernel("cudnn.conv", _conv, _fold, packs=lambda p: ("folded", p["affine"], p["dtype"])))
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            yield folding_candidate(ctx, self.kernels[name])
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        yield folding_candidate(ctx, self.kernels[name])

@@ -16,12 +16,7 @@ from torch import Tensor
 from .. import ops, semantics
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values
-from .library import Library, LibraryBackend, sees_last_keys
-
-
-def _like_query(q: Tensor, *_: Any) -> Tensor:
-    batch, heads, length, head = q.shape
-    return q.new_empty((batch, length, heads, head)).transpose(1, 2)
+from .library import Library, LibraryBackend, at_last_key, like_query
 
 
 def _only(result: Any) -> Tensor:
@@ -48,14 +43,14 @@ def _cached_run(
 
 
 _STRIDES = torch.Tag.needs_exact_strides  # they ask for a contiguous last dimension, which descriptors promise of the graph's strides
-flash_attention = ops._define(
+flash_attention = ops.define(
     "flash_attention(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int left, str module) -> Tensor",
-    _attention_run, _like_query, _STRIDES,
+    _attention_run, like_query, _STRIDES,
 )  # fmt: skip
-flash_attention_cached = ops._define(
+flash_attention_cached = ops.define(
     "flash_attention_cached(Tensor q, Tensor k, Tensor v, Tensor last, int offset, Tensor? pages, float? scale, int left, str module)"
     " -> Tensor",
-    _cached_run, _like_query, _STRIDES,
+    _cached_run, like_query, _STRIDES,
 )  # fmt: skip
 
 
@@ -86,10 +81,8 @@ class FlashAttention(LibraryBackend):
     library = Library("flash-attn", "flash_attn", "pip install --no-build-isolation 'lz-compiler[flash-attn]'")
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
-        if name.endswith(".attention") and not sees_last_keys(ctx):
-            yield ctx.reject(name, "mask", "a causal mask or window must end at the last key")
-        else:
-            yield ctx.candidate(self.kernels[name], module=self.library.module)
+        offer = at_last_key if name.endswith(".attention") else SelectionContext.candidate
+        yield offer(ctx, self.kernels[name], module=self.library.module)
 
 
 class FlashAttention3(FlashAttention):

@@ -15,16 +15,11 @@ from torch import Tensor
 from .. import ops
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, by_name
-from .library import Library, LibraryBackend, sees_last_keys
+from .library import Library, LibraryBackend, at_last_key, like_query
 
 LIBRARY = Library("flashinfer-python", "flashinfer", "pip install 'lz-compiler[flashinfer]'")
 WORKSPACE = 128 << 20  # bytes, what the library's documentation recommends
 SEMAPHORES = 8 << 20  # the first bytes of it, which must be zero
-
-
-def _like_query(q: Tensor, *_: Any) -> Tensor:
-    batch, heads, length, head = q.shape
-    return q.new_empty((batch, length, heads, head)).transpose(1, 2)
 
 
 def _single_run(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, left: int) -> Tensor:
@@ -53,13 +48,13 @@ def _paged_run(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengt
     return y.masked_fill(lengths[:, None, None] == 0, 0)[:, :, None]  # what it gives for no key at all is not documented
 
 
-flashinfer_single = ops._define(
+flashinfer_single = ops.define(
     "flashinfer_single(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int left) -> Tensor",
-    _single_run, _like_query, torch.Tag.needs_exact_strides,
+    _single_run, like_query, torch.Tag.needs_exact_strides,
 )  # fmt: skip
-flashinfer_paged = ops._define(
+flashinfer_paged = ops.define(
     "flashinfer_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float scale, str layout) -> Tensor",
-    _paged_run, _like_query, torch.Tag.needs_exact_strides,
+    _paged_run, like_query, torch.Tag.needs_exact_strides,
 )  # fmt: skip
 
 
@@ -86,7 +81,5 @@ class FlashInfer(LibraryBackend):
                 yield ctx.reject(name, "shape", "at most 32 heads read one key-value head")
             else:
                 yield ctx.candidate(self.kernels[name], head=cache.head_size)
-        elif not sees_last_keys(ctx):
-            yield ctx.reject(name, "mask", "a causal mask or window must end at the last key")
         else:
-            yield ctx.candidate(self.kernels[name])
+            yield at_last_key(ctx, self.kernels[name])

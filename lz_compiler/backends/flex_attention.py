@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import semantics, torch_private
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name
 
 Predicate = Callable[..., Any]
 
@@ -89,17 +88,14 @@ def _nan_kept(score: Tensor, *_: Tensor) -> Tensor:
     return torch.where(score != score, math.inf, score)
 
 
-class FlexAttention(BuiltIn):
+class FlexAttention(Described):
     name = "flex_attention"
     devices: tuple[str, ...] = ("cpu", "cuda")
     kernels = by_name(Kernel("flex.attention", _attention, _prepare, compiled=True))
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            q, of_batch = ctx.spec("q"), {read[0]: "batch" in read[1] for read in ctx.params.get("reads", ())}
-            position = [1 + own for role, own in of_batch.items() if role == "position"]
-            keys = [1 + own for role, own in of_batch.items() if role != "position"]
-            read = (max(position, default=0), max(keys, default=0))
-            yield ctx.candidate(self.kernels[name], read=read, device=q.device, head=q.shape[-1])
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        q, of_batch = ctx.spec("q"), {read[0]: "batch" in read[1] for read in ctx.params.get("reads", ())}
+        position = [1 + own for role, own in of_batch.items() if role == "position"]
+        keys = [1 + own for role, own in of_batch.items() if role != "position"]
+        read = (max(position, default=0), max(keys, default=0))
+        yield ctx.candidate(self.kernels[name], read=read, device=q.device, head=q.shape[-1])

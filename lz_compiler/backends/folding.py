@@ -56,6 +56,14 @@ def fold_constants(emit: Emitter, t: Values, p: Values, pack: Callable[[torch.Te
     return {"x": t["x"], "w": weight, "bias": bias, **({"other": t["other"]} if "other" in t else {})}
 
 
+def fold(emit: Emitter, t: Values, p: Values, pack: Callable[[torch.Tensor], torch.Tensor]) -> Values:
+    """The folded weight and bias: packed ahead of time where all of them are frozen, else as they are, in the graph."""
+    if p["is_frozen"]:
+        return fold_constants(emit, t, p, pack)
+    weight, bias = folded(emit, t, p)
+    return {**t, "w": weight, "bias": bias}
+
+
 def rows_of(emit: Emitter, x: Any, stride: tuple[int, int] = (1, 1)) -> Any:
     """Channels-last (N, C, H, W) as (N, H, W, C), a view: what a 1x1 convolution multiplies. A stride only drops rows."""
     for dim, step in zip((2, 3), stride, strict=True):

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name
+from .aten import weight_rows
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def _gemv(emit: Emitter, t: Values, p: Values) -> Any:
     """x (1, K) times w (N, K), as a broadcast multiplication and a sum: one pass over the weight, fused with neighbours."""
-    weight = emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
-    y = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weight, t["x"]), [1])
+    y = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weight_rows(emit, t, p), t["x"]), [1])
     y = emit.call(aten.reshape.default, y, [1, -1])
     return emit.call(aten.add.Tensor, y, t["bias"]) if "bias" in t else y
 
@@ -63,7 +62,7 @@ def _dense(emit: Emitter, t: Values, p: Values) -> Values:
     return {**t, "w": weight, "bias": bias}
 
 
-class Inductor(BuiltIn):
+class Inductor(Described):
     name = "inductor"
     devices: tuple[str, ...] = ("cpu", "cuda")
     kernels = by_name(
@@ -72,13 +71,10 @@ class Inductor(BuiltIn):
         Kernel("inductor.cpp_gemm", _cpp_gemm, _dense, compiled=True),
     )
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            extra: dict[str, Any] = {}
-            if name == "inductor.attention":
-                q, k, v = (ctx.spec(role).shape for role in "qkv")
-                mask = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
-                extra = {"mask_dtype": mask, "q_shape": q, "k_shape": k, "v_size": v[-1]}
-            yield ctx.candidate(self.kernels[name], **extra)
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        extra: dict[str, Any] = {}
+        if name == "inductor.attention":
+            q, k, v = (ctx.spec(role).shape for role in "qkv")
+            mask = ctx.spec("mask").dtype if "mask" in ctx.roles else ""
+            extra = {"mask_dtype": mask, "q_shape": q, "k_shape": k, "v_size": v[-1]}
+        yield ctx.candidate(self.kernels[name], **extra)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from ..errors import first_line, told
 from ..facts import machine
 from ..timings import open_store
-from ..trust.capabilities import fitting, installed_version
+from ..trust.capabilities import installed_version
 from ..types import Candidate, Rejection
-from .base import Kernel, SelectionContext
+from .base import Described, Kernel, SelectionContext
 
 IMPORT = "import"  # kind of the records that say that an import was tried, and went well
 IMPORT_S = 60.0  # an import that takes longer hangs
@@ -76,7 +77,7 @@ def _import_error(module: str, package: str, cache_dir: str | None) -> str | Non
     try:
         import_module(module)
     except Exception as error:  # it is foreign code, and may raise anything
-        return f"importing {module} raises {type(error).__name__}: {first_line(str(error))}"
+        return f"importing {module} raises {told(error)}"
     return None
 
 
@@ -108,16 +109,9 @@ def tried_elsewhere(what: str, code: str, *args: str) -> str | None:
     return f"importing {what} ends its process ({how}): {first_line(done.stderr.strip().rpartition(chr(10))[2])}"
 
 
-def first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:200] if text.strip() else "no message"
-
-
-class LibraryBackend:
+class LibraryBackend(Described):
     """What such backends share. They say `name`, `devices`, `kernels`, `library`, and in `offers` what data cannot say."""
 
-    name: str
-    devices: tuple[str, ...]
-    kernels: Mapping[str, Kernel]
     library: Library
 
     def version(self) -> str:
@@ -126,24 +120,22 @@ class LibraryBackend:
     def missing(self) -> str | None:
         return self.library.missing()
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        why = self.library.broken(ctx.options.cache_dir) if fit else None
-        for name in fit:
-            if why is not None:
-                yield ctx.reject(name, "library_import", why)
-            else:
-                yield from self.offers(ctx, name)
-
-    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
-        """The candidates of one kernel whose declaration allows the region."""
-        yield ctx.candidate(self.kernels[name])
+    def broken(self, cache_dir: str | None) -> str | None:
+        return self.library.broken(cache_dir)
 
 
-def sees_last_keys(ctx: SelectionContext) -> bool:
-    """Whether the predicate is what these libraries call causal: the last query sees the last key, the one before it one key less."""
+def at_last_key(ctx: SelectionContext, kernel: Kernel, **extra: Any) -> Candidate | Rejection:
+    """A candidate where the predicate is what these libraries call causal: the last query sees the last key, the one before it one key
+    less."""
     p = ctx.params
-    if p["causal"] and p["dynamic_rows"]:
-        return bool(p["square"])
-    return bool(p["shift"] == p["keys"] - p["queries"] and p["queries"] <= p["keys"]) if p["causal"] else not (p["window"] or p["shift"])
+    if p["causal"]:
+        fits = p["square"] if p["dynamic_rows"] else p["shift"] == p["keys"] - p["queries"] and p["queries"] <= p["keys"]
+    else:
+        fits = not (p["window"] or p["shift"])
+    return ctx.candidate(kernel, **extra) if fits else ctx.reject(kernel.name, "mask", "a causal mask or window must end at the last key")
+
+
+def like_query(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    """An attention's result in q's sizes, in memory order (B, Q, H, D)."""
+    batch, heads, length, head = q.shape
+    return q.new_empty((batch, length, heads, head)).transpose(1, 2)

@@ -23,7 +23,7 @@ def _run(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return LIBRARY.load("liger_kernel.ops.geglu").geglu_forward(gate.contiguous(), up.contiguous())[2]
 
 
-liger_gate = ops._define(
+liger_gate = ops.define(
     "liger_gate(Tensor gate, Tensor up, str act) -> Tensor",
     _run,
     lambda gate, up, act: gate.new_empty(gate.shape),

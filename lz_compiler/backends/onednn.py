@@ -13,7 +13,8 @@ from .. import ops, semantics
 from ..target import onednn_computes
 from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
-from .base import BuiltIn, Emitter, Kernel, SelectionContext, Values, by_name, split_columns
+from .aten import weight_rows
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, split_columns
 from .folding import fold_constants, folded, rows_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -40,8 +41,7 @@ def _linear(emit: Emitter, t: Values, p: Values) -> Any:
 
 
 def _plain(emit: Emitter, t: Values, p: Values) -> Values:
-    weight = emit.call(aten.permute.default, t["w"], [1, 0]) if p["transposed"] else t["w"]
-    return {**t, "w": weight, "bias": _vector(emit, t.get("bias"), p)}
+    return {**t, "w": weight_rows(emit, t, p), "bias": _vector(emit, t.get("bias"), p)}
 
 
 def _dense(weight: torch.Tensor, p: Values) -> torch.Tensor:
@@ -129,7 +129,7 @@ def _conv_packs(p: Values) -> Hashable:
     return "onednn.conv", p["dtype"], p["affine"], p["padding"], p["stride"], p["dilation"], p["groups"], str(_size(p))
 
 
-class OneDNN(BuiltIn):
+class OneDNN(Described):
     name = "onednn"
     devices: tuple[str, ...] = ("cpu",)
     kernels = by_name(

@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from ..errors import CapabilityError
+from ..errors import CapabilityError, told
 from ..types import Candidate, Rejection
 from .base import Backend, Kernel, SelectionContext
-from .library import first_line, remembered, tried_elsewhere
+from .library import remembered, tried_elsewhere
 
 GROUP = "lz_compiler.backends"
 SLOW_S = 5.0  # in which a third party's library should have been imported
@@ -62,7 +62,7 @@ class ThirdParty:
             fault = lacking(backend, self.name, self.taken)
             version = "" if fault else backend.version()
         except FOREIGN as error:
-            return f"{self.entry.value} raises {_told(error)}"
+            return f"{self.entry.value} raises {told(error)}"
         if time.monotonic() - start > SLOW_S:
             warnings.warn(f"LayerZero: the backend {self.name!r} took {time.monotonic() - start:.1f} s to import", stacklevel=2)
         if fault is None:
@@ -96,7 +96,7 @@ class ThirdParty:
         try:
             why = backend.missing()
         except FOREIGN as error:
-            self.fault = why = f"its missing() raises {_told(error)}"
+            self.fault = why = f"its missing() raises {told(error)}"
         return why if why is None else str(why)
 
     def candidates(self, ctx: SelectionContext) -> Iterator[Candidate | Rejection]:
@@ -108,7 +108,7 @@ class ThirdParty:
         except CapabilityError:
             raise
         except FOREIGN as error:
-            yield self._error(f"its candidates() raises {_told(error)}")
+            yield self._error(f"its candidates() raises {told(error)}")
 
     def _error(self, why: str) -> Rejection:
         return Rejection(self.name, "backend_error", why)
@@ -141,7 +141,3 @@ def try_out(name: str, value: str) -> None:
     with contextlib.suppress(*FOREIGN):  # what it raises is told each time it does
         backend.missing()
     sys.stdout.write("imported")
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(str(error))}"

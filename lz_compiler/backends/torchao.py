@@ -25,7 +25,7 @@ def _run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-torchao_int8_linear = ops._define(
+torchao_int8_linear = ops.define(
     "torchao_int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
     _run,
     lambda x, weight, scale, bias: x.new_empty((x.shape[0], weight.shape[0])),

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from .. import semantics
-from ..trust.capabilities import fitting
 from ..types import Candidate, Rejection
 from .aten import paged_arguments
-from .base import Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
-from .folding import fold_constants, folded, folding_candidate
+from .base import Described, Emitter, Kernel, SelectionContext, Values, by_name, natural_layout, quantize_rows, split_columns, stacked
+from .folding import fold, folding_candidate
 
 aten = torch.ops.aten
 
@@ -59,10 +58,7 @@ def _prepared(emit: Emitter, t: Values, p: Values) -> Values:
 
 
 def _depthwise_weight(emit: Emitter, t: Values, p: Values) -> Values:
-    if p["is_frozen"]:
-        return fold_constants(emit, t, p, torch.clone)
-    weight, bias = folded(emit, t, p)
-    return {**t, "w": weight, "bias": bias}
+    return fold(emit, t, p, torch.clone)
 
 
 def _depthwise(emit: Emitter, t: Values, p: Values) -> Any:
@@ -104,7 +100,7 @@ def _packs(p: Values) -> Hashable:
     return "stacked", p["weight_dtype"]
 
 
-class Triton:
+class Triton(Described):
     name = "triton"
     devices: tuple[str, ...] = ("cuda",)
     kernels = by_name(
@@ -123,23 +119,20 @@ class Triton:
     def missing(self) -> str | None:
         return None if find_spec("triton") else "Triton is not installed: pip install 'lz-compiler[gpu]'"
 
-    def candidates(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
-        fit, refused = fitting(self, ctx)
-        yield from refused
-        for name in fit:
-            match name:
-                case "triton.depthwise_conv":
-                    for variant in _kernels("depthwise_conv").variants(ctx.outputs[0].shape[3]):
-                        weight = {"layouts": {"w": natural_layout(ctx.spec("w"))}}
-                        yield folding_candidate(ctx, self.kernels[name], variant=tuple(variant.items()), **weight)
-                case "triton.attention":
-                    yield from self._attention(ctx)
-                case "triton.decode_attention":
-                    yield from self._decode(ctx)
-                case "triton.paged_attention":
-                    yield from self._paged(ctx)
-                case _:
-                    yield from self._gemv(ctx, name)
+    def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
+        match name:
+            case "triton.depthwise_conv":
+                for variant in _kernels("depthwise_conv").variants(ctx.outputs[0].shape[3]):
+                    weight = {"layouts": {"w": natural_layout(ctx.spec("w"))}}
+                    yield folding_candidate(ctx, self.kernels[name], variant=tuple(variant.items()), **weight)
+            case "triton.attention":
+                yield from self._attention(ctx)
+            case "triton.decode_attention":
+                yield from self._decode(ctx)
+            case "triton.paged_attention":
+                yield from self._paged(ctx)
+            case _:
+                yield from self._gemv(ctx, name)
 
     def _attention(self, ctx: SelectionContext) -> Iterable[Candidate]:
         q = ctx.spec("q")

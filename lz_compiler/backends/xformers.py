@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, by_name
-from .library import Library, LibraryBackend, sees_last_keys
+from .library import Library, LibraryBackend, at_last_key, like_query
 
 LIBRARY = Library("xformers", "xformers.ops", "pip install 'lz-compiler[xformers]'")
 
@@ -33,14 +33,9 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, win
     return (y.flatten(2, 3) if shared > 1 else y).contiguous().transpose(1, 2)
 
 
-def _fake(q: Tensor, *_: Any) -> Tensor:
-    batch, heads, length, head = q.shape
-    return q.new_empty((batch, length, heads, head)).transpose(1, 2)
-
-
-xformers_attention = ops._define(
+xformers_attention = ops.define(
     "xformers_attention(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int window) -> Tensor",
-    _run, _fake, torch.Tag.needs_exact_strides,
+    _run, like_query, torch.Tag.needs_exact_strides,
 )  # fmt: skip
 
 
@@ -57,7 +52,5 @@ class XFormers(LibraryBackend):
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
         if not getattr(sys.modules.get("xformers._cpp_lib"), "_built_with_cuda", True):
             yield ctx.reject(name, "library_import", "its CUDA kernels do not load: built for another torch (python -m xformers.info)")
-        elif sees_last_keys(ctx):
-            yield ctx.candidate(self.kernels[name])
         else:
-            yield ctx.reject(name, "mask", "a causal mask or window must end at the last key")
+            yield at_last_key(ctx, self.kernels[name])

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -179,13 +179,8 @@ def _compared(store: TimingStore, backend: Backend, run: BackendRun) -> BackendR
     return replace(run, changes=tuple(_changes(before, value)))
 
 
-def _fields(run: BackendRun) -> dict[str, Any]:
-    return {name: getattr(run, name) for name in BackendRun.__slots__}
-
-
 def _described(run: BackendRun) -> dict[str, Any]:
-    verdicts = {name: {f: getattr(v, f) for f in Verdict.__slots__} for name, v in run.capabilities.items()}
-    return {**_fields(run), "capabilities": verdicts, "changes": list(run.changes), "counts": run.count()}
+    return {**asdict(run), "changes": list(run.changes), "counts": run.count()}
 
 
 def _run(backend: Backend, device: str, row_s: float, total_s: float, jobs: int, progress: Progress | None) -> BackendRun:

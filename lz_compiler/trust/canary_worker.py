@@ -43,20 +43,20 @@ Emit = Callable[[dict[str, Any]], None]
 # --- one candidate ------------------------------------------------------------------------------------------------------
 
 
-def check(known: Capability, ctx: SelectionContext, candidate: Candidate, truth: measure._Truth) -> str | None:
+def check(known: Capability, ctx: SelectionContext, candidate: Candidate, truth: measure.Truth) -> str | None:
     """Why the candidate fails, or None: numbers against float64, NaN, the outputs' dtype and layout, determinism, capture."""
     layouts = [(known.inputs, f.layout) for f in candidate.in_formats] + [(known.outputs, f.layout) for f in candidate.out_formats]
     for allowed, layout in layouts:
         if layout not in allowed:
             return f"layout: {layout} is not declared"
     bound = measure.Bound(candidate, ctx)
-    error, epsilon = measure._wrong(bound, ctx, truth)
+    error, epsilon = measure.judged(bound, ctx, truth)
     if error is None and epsilon > LOSSY:
         error = f"wrong: relative error {epsilon:.3g}, and a lossy kernel may have {LOSSY}"
     if error is not None:
         return error
     run = bound.on(truth.inputs)
-    first = measure._leaves(run())
+    first = measure.leaves(run())
     for y, spec, fmt in zip(first, ctx.outputs, candidate.out_formats, strict=True):
         if y.dtype != semantics.torch_dtype(fmt.dtype) or y.numel() != torch.Size(spec.shape).numel():
             return f"result: {tuple(y.shape)} of {y.dtype}, and {spec.shape} of {fmt.dtype} was promised"
@@ -65,7 +65,7 @@ def check(known: Capability, ctx: SelectionContext, candidate: Candidate, truth:
     error = _misdescribed(bound, truth, first)
     if error is not None:
         return error
-    if known.deterministic and not all(_same_bits(a, b) for a, b in zip(first, measure._leaves(run()), strict=True)):
+    if known.deterministic and not all(_same_bits(a, b) for a, b in zip(first, measure.leaves(run()), strict=True)):
         return "nondeterministic: two runs on the same inputs differ"
     if known.backward and bound.kernel.prepare is None:
         error = _backward(bound, ctx, truth)
@@ -76,13 +76,13 @@ def check(known: Capability, ctx: SelectionContext, candidate: Candidate, truth:
     return None
 
 
-def _misdescribed(bound: measure.Bound, truth: measure._Truth, results: tuple[Tensor, ...]) -> str | None:
+def _misdescribed(bound: measure.Bound, truth: measure.Truth, results: tuple[Tensor, ...]) -> str | None:
     """Whether the result has the dtype, sizes and strides that the operators' shape rules promise to the compiler."""
     values = truth.inputs.formatted(bound.candidate, bound.ctx)
     ready = bound.kernel.prepare(measure.EagerEmitter(), values, bound.params) if bound.kernel.prepare else values
     if bound.kernel.compiled or any(t.is_mkldnn for t in ready.values() if isinstance(t, Tensor)):  # opaque, without strides
         return None
-    promised = measure._leaves(torch_private.fake_results(lambda t: bound.kernel.run(measure.EagerEmitter(), t, bound.params), ready))
+    promised = measure.leaves(torch_private.fake_results(lambda t: bound.kernel.run(measure.EagerEmitter(), t, bound.params), ready))
     for y, fake in zip(results, promised, strict=True):
         steps = [(s, f) for n, s, f in zip(y.shape, y.stride(), fake.stride(), strict=False) if n > 1]
         if y.dtype != fake.dtype or y.shape != fake.shape or any(s != f for s, f in steps):
@@ -90,13 +90,13 @@ def _misdescribed(bound: measure.Bound, truth: measure._Truth, results: tuple[Te
     return None
 
 
-def _backward(bound: measure.Bound, ctx: SelectionContext, truth: measure._Truth) -> str | None:
+def _backward(bound: measure.Bound, ctx: SelectionContext, truth: measure.Truth) -> str | None:
     """Why the gradients that autograd takes through the kernel are not as close to float64's as eager's are, or None."""
 
     def gradients(run: Callable[[Any, Any], Any], values: dict[str, Tensor]) -> list[Tensor]:
         with torch.enable_grad():
             leaves = {r: v.detach().requires_grad_() if v.is_floating_point() else v for r, v in values.items()}
-            total = torch.stack([y.double().square().sum() for y in measure._leaves(run(leaves, ctx.params))]).sum()
+            total = torch.stack([y.double().square().sum() for y in measure.leaves(run(leaves, ctx.params))]).sum()
             return list(torch.autograd.grad(total, [v for v in leaves.values() if v.requires_grad]))
 
     reference, values = semantics.REFERENCES[ctx.region.op], truth.inputs.values
@@ -104,9 +104,9 @@ def _backward(bound: measure.Bound, ctx: SelectionContext, truth: measure._Truth
     eager = gradients(reference, values)
     exact = gradients(reference, {r: v.double() if v.is_floating_point() else v for r, v in values.items()})
     for mine, theirs, x in zip(own, eager, exact, strict=True):
-        allowed = 2 * measure._max_error(theirs, x) + 4 * measure.rounding(ctx) * float(x.abs().max())
-        if not measure._max_error(mine, x) <= allowed:
-            return f"backward: error {measure._max_error(mine, x):.3g}, allowed is {allowed:.3g}"
+        allowed = 2 * measure.max_error(theirs, x) + 4 * measure.rounding(ctx) * float(x.abs().max())
+        if not measure.max_error(mine, x) <= allowed:
+            return f"backward: error {measure.max_error(mine, x):.3g}, allowed is {allowed:.3g}"
     return None
 
 
@@ -124,7 +124,7 @@ def _captured(run: Callable[[], Any], expected: tuple[Tensor, ...]) -> str | Non
         def once() -> None:
             if torch.cuda.is_current_stream_capturing():
                 begin()
-            results.append(measure._leaves(run()))
+            results.append(measure.leaves(run()))
 
         try:
             graph = torch_private.capture(once)
@@ -172,7 +172,7 @@ def _try_region(
     if not offered or not measure.measurable(ctx):
         return
     with torch_private.real_tensors():
-        truth = measure._truth(ctx)
+        truth = measure.truth_of(ctx)
         for j, candidate in enumerate(offered):
             if j <= start:
                 continue

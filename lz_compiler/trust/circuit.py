@@ -27,8 +27,7 @@ from ..errors import KernelError
 from ..target import environment
 from ..timings import TimingStore
 from ..types import Candidate, Choice, Plan, Rejection
-from .failures import KIND as KIND
-from .failures import Failed, take
+from .failures import KIND, Failed, take
 from .verdicts import hardware
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class Quarantine:
         """Why this candidate may not be used, or None. The graph as it stands is always allowed: eager runs the same."""
         if not self.known or candidate.as_is:
             return None
-        value = self.known.get(capability(candidate, self.suffix))
+        value = self.known.get(subject(candidate).capability(self.suffix))
         return None if value is None else f"raised at run time: {value.get('error')}; `lz cache clear {KIND}` gives it another try"
 
     def refusal(self, candidate: Candidate) -> Rejection | None:
@@ -66,10 +65,6 @@ class Quarantine:
             (c.candidate.kernel, self.reason(c.candidate)) for p in plans for c in p.choices if c.candidate.kernel in backends.owners()
         )
         return next((f"{kernel} {reason}" for kernel, reason in found if reason), None)
-
-
-def capability(candidate: Candidate, suffix: str) -> str:
-    return subject(candidate).capability(suffix)
 
 
 def subject(candidate: Candidate) -> Failed:

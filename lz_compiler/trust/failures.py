@@ -48,7 +48,7 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class FailureReport:
     """What a baked file wrote: what raised, where, and for which environment the file was made."""
 
     failed: tuple[Failed, ...]
@@ -104,7 +104,7 @@ def take(store: TimingStore) -> None:
                 path.unlink()
 
 
-def read(path: Path) -> Report:
+def read(path: Path) -> FailureReport:
     """One report. OSError, ValueError, KeyError or the like for anything else."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(handle, "rb") as file:
@@ -121,7 +121,7 @@ def read(path: Path) -> Report:
     env = {_word(k): _line(v) for k, v in data["environment"].items()}
     if env["device"] not in SAME or len(env) > MAX_KERNELS:
         raise ValueError("of no known device")
-    return Report(failed, _line(data["error"]), _word(data["cell"]), _word(data["plan"]), env)
+    return FailureReport(failed, _line(data["error"]), _word(data["cell"]), _word(data["plan"]), env)
 
 
 def _word(value: object, spaces: bool = False) -> str:
