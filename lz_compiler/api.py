@@ -16,7 +16,7 @@ from .options import Options
 from .reports.profiling import profile as profile_records
 from .reports.report import Report, explain_model_plan, explain_plan, explain_records
 from .target import detect
-from .timings import open_store
+from .timings import user_store
 from .types import Plan
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _belongs(record: GraphRecord, compiled: Any) -> bool:
 
 def doctor(cache_dir: str | None = None) -> Report:
     """Device, measured peaks, kernel libraries and what is missing, caches."""
-    store = open_store(cache_dir or Options.resolve().cache_dir)
+    store = user_store(cache_dir)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     targets, lines = {}, []
     for device in devices:

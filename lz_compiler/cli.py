@@ -405,7 +405,6 @@ def cache_merge(files: list[str], cache_dir: CacheDir = None) -> None:
 
 
 def _store(cache_dir: str | None) -> TimingStore:
-    from .options import Options
-    from .timings import open_store
+    from .timings import user_store
 
-    return open_store(cache_dir or Options.resolve().cache_dir)
+    return user_store(cache_dir)

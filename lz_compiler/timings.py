@@ -26,6 +26,7 @@ from . import cache_folder, facts
 from .facts import MAX_VALUE, TIMING, Facts, Merged
 from .facts import StoreError as StoreError
 from .facts import Timing as Timing
+from .options import Options
 
 SCHEMA_VERSION = 2
 FILE_NAME = "timings.sqlite"
@@ -318,6 +319,11 @@ class TimingStore:
 def open_store(cache_dir: str | None) -> TimingStore:
     """One store per process and folder."""
     return TimingStore.open(cache_dir)
+
+
+def user_store(cache_dir: str | os.PathLike[str] | None = None) -> TimingStore:
+    """The store in a folder, by default in that of the option `cache_dir`."""
+    return open_store(os.fspath(cache_dir) if cache_dir else Options.resolve().cache_dir)
 
 
 @contextmanager
