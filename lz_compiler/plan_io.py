@@ -35,6 +35,16 @@ def read_limited(path: Path) -> bytes:
     return text
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all. OSError where that cannot be."""
+    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        half.write_bytes(data)
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
 def _is(value: Any, *kinds: type) -> Any:
     """A value of one of these types: True is no number, and torch's version is a text. TypeError otherwise."""
     if type(value) not in kinds and not (str in kinds and isinstance(value, str)):
@@ -140,13 +150,9 @@ def keep_problem(problem: Problem, folder: str, fingerprint: str, kind: str) -> 
 def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:
     """Write a problem as JSON, whole or not at all: it can be solved again without the model or its device."""
     data = {"layerzero_problem": PROBLEM_VERSION, **problem_to_dict(problem)}
-    target = Path(path)
-    half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        half.write_text(json.dumps(data, separators=(",", ":")))
-        half.replace(target)
+        write_whole(Path(path), json.dumps(data, separators=(",", ":")).encode())
     except OSError as error:
-        half.unlink(missing_ok=True)
         raise PlanError(f"cannot write the problem to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
 
 

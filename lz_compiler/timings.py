@@ -27,6 +27,7 @@ from .facts import MAX_VALUE, TIMING, Facts, Merged
 from .facts import StoreError as StoreError
 from .facts import Timing as Timing
 from .options import Options
+from .plan_io import write_whole
 
 SCHEMA_VERSION = 2
 FILE_NAME = "timings.sqlite"
@@ -206,12 +207,9 @@ class TimingStore:
             raise StoreError(f"cannot export to {path}: `merge` reads JSON lines from a name that ends in {TEXT_SUFFIX}.")
         with self._lock:
             lines = facts.to_lines(self._read(_everything) or self._facts)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            partial.write_text("".join(lines))
-            partial.replace(path)
+            write_whole(path, "".join(lines).encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise StoreError(f"cannot export to {path}: {error}.") from error
         return len(lines)
 

@@ -26,7 +26,7 @@ from ..backend import EAGER, INDUCTOR, LOSSLESS, PLANNED, TIGHTEN, Session, setu
 from ..capture import fingerprint
 from ..errors import OptionError, PlanError, unknown
 from ..options import Options
-from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited
+from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited, write_whole
 from ..planning import DILUTION
 from ..problem import CALL, LOOP, VIEW
 from ..target import environment
@@ -87,12 +87,9 @@ class ModelPlan:
         target = Path(path)
         if not target.parent.is_dir():
             raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}. Make it.")
-        half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
-            half.write_text(json.dumps(data, indent=1))
-            half.replace(target)
+            write_whole(target, json.dumps(data, indent=1).encode())
         except OSError as error:
-            half.unlink(missing_ok=True)
             why = error.strerror or error
             raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: {why}. Give a file in a folder that is writable.") from error
 
