@@ -24,14 +24,14 @@ MAX_BYTES = 1 << 26  # of a file
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)  # what reading nonsense may raise
 
 
-def read_limited(path: Path) -> bytes:
-    """A plain file's bytes. OSError if it is none, or is larger than any plan."""
+def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """A plain file's bytes. OSError if it is none, or is larger than any plan, or than another limit."""
     if not path.is_file():
         raise OSError("no such file")
     with path.open("rb") as file:
-        text = file.read(MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise OSError(f"more than {MAX_BYTES} bytes")
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise OSError(f"more than {limit} bytes")
     return text
 
 

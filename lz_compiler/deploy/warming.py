@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, PlanError
+from ..plan_io import read_limited
 
 if TYPE_CHECKING:  # a process that only runs a baked folder loads no planner
     from .offline import PlannedModel
@@ -52,9 +53,7 @@ def check_manifest(folder: Path) -> None:
     """PlanError if a file that manifest.json lists is missing, or other than it was, or a name leads out of the folder."""
     where, again = os.fspath(folder), "Bake again, or copy the folder again."
     try:
-        with (folder / MANIFEST).open("rb") as file:
-            text = file.read(MAX_MANIFEST + 1)
-        data = json.loads(text) if len(text) <= MAX_MANIFEST else None
+        data = json.loads(read_limited(folder / MANIFEST, MAX_MANIFEST))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{where!r} has no {MANIFEST} that can be read ({error}): it is not loaded. {again}") from error
     files = data.get("files") if isinstance(data, dict) and data.get("layerzero_bake") == 1 else None
