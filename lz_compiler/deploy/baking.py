@@ -39,10 +39,10 @@ from ..trust import circuit
 from . import export, general, writing
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
+from .warming import FILE, MANIFEST, sha256
 
 log = logging.getLogger(__name__)
 
-FILE = "_layerzero_plan.py"
 # How Inductor calls ATen, and what that is.
 PLAIN = {
     "extern_kernels.convolution(": "torch.ops.aten.convolution(", "extern_kernels.bias_addmm(": "torch.addmm(",
@@ -186,7 +186,7 @@ class _Writer:
         if any(loop.language == "triton" for loop in self.loops):
             self._cubins()
             (self.out / FILE).write_text(self._text(cells))
-        files = {str(p.relative_to(self.out)): _hash(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(self.out)): sha256(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
         shapes = {
             name: [self.plan.dynamic.get(name, {}).get(dim, size) for dim, size in enumerate(planned.shape)]
             for name, planned in zip(self.inputs, self.plan.tensors, strict=True)
@@ -197,7 +197,7 @@ class _Writer:
             "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "plan": _plan_hash(self.plan),
             "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
-        (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (self.out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     def _cubins(self) -> None:
         """Store the Triton kernels compiled. The file is run once with their sources, since which of its configurations Inductor takes
@@ -587,8 +587,3 @@ def _check_name(name: str, what: str) -> None:
 def _digest(value: Tensor) -> str:
     data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(repr((tuple(value.shape), value.dtype)).encode() + data.tobytes()).hexdigest()[:16]
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from ..errors import OptionError, PlanError
 from . import export
 from .proof import Finding, always, prove, ranges_of
-from .warming import FILE
+from .warming import FILE, MANIFEST
 
 Sizes = Mapping[str, int]
 Case = tuple[Sizes, bool, int]  # sizes by symbol or by place, whether they are outside, and a number for the values
@@ -111,7 +111,7 @@ def fuzz(
     """
     folder = Path(plan_dir)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         source = (folder / FILE).read_text()
         findings, paths = prove(source, manifest) if proof else ([], [])
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:

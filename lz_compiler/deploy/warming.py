@@ -68,7 +68,7 @@ def check_manifest(folder: Path) -> None:
             raise PlanError(f"{name!r:.200} in {where!r} is a link; a baked folder has plain files: it is not loaded. {again}")
         if parts.parts[0] == "kernels" and not path.exists():
             continue  # the Python file then compiles its own source
-        if not path.is_file() or _sha256(path) != digest:
+        if not path.is_file() or sha256(path) != digest:
             what = "is not what was baked (another sha256)" if path.is_file() else "is missing"
             raise PlanError(f"{name!r:.200} in {where!r} {what}: it is not loaded. {again}")
     extra = {p.relative_to(folder).as_posix() for p in (folder / "kernels").glob("*")} - set(files)
@@ -76,7 +76,7 @@ def check_manifest(folder: Path) -> None:
         raise PlanError(f"{min(extra)!r:.200} in {where!r} is not listed in {MANIFEST}: it is not loaded. {again}")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
