@@ -45,6 +45,11 @@ def write_whole(path: Path, data: bytes) -> None:
         half.unlink(missing_ok=True)
 
 
+def digest(value: object) -> str:
+    """A short hash of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _is(value: Any, *kinds: type) -> Any:
     """A value of one of these types: True is no number, and torch's version is a text. TypeError otherwise."""
     if type(value) not in kinds and not (str in kinds and isinstance(value, str)):
@@ -142,9 +147,9 @@ def problem_name(fingerprint: str, kind: str, digest: str) -> str:
 
 def keep_problem(problem: Problem, folder: str, fingerprint: str, kind: str) -> str:
     """Save it in the folder under its own name, and return its digest."""
-    digest = hashlib.sha256(json.dumps(problem_to_dict(problem), sort_keys=True).encode()).hexdigest()[:12]
-    save_problem(problem, Path(folder) / problem_name(fingerprint, kind, digest))
-    return digest
+    name = digest(problem_to_dict(problem))[:12]
+    save_problem(problem, Path(folder) / problem_name(fingerprint, kind, name))
+    return name
 
 
 def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:

@@ -13,7 +13,6 @@ A capability group is the ranks with the same hardware, quarantine and graph. Me
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import time
@@ -30,6 +29,7 @@ from .backends.base import Backend
 from .collectives import Curves, joined
 from .errors import CapabilityError, RankError
 from .options import Options
+from .plan_io import digest
 from .trust.capabilities import descriptor
 from .trust.verdicts import driver
 
@@ -206,10 +206,6 @@ def libraries(backends: Iterable[Backend], device: str) -> dict[str, str]:
         nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
         found |= {"driver": driver(), "nccl": ".".join(map(str, nccl))}
     return found
-
-
-def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _group(told: Mapping[str, Any]) -> str:

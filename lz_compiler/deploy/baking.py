@@ -32,7 +32,7 @@ from ..backend import EAGER, PLANNED, setup
 from ..capture import fingerprint
 from ..errors import PlanError
 from ..options import Options
-from ..plan_io import plan_to_dict
+from ..plan_io import digest, plan_to_dict
 from ..reports.report import milliseconds
 from ..timings import open_store
 from ..trust import circuit
@@ -560,8 +560,7 @@ def _blame(cell: CellPlan, made: Generated) -> dict[str, Any]:
 
 
 def _plan_hash(plan: ModelPlan) -> str:
-    plans = [(cell.fingerprint, [plan_to_dict(p) for p in cell.plans]) for cell in plan.cells]
-    return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()[:16]
+    return digest([(cell.fingerprint, [plan_to_dict(p) for p in cell.plans]) for cell in plan.cells])
 
 
 def _general_comment(made: Generated) -> list[str]:

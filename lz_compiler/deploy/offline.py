@@ -229,7 +229,7 @@ def solve(
             names = ", ".join(sorted(changing & read - some))
             raise PlanError(f"freeze=True, but {names} is written for some sizes and taken as constant for others. Solve without freeze.")
     return ModelPlan(
-        type(model).__qualname__, _environment(sessions[0].device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
+        type(model).__qualname__, _environment(sessions[0].device), chosen.as_data(), {n: dict(d) for n, d in dynamic.items()},
         {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
         tuple(
             Argument.of(leaf, dynamic.get(name, ()))
@@ -279,14 +279,6 @@ def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, 
         return [[] for _ in posed], None
     made = [plan_cells(cells, options) for cells in zip(*posed, strict=True)]  # for each budget
     return [list(plans) for plans in zip(*(plans for plans, _ in made), strict=True)], made[0][1]
-
-
-def _as_data(options: Options) -> dict[str, Any]:
-    """What decides a plan; where facts are kept, and for how long they are sought, does not."""
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if f.metadata["plans"]}
-    values["policy"] = options.policy and options.policy.to_data()
-    values["cost_model"] = options.cost_model_name
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as JSON has them
 
 
 def stored_options(plan: ModelPlan) -> dict[str, Any]:
@@ -358,7 +350,7 @@ class PlannedModel(nn.Module):
         mode = planned.pop("mode")
         self.options = Options.resolve({**planned, **options}, mode)
         free = {"layout_mode"} | ({"cost_model"} - planned.keys() - options.keys())
-        for name, value in _as_data(self.options).items():
+        for name, value in self.options.as_data().items():
             if value != plan.options.get(name) and name not in free:
                 raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options.get(name)!r}. Solve again.")
         check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")

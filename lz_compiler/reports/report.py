@@ -247,7 +247,7 @@ def stated(options: Options) -> dict[str, Any]:
     """The options that differ from their defaults, as plain values."""
     default = Options()
     found = {f.name: getattr(options, f.name) for f in fields(Options) if getattr(options, f.name) != getattr(default, f.name)}
-    values = {"cost_model": options.cost_model_name, "policy": options.policy and options.policy.to_data()}
+    values = options.as_data()
     return {name: values.get(name, value) for name, value in found.items() if name not in ("cache_dir", "problems")}
 
 
