@@ -531,7 +531,7 @@ def _unbound(function: str) -> set[str]:
 
 def _comment(cell: CellPlan) -> list[str]:
     """What the cell runs, at which price, and what the clock said."""
-    ranges = ", ".join(f"{s} {low}..{high}" for s, (low, high) in cell.ranges.items()) or "the planned shapes"
+    ranges = export.ranges_text(cell.ranges) if cell.ranges else "the planned shapes"
     raced = ", ".join(f"{name} {milliseconds(1e9 * t)}" for name, t in cell.times.items())
     lines = [f"    {ranges}: {cell.winner}" + (f" won the race ({raced})." if raced else ", not raced.")]
     for plan in cell.plans:

@@ -174,7 +174,7 @@ def check_memory(named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges, siz
 
 
 def _too_large(ranges: Ranges, why: str) -> str:
-    return f"cell {_ranges(ranges)} does not fit in memory ({why}): lower the last end."
+    return f"cell {ranges_text(ranges)} does not fit in memory ({why}): lower the last end."
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def export_program(
             # What torch cannot prove for the whole range is asserted in the graph.
             exported = export(model, (), example, dynamic_shapes=declared, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
     except torch_private.export_errors() as error:
-        raise PlanError(f"torch.export cannot trace {type(model).__name__} for {_ranges(ranges)}: {error}") from error
+        raise PlanError(f"torch.export cannot trace {type(model).__name__} for {ranges_text(ranges)}: {error}") from error
     gm = exported.graph_module
     state = {**exported.state_dict, **exported.constants}
     specs = exported.graph_signature.input_specs
@@ -255,10 +255,10 @@ def check_sizes(program: Program) -> None:
     if broken is not None:
         text, sizes = broken
         at = ", ".join(f"{names[name]}={size}" for name, size in sizes.items())
-        raise PlanError(f"compiled for {_ranges(program.ranges)}, the code assumes {text}, not so for {at}. Cut the buckets there.")
+        raise PlanError(f"compiled for {ranges_text(program.ranges)}, the code assumes {text}, not so for {at}. Cut the buckets there.")
 
 
-def _ranges(ranges: Ranges) -> str:
+def ranges_text(ranges: Mapping[str, tuple[int, int]]) -> str:
     return ", ".join(f"{s} {low}..{high}" for s, (low, high) in ranges.items()) or "the given shapes"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..deploy import offline
+from ..deploy.export import ranges_text
 from ..errors import OptionError, PlanError, SolverError, unknown
 from ..options import Options
 from ..plan_io import load_problem, problem_name, read_limited
@@ -19,7 +20,7 @@ from ..planning import solve_within
 from ..problem import CALL, LOOP, VIEW
 from ..types import Problem, Solution
 from .drawing import unfolded
-from .report import Report, explain_model_plan, milliseconds, plural, ranges_text
+from .report import Report, explain_model_plan, milliseconds, plural
 
 if TYPE_CHECKING:
     from ..deploy.offline import ModelPlan

@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..deploy.export import ranges_text
 from ..errors import PlanError
 from ..options import Options
 from ..problem import LOOP
@@ -336,7 +337,3 @@ def explain_model_plan(plan: ModelPlan) -> Report:
     together = () if plan.joint is None else (str(plan.joint),)
     lines = (f"solved on {env}", *together, *(line for cell in plan.cells for line in _cell_lines(cell)))
     return Report(f"LayerZero: plan of {plan.model}, {len(plan.cells)} cell{'s' if len(plan.cells) != 1 else ''}", data, lines)
-
-
-def ranges_text(ranges: Mapping[str, tuple[int, int]]) -> str:
-    return ", ".join(f"{s} {low}..{high}" for s, (low, high) in ranges.items()) or "the given shapes"
