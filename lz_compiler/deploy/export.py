@@ -140,13 +140,7 @@ class Argument:
         """`value` as planned: dense, and itself if it is so already."""
         if not self.misfit(value):
             return value
-        return torch.empty_strided(value.shape, self._strides(value), dtype=getattr(torch, self.dtype), device=self.device).copy_(value)
-
-    def _strides(self, value: Tensor) -> tuple[int, ...]:
-        step, strides = 1, [0] * value.dim()
-        for dim in reversed(self.order):
-            strides[dim], step = step, step * max(value.shape[dim], 1)
-        return tuple(strides)
+        return torch.empty_permuted(value.shape, self.order, dtype=getattr(torch, self.dtype), device=self.device).copy_(value)
 
 
 def dense(value: Tensor, order: Sequence[int]) -> bool:
