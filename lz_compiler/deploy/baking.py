@@ -232,11 +232,10 @@ class _Writer:
 
     def _holds(self, cell: CellPlan, made: Generated) -> dict[str, Any]:
         """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
-        places = [i for i, w in enumerate(made.program.weights) if w is None]
-        ranges, first, assumed = torch_private.compiled_sizes([made.program.inputs[i] for i in places])
+        ranges, first, assumed = torch_private.compiled_sizes(made.program.arguments)
         names = {s: made.program.symbols[place] for s, place in first.items()}
         holds = {symbol: ranges[position][dim] for (position, dim), symbol in made.program.symbols.items()}
-        texts = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text) for text in assumed]
+        texts = [writing.renamed(text, names) for text in assumed]
         kernels = sorted({c.candidate.kernel for p in cell.plans for c in p.choices})
         limits = [{"kernel": k, "symbol": names[s], "low": low, "high": high} for k, s, low, high in sorted(made.code.limits)]
         return {"ranges": holds, "assumed": texts, "kernels": kernels, "limits": limits}
@@ -305,7 +304,7 @@ class _Writer:
                     names[argument] = self._load("w", stored, f"_weight({stored!r})")
         names |= {name: self._constant(name, tensor, made.code) for name, tensor in made.code.constants.items() if name in read}
         names |= {name: self._loop(name, loop) for name, loop in made.body.loops.items() if name in read}
-        text = re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text)
+        text = writing.renamed(text, names)
         for loop_name in self.loops.values():
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())

@@ -39,6 +39,11 @@ class Program:
     symbols: Mapping[tuple[int, int], str]  # (which of the arguments' leaves, dimension) -> what varies there
     ranges: Ranges
 
+    @property
+    def arguments(self) -> list[Any]:
+        """The fake values of the arguments' leaves."""
+        return [value for value, weight in zip(self.inputs, self.weights, strict=True) if weight is None]
+
 
 def cells(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
     """The boxes into which upper ends cut the sizes from 1 on. Size 1 is a cell of its own: torch.export compiles it in."""
@@ -238,14 +243,13 @@ def export_program(
 def check_sizes(program: Program) -> None:
     """PlanError where the code that was just compiled is for a part of the declared sizes only: torch.export narrowed a range, or
     Inductor assumed something of a size which is not true of all."""
-    values = [value for value, weight in zip(program.inputs, program.weights, strict=True) if weight is None]
-    found, first, _ = torch_private.compiled_sizes(values)
+    found, first, _ = torch_private.compiled_sizes(program.arguments)
     for (position, dim), symbol in program.symbols.items():
         (low, high), (least, most) = program.ranges[symbol], found[position][dim]
         if low < least or high > most:
             raise PlanError(f"the model can be compiled for {symbol} {least}..{most} only, not for {low}..{high}. Cut its buckets there.")
     names = {name: program.symbols[place] for name, place in first.items()}
-    broken = torch_private.broken_assumption(values, {name: program.ranges[symbol] for name, symbol in names.items()})
+    broken = torch_private.broken_assumption(program.arguments, {name: program.ranges[symbol] for name, symbol in names.items()})
     if broken is not None:
         text, sizes = broken
         at = ", ".join(f"{names[name]}={size}" for name, size in sizes.items())
