@@ -148,13 +148,13 @@ def runner_up_text(up: Mapping[str, Any]) -> str:
     return f"{up['kernel']}{dtype}{loops}"
 
 
-def describe_choice(choice: Choice, count: int = 1, peaks: Mapping[str, float] | None = None) -> dict[str, Any]:
+def describe_choice(choice: Choice, count: int, peaks: Mapping[str, float]) -> dict[str, Any]:
     c = choice.candidate
     return {
         "op": c.region.op, "kernel": c.kernel, "count": count, "nodes": list(c.region.nodes),
         "formats": [[str(f) for f in c.in_formats], [str(f) for f in c.out_formats]],
         "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "factor": choice.cost.factor,
-        "epsilon": c.epsilon, "floor_ns": _floor(choice, peaks or {}), "flops": choice.flops, "bytes": choice.nbytes,
+        "epsilon": c.epsilon, "floor_ns": _floor(choice, peaks), "flops": choice.flops, "bytes": choice.nbytes,
         "tuning": dict(dict(c.params).get("variant", ())), "mask": dict(c.params).get("mask"),  # type: ignore[call-overload]
         "reads_mask": "mask" in dict(c.params).get("roles", ()),  # type: ignore[operator]
         "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
