@@ -33,6 +33,7 @@ from ..capture import fingerprint
 from ..errors import PlanError
 from ..options import Options
 from ..plan_io import digest, plan_to_dict
+from ..problem import LOOP
 from ..reports.report import milliseconds
 from ..timings import open_store
 from ..trust import circuit
@@ -536,7 +537,7 @@ def _comment(cell: CellPlan) -> list[str]:
     for plan in cell.plans:
         lines.append("")
         lines.append(f"    predicted {milliseconds(plan.predicted)} ({plan.status}, bound {milliseconds(plan.bound)}):")
-        for choice in (c for c in plan.choices if c.candidate.kernel != "inductor.loop"):
+        for choice in (c for c in plan.choices if c.candidate.kernel != LOOP):
             same = [a for a in choice.alternatives if set(a[0].region.nodes) == set(choice.candidate.region.nodes)]
             other = min(same, key=lambda a: a[1].ns, default=None)
             next_best = f"; next {other[0].kernel} {milliseconds(other[1].ns)}" if other else ""
