@@ -92,7 +92,7 @@ class Body:
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
+class CompiledCell:
     """One cell, compiled: its graph and what was generated for it, which of the graph's placeholders it writes into; of a general cell,
     what else `forward` must ask of sizes; of a planned one, by which names each kernel is called."""
 
@@ -211,7 +211,7 @@ class _Writer:
                 (self.out / "kernels" / f"{name}.cubin").write_bytes(compiled.cubin)
                 self.cubins[name] = compiled
 
-    def _generated(self, cell: CellPlan) -> Generated:
+    def _generated(self, cell: CellPlan) -> CompiledCell:
         program = export.export_program(self.model, self.named, self.plan.dynamic, cell.ranges)
         if fingerprint(program.gm) != cell.fingerprint:
             raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
@@ -229,9 +229,9 @@ class _Writer:
         returns = writing.render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
         assert self.returns in ("", returns)
         self.returns = returns
-        return Generated(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
+        return CompiledCell(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
 
-    def _holds(self, cell: CellPlan, made: Generated) -> dict[str, Any]:
+    def _holds(self, cell: CellPlan, made: CompiledCell) -> dict[str, Any]:
         """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
         ranges, first, assumed = torch_private.compiled_sizes(made.program.arguments)
         names = {s: made.program.symbols[place] for s, place in first.items()}
@@ -241,7 +241,7 @@ class _Writer:
         limits = [{"kernel": k, "symbol": names[s], "low": low, "high": high} for k, s, low, high in sorted(made.code.limits)]
         return {"ranges": holds, "assumed": texts, "kernels": kernels, "limits": limits}
 
-    def _generals(self, written: set[str]) -> list[Generated]:
+    def _generals(self, written: set[str]) -> list[CompiledCell]:
         """The general cells that can be made; none in strict, where sizes beyond the buckets are errors."""
         made = []
         for box in general.boxes(self.plan.buckets) if self.plan.options["layout_mode"] == "adapt" else ():
@@ -252,10 +252,10 @@ class _Writer:
                 log.warning("no general cell for %s beyond the buckets: %s", general.describe(box), error)
                 continue
             places = frozenset(i for i, name in enumerate(program.names) if name in written)
-            made.append(Generated(program, body, torch_private.Generated(), places, asked))
+            made.append(CompiledCell(program, body, torch_private.Generated(), places, asked))
         return made
 
-    def _references(self, generated: Sequence[Generated], generals: Sequence[Generated]) -> list[str]:
+    def _references(self, generated: Sequence[CompiledCell], generals: Sequence[CompiledCell]) -> list[str]:
         """Finds or writes what repeats a call in which a kernel of a cell raised: the general cell for its sizes, or else the cell's own
         graph as plain ATen calls. None in strict, nor for a cell that writes into its inputs."""
         functions = []
@@ -272,12 +272,12 @@ class _Writer:
             except PlanError as error:
                 log.warning("nothing can take the place of cell_%d, should a kernel raise: %s", i, error)
                 continue
-            plain = Generated(made.program, body, torch_private.Generated(), frozenset())
+            plain = CompiledCell(made.program, body, torch_private.Generated(), frozenset())
             functions.append(self._function(f"reference_{i}", [f'    """What cell_{i} does, as plain ATen calls."""'], plain, late=True))
             self.references[f"cell_{i}"] = f"reference_{i}"
         return functions
 
-    def _function(self, name: str, comment: Sequence[str], made: Generated, late: bool = False) -> str:
+    def _function(self, name: str, comment: Sequence[str], made: CompiledCell, late: bool = False) -> str:
         """A cell's source. `late`: weights that no cell before it reads are loaded when it first runs."""
         text, program = "\n".join(made.body.lines), made.program
         for call, plain in PLAIN.items():
@@ -547,7 +547,7 @@ def _comment(cell: CellPlan) -> list[str]:
     return [f'    """{text[0].strip()}', *text[1:], '    """']
 
 
-def _blame(cell: CellPlan, made: Generated) -> dict[str, Any]:
+def _blame(cell: CellPlan, made: CompiledCell) -> dict[str, Any]:
     """For each kernel that a cell's plan placed: how the cell calls it, as a regular expression, and what a report says of it."""
     found = {}
     for kernel, names in made.calls.items():
@@ -563,12 +563,12 @@ def _plan_hash(plan: ModelPlan) -> str:
     return digest([(cell.fingerprint, [plan_to_dict(p) for p in cell.plans]) for cell in plan.cells])
 
 
-def _general_comment(made: Generated) -> list[str]:
+def _general_comment(made: CompiledCell) -> list[str]:
     sizes = general.describe(made.program.ranges, made.asked)
     return [f'    """{sizes}: plain ATen calls for sizes beyond the buckets; nothing was planned or priced."""']
 
 
-def _general_holds(made: Generated) -> dict[str, Any]:
+def _general_holds(made: CompiledCell) -> dict[str, Any]:
     ranges = {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in made.program.ranges.items()}
     return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Sections of plain data with a title each."""
+    """A title, plain data, and the same as lines of text."""
 
     title: str
     data: Mapping[str, Any]
