@@ -29,7 +29,7 @@ def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), below: fl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a user may ask for. Hashable; every instance is valid, whichever way it was made."""
+    """What a user may ask for. Hashable; every instance is valid, whichever way it was made: OptionError for a value that is not."""
 
     cost_model: Any = _option(  # noqa: RUF009  as the others
         "measured",

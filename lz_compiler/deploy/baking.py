@@ -111,6 +111,8 @@ def bake(
 
     `args` and `kwargs` are examples, as for `lz.solve`. Inference; the arguments are tensors and constants. Buffers that the model
     writes into (a key-value cache) are the file's own state.
+
+    PlanError for a folder that is taken or cannot be written, a plan of another machine, model or arguments, or what has no form in a file.
     """
     out = Path(out_dir)
     try:

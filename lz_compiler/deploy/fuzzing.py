@@ -107,7 +107,9 @@ def fuzz(
     The proof reads the file, and runs nothing. With `model`, the one that was baked, `examples` calls are tried in a process of
     their own: every bucket edge and its neighbours, 1, primes, the largest, outside. Inside, the result must be as near to the model
     in float64 as the model itself, times two and rounding, or within the plan's error budget; outside, ValueError must come.
-    PlanError for a folder that is not one of `lz.bake`, or has other weights than `model`.
+    `proof=False`: only the trial. `seed`: of the shapes that are drawn.
+
+    PlanError for a folder that is not one of `lz.bake`, or has other weights than `model`; OptionError for a trial without hypothesis.
     """
     folder = Path(plan_dir)
     try:

@@ -203,6 +203,11 @@ def solve(
     upper ends, the first bucket starting at 1. A cell (one bucket of each symbol) is planned and raced at its upper ends.
     `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`). With `freeze`, the cells are one
     integer program in which each weight has one format (`deploy.joint`); `one_format=False`: each cell packs as suits it.
+
+    Returns the plan of all cells, for `save`, `lz.compile(model, plan=...)` and `lz.bake`.
+
+    OptionError for a wrong option, or what is no module. PlanError for arguments that do not fit the model or the ranges, and for a model
+    that cannot be traced, compiled or held in memory for all of them; FingerprintError for a bundle that has no fingerprint.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"solve takes an nn.Module; given: {type(model).__name__}. Wrap it in a module whose forward calls it.")

@@ -27,7 +27,7 @@ def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
 
     Before, every file is compared with manifest.json (about a second for each gigabyte of weights). That finds damage; who can
     write to the folder can write a manifest too. PlanError where something differs, or it was baked for another machine.
-    `bundle`: the model's folder, to be compared with the one that the plan was solved for.
+    `bundle`: the model's folder, to be compared with the one that the plan was solved for; FingerprintError if it has no fingerprint.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -90,6 +90,8 @@ def warmup(
     `target`: a folder of `lz.bake`, which is loaded and needs nothing else, or the loaded module; or a model of `lz.compile(plan=...)`
     with example arguments, as for `lz.solve`. Buffers that the model writes into are put back after each call. Compiled kernels stay
     in Inductor's and Triton's caches, where the next process finds them. `bundle`: as for `load_baked`. `progress` draws a bar on stderr.
+
+    OptionError for another target, or less than one call; PlanError for arguments that are not the plan's; what `load_baked` raises.
     """
     if calls < 1:
         raise OptionError(f"calls is {calls}; at least 1 is needed.")
