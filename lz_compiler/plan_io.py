@@ -1,4 +1,4 @@
-"""Plans and problems as plain data and back: JSON, nothing else."""
+"""Plans and problems as plain data and back: JSON, nothing else; and files read up to a limit and written whole."""
 
 from __future__ import annotations
 
