@@ -12,13 +12,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import compile, doctor, explain
     from .deploy.baking import bake
-    from .deploy.fuzzing import fuzz
+    from .deploy.fuzzing import FuzzReport, fuzz
     from .deploy.generation import StaticCacheDecoder
-    from .deploy.model_fingerprint import fingerprint
-    from .deploy.offline import load_plan, solve
+    from .deploy.model_fingerprint import Fingerprint, fingerprint
+    from .deploy.offline import ModelPlan, load_plan, solve
     from .deploy.warming import load_baked, warmup
     from .kv_cache import KVCacheSpec
     from .options import Options
+    from .reports.report import Report
     from .trust.canary import CanaryReport, canary
 
 _LAZY = {
@@ -26,10 +27,12 @@ _LAZY = {
     "solve": ".deploy.offline", "load_plan": ".deploy.offline", "bake": ".deploy.baking", "fuzz": ".deploy.fuzzing",
     "load_baked": ".deploy.warming", "warmup": ".deploy.warming", "StaticCacheDecoder": ".deploy.generation",
     "fingerprint": ".deploy.model_fingerprint", "canary": ".trust.canary", "CanaryReport": ".trust.canary",
+    "Fingerprint": ".deploy.model_fingerprint", "FuzzReport": ".deploy.fuzzing", "ModelPlan": ".deploy.offline",
+    "Report": ".reports.report",
 }  # fmt: skip
 __all__ = [
-    "CanaryReport", "KVCacheSpec", "Options", "StaticCacheDecoder", "__version__", "bake", "canary", "compile", "doctor", "explain",
-    "fingerprint", "fuzz", "load_baked", "load_plan", "solve", "warmup",
+    "CanaryReport", "Fingerprint", "FuzzReport", "KVCacheSpec", "ModelPlan", "Options", "Report", "StaticCacheDecoder", "__version__",
+    "bake", "canary", "compile", "doctor", "explain", "fingerprint", "fuzz", "load_baked", "load_plan", "solve", "warmup",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from .options import Options
 from .reports.profiling import profile as profile_records
 from .reports.report import Report, explain_model_plan, explain_plan, explain_records
 from .target import detect
-from .timings import open_store
+from .timings import user_store
 from .types import Plan
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ def compile(
 
     `plan`: of `lz.solve`, or its file. The module then runs by it, for inference, and nothing is planned (offline.PlannedModel).
     `bundle`: the model's folder, to be compared with the one that the plan was solved for.
+
+    OptionError for a wrong option, or what does not go with `plan`. PlanError for a plan that cannot be read, or is not for this machine,
+    these options or, with layout_mode="strict", this bundle (else a warning); FingerprintError for a bundle that has no fingerprint.
     """
     if plan is not None:
         from .deploy import offline
@@ -87,8 +90,12 @@ def _belongs(record: GraphRecord, compiled: Any) -> bool:
 
 
 def doctor(cache_dir: str | None = None) -> Report:
-    """Device, measured peaks, kernel libraries and what is missing, caches."""
-    store = open_store(cache_dir or Options.resolve().cache_dir)
+    """Device, measured peaks, kernel libraries and what is missing, caches.
+
+    `cache_dir`: the folder of the timings store (by default option `cache_dir`). In the report's data, bandwidths are in bytes/s, `flops`
+    in flop/s by dtype ("transcendental": exp/s), launches in ns.
+    """
+    store = user_store(cache_dir)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     targets, lines = {}, []
     for device in devices:

@@ -168,7 +168,7 @@ def solve(
 ) -> None:  # fmt: skip
     """Plan what MODULE:FACTORY returns for ranges of shapes; `lz_compiler.compile(model, plan=FILE)` runs by it."""
     from .deploy import offline
-    from .reports.report import ranges_text
+    from .deploy.export import ranges_text
 
     buckets, dims = _parsed_buckets(bucket or []), _parsed_dynamic(dynamic or [])
     if not Path(file).absolute().parent.is_dir():  # told now, not after minutes of measuring
@@ -405,7 +405,6 @@ def cache_merge(files: list[str], cache_dir: CacheDir = None) -> None:
 
 
 def _store(cache_dir: str | None) -> TimingStore:
-    from .options import Options
-    from .timings import open_store
+    from .timings import user_store
 
-    return open_store(cache_dir or Options.resolve().cache_dir)
+    return user_store(cache_dir)

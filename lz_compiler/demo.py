@@ -65,12 +65,11 @@ def run(out: Any, err: Any, rounds: int) -> None:
     from rich.table import Table
 
     from . import api, zoo
-    from .options import Options
     from .target import detect
-    from .timings import open_store
+    from .timings import user_store
 
     model, args, kwargs = zoo.llama()
-    target = detect("cpu", open_store(Options.resolve().cache_dir))
+    target = detect("cpu", user_store())
     err.print(f"Llama-shaped model, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {target.name}")
     columns: dict[str, Mapping[str, Any] | None] = {
         "eager": None, "inductor": {}, "layerzero": {}, "layerzero, freeze": {"freeze": True},

@@ -77,10 +77,8 @@ def infer_mask(
     return None
 
 
-def describe(predicate: MaskPredicate | None) -> str:
+def describe(predicate: MaskPredicate) -> str:
     """A predicate in words, for reports."""
-    if predicate is None:
-        return "kept: not understood"
     if predicate == MaskPredicate():
         return "none: every key is visible"
     names = [predicate.position.node.name] if predicate.position else []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from .errors import OptionError, unknown
+from .plan_io import digest
 from .trust.policy import Policy, load_policy
 
 PREFIX = "LAYERZERO_"
@@ -30,7 +29,7 @@ def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), below: fl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a user may ask for. Hashable; every instance is valid, whichever way it was made."""
+    """What a user may ask for. Hashable; every instance is valid, whichever way it was made: OptionError for a value that is not."""
 
     cost_model: Any = _option(  # noqa: RUF009  as the others
         "measured",
@@ -119,16 +118,21 @@ class Options:
         kind = type(self.cost_model)
         return f"{kind.__module__}.{kind.__qualname__}:{self.cost_model.name}"
 
-    def key(self) -> str:
-        """Short and stable: equal for options that lead to the same plans."""
+    def as_data(self) -> dict[str, Any]:
+        """What decides a plan, as JSON has it; where facts are kept, and for how long they are sought, does not."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["plans"]}
-        if self.backends is not None:  # an allow-list has no order
-            values["backends"] = sorted(self.backends)
         values["cost_model"] = self.cost_model_name
         values["policy"] = self.policy and self.policy.to_data()  # its content, wherever the file lies
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def key(self) -> str:
+        """Short and stable: equal for options that lead to the same plans."""
+        values = self.as_data()
+        if self.backends is not None:  # an allow-list has no order
+            values["backends"] = sorted(self.backends)
         if self.policy is None:  # so that what was stored before there were policies is found
             del values["policy"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(values)
 
 
 def option_table() -> list[tuple[str, str, str, str]]:

@@ -1,4 +1,4 @@
-"""Plans and problems as plain data and back: JSON, nothing else."""
+"""Plans and problems as plain data and back: JSON, nothing else; and files read up to a limit and written whole."""
 
 from __future__ import annotations
 
@@ -24,15 +24,30 @@ MAX_BYTES = 1 << 26  # of a file
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)  # what reading nonsense may raise
 
 
-def read_limited(path: Path) -> bytes:
-    """A plain file's bytes. OSError if it is none, or is larger than any plan."""
+def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """A plain file's bytes. OSError if it is none, or is larger than any plan, or than another limit."""
     if not path.is_file():
         raise OSError("no such file")
     with path.open("rb") as file:
-        text = file.read(MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise OSError(f"more than {MAX_BYTES} bytes")
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise OSError(f"more than {limit} bytes")
     return text
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all. OSError where that cannot be."""
+    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        half.write_bytes(data)
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def digest(value: object) -> str:
+    """A short hash of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _is(value: Any, *kinds: type) -> Any:
@@ -132,21 +147,17 @@ def problem_name(fingerprint: str, kind: str, digest: str) -> str:
 
 def keep_problem(problem: Problem, folder: str, fingerprint: str, kind: str) -> str:
     """Save it in the folder under its own name, and return its digest."""
-    digest = hashlib.sha256(json.dumps(problem_to_dict(problem), sort_keys=True).encode()).hexdigest()[:12]
-    save_problem(problem, Path(folder) / problem_name(fingerprint, kind, digest))
-    return digest
+    name = digest(problem_to_dict(problem))[:12]
+    save_problem(problem, Path(folder) / problem_name(fingerprint, kind, name))
+    return name
 
 
 def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:
     """Write a problem as JSON, whole or not at all: it can be solved again without the model or its device."""
     data = {"layerzero_problem": PROBLEM_VERSION, **problem_to_dict(problem)}
-    target = Path(path)
-    half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        half.write_text(json.dumps(data, separators=(",", ":")))
-        half.replace(target)
+        write_whole(Path(path), json.dumps(data, separators=(",", ":")).encode())
     except OSError as error:
-        half.unlink(missing_ok=True)
         raise PlanError(f"cannot write the problem to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
 
 

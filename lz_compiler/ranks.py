@@ -13,7 +13,6 @@ A capability group is the ranks with the same hardware, quarantine and graph. Me
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import time
@@ -30,6 +29,7 @@ from .backends.base import Backend
 from .collectives import Curves, joined
 from .errors import CapabilityError, RankError
 from .options import Options
+from .plan_io import digest
 from .trust.capabilities import descriptor
 from .trust.verdicts import driver
 
@@ -208,10 +208,6 @@ def libraries(backends: Iterable[Backend], device: str) -> dict[str, str]:
     return found
 
 
-def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _group(told: Mapping[str, Any]) -> str:
     return digest([told["hardware"], told["refused"], told["graph"]])
 
@@ -242,8 +238,8 @@ def _entries(plans: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[str
     }
 
 
-def _first_differing(heard: Mapping[int, Mapping[str, Mapping[str, list[str]]]], most: int = 3) -> str:
-    """`; at addmm: onednn.linear on rank 0, aten.mm on rank 1`, for the first entries that are not the same on all ranks."""
+def _first_differing(heard: Mapping[int, Mapping[str, Mapping[str, list[str]]]]) -> str:
+    """`; at addmm: onednn.linear on rank 0, aten.mm on rank 1`, for the first three entries that are not the same on all ranks."""
     found = []
     for graph in dict.fromkeys(graph for told in heard.values() for graph in told):
         sides = {rank: told[graph] for rank, told in heard.items() if graph in told}
@@ -252,7 +248,7 @@ def _first_differing(heard: Mapping[int, Mapping[str, Mapping[str, list[str]]]],
             one = len({kernel for kernel, _ in values.values()}) == 1  # then its formats, parameters or prices differ
             texts = {rank: f"{kernel} {text[:8]}" if one else kernel for rank, (kernel, text) in values.items()}
             found += [f"; at {nodes}: {_by_rank(texts)}"] if len(set(texts.values())) > 1 else []
-    return "".join(found[:most])
+    return "".join(found[:3])
 
 
 def _by_rank(values: Mapping[int, str]) -> str:

@@ -18,6 +18,9 @@ from .errors import OptionError, unknown
 from .timings import TimingStore
 from .types import Target
 
+PEAK_S = 0.15  # for which a peak is measured
+REPLAYED = 100  # calls in one CUDA graph
+
 
 @functools.cache
 def device_name(device: str) -> str:
@@ -137,11 +140,11 @@ def _target(env: dict[str, str], peaks: dict[str, Any], graphs: bool) -> Target:
     )  # fmt: skip
 
 
-def _best(run: Callable[[], object], device: str, seconds: float = 0.15) -> float:
-    """Shortest of the calls made in `seconds`: a peak is the best that was seen."""
+def _best(run: Callable[[], object], device: str) -> float:
+    """Shortest of the calls made in PEAK_S: a peak is the best that was seen."""
     run()
     samples: list[float] = []
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + PEAK_S
     while time.perf_counter() < end or len(samples) < 3:
         samples.append(event_timed(run) if device == "cuda" else _timed(run))
     return min(samples)
@@ -193,8 +196,8 @@ def event_timed(run: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def _replay_timed(run: Callable[[], object], calls: int = 100) -> float:
+def _replay_timed(run: Callable[[], object]) -> float:
     """Seconds a call inside a CUDA graph of many."""
-    graph = torch_private.capture(run, calls)
+    graph = torch_private.capture(run, REPLAYED)
     graph.replay()
-    return min(event_timed(graph.replay) for _ in range(5)) / calls
+    return min(event_timed(graph.replay) for _ in range(5)) / REPLAYED

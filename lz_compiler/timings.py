@@ -26,6 +26,8 @@ from . import cache_folder, facts
 from .facts import MAX_VALUE, TIMING, Facts, Merged
 from .facts import StoreError as StoreError
 from .facts import Timing as Timing
+from .options import Options
+from .plan_io import write_whole
 
 SCHEMA_VERSION = 2
 FILE_NAME = "timings.sqlite"
@@ -205,12 +207,9 @@ class TimingStore:
             raise StoreError(f"cannot export to {path}: `merge` reads JSON lines from a name that ends in {TEXT_SUFFIX}.")
         with self._lock:
             lines = facts.to_lines(self._read(_everything) or self._facts)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            partial.write_text("".join(lines))
-            partial.replace(path)
+            write_whole(path, "".join(lines).encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise StoreError(f"cannot export to {path}: {error}.") from error
         return len(lines)
 
@@ -318,6 +317,11 @@ class TimingStore:
 def open_store(cache_dir: str | None) -> TimingStore:
     """One store per process and folder."""
     return TimingStore.open(cache_dir)
+
+
+def user_store(cache_dir: str | os.PathLike[str] | None = None) -> TimingStore:
+    """The store in a folder, by default in that of the option `cache_dir`."""
+    return open_store(os.fspath(cache_dir) if cache_dir else Options.resolve().cache_dir)
 
 
 @contextmanager

@@ -271,6 +271,13 @@ def taken(source: str, *sizes: int) -> str:
         return "error"
 
 
+def test_a_finding_names_the_kernels_that_compute() -> None:
+    cell = {"ranges": {"n": [1, 1]}, "assumed": [], "limits": [], "kernels": ["aten.call", "aten.mm", "aten.view", "inductor.loop"]}
+    source = "def forward(x):\n    n = x.shape[0]\n    if 1 <= n <= 3:\n        return cell_0(x)\n    raise ValueError(n)"
+    findings, _ = prove(source, {"inputs": {"x": ["n"]}, "buckets": {"n": [3]}, "cells": [cell]})
+    assert ("constraint", "cell_0 (aten.mm) is called for n 1..3, compiled for n 1..1") in findings
+
+
 @pytest.mark.parametrize("tree", [
     "    if n == 1:\n        return cell_0(x)\n    elif n in (2, 3):\n        return cell_1(x)\n    raise ValueError(n)",
     "    if n <= 0 or 3 < n:\n        raise ValueError(n)\n    return cell_0(x) if not n > 1 else cell_1(x)",

@@ -330,7 +330,6 @@ def test_a_predicate_in_words() -> None:
     _, mask = trace(program, torch.ones(B, 32), torch.tensor(7))
     assert describe(infer_mask(mask, B, 4, 32)) == "causal, offset position_1 + 1, window 5, keys eq; empty rows: zero"
     assert describe(MaskPredicate()) == "none: every key is visible"
-    assert describe(None) == "kept: not understood"
     assert describe(MaskPredicate(True, bottom=True)) == "causal, offset K - Q; no empty rows"
 
 

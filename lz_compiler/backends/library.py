@@ -19,7 +19,7 @@ import torch
 
 from ..errors import first_line, told
 from ..facts import machine
-from ..timings import open_store
+from ..timings import user_store
 from ..trust.capabilities import installed_version
 from ..types import Candidate, Rejection
 from .base import Described, Kernel, SelectionContext
@@ -83,9 +83,7 @@ def _import_error(module: str, package: str, cache_dir: str | None) -> str | Non
 
 def remembered(what: str, trial: Callable[[], str | None], cache_dir: str | None) -> str | None:
     """What a trial says: nothing once it went well, on this machine with this torch and Python. A failure is tried again."""
-    from ..options import Options
-
-    store = open_store(cache_dir or Options.resolve().cache_dir)
+    store = user_store(cache_dir)
     key = f"{what}-torch{torch.__version__}-py{sys.version_info.major}.{sys.version_info.minor}-{machine()}"
     if store.get_record(IMPORT, key) is not None:
         return None

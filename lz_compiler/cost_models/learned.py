@@ -22,6 +22,7 @@ from typing import Any
 from ..backends.base import SelectionContext
 from ..errors import ModelError, TooFewError
 from ..measure import measurable
+from ..plan_io import write_whole
 from ..types import Candidate, Cost, Rejection, Target
 from . import Priced
 from .features import Features, features, roofline_ns
@@ -104,9 +105,7 @@ class Forest:
             "layerzero_learned": VERSION, "trained_on": self.trained_on, "names": self.names, "ranges": self.ranges, "widths": self.widths,
             "members": members,
         }  # fmt: skip
-        half = path.with_suffix(".tmp")
-        half.write_text(json.dumps(data, separators=(",", ":")))
-        half.replace(path)
+        write_whole(path, json.dumps(data, separators=(",", ":")).encode())
 
 
 def load(path: Path = SHIPPED) -> Forest:

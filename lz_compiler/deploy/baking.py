@@ -32,7 +32,8 @@ from ..backend import setup
 from ..capture import fingerprint
 from ..errors import PlanError
 from ..options import Options
-from ..plan_io import plan_to_dict
+from ..plan_io import digest, plan_to_dict
+from ..problem import LOOP
 from ..reports.report import milliseconds
 from ..timings import open_store
 from ..trust import circuit
@@ -40,10 +41,10 @@ from ..types import EAGER, PLANNED
 from . import export, general, writing
 from .export import Program, Ranges
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
+from .warming import FILE, MANIFEST, sha256
 
 log = logging.getLogger(__name__)
 
-FILE = "_layerzero_plan.py"
 # How Inductor calls ATen, and what that is.
 PLAIN = {
     "extern_kernels.convolution(": "torch.ops.aten.convolution(", "extern_kernels.bias_addmm(": "torch.addmm(",
@@ -92,7 +93,7 @@ class Body:
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
+class CompiledCell:
     """One cell, compiled: its graph and what was generated for it, which of the graph's placeholders it writes into; of a general cell,
     what else `forward` must ask of sizes; of a planned one, by which names each kernel is called."""
 
@@ -111,6 +112,8 @@ def bake(
 
     `args` and `kwargs` are examples, as for `lz.solve`. Inference; the arguments are tensors and constants. Buffers that the model
     writes into (a key-value cache) are the file's own state.
+
+    PlanError for a folder that is taken or cannot be written, a plan of another machine, model or arguments, or what has no form in a file.
     """
     out = Path(out_dir)
     try:
@@ -187,7 +190,7 @@ class _Writer:
         if any(loop.language == "triton" for loop in self.loops):
             self._cubins()
             (self.out / FILE).write_text(self._text(cells))
-        files = {str(p.relative_to(self.out)): _hash(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(self.out)): sha256(p) for p in sorted(self.out.rglob("*")) if p.is_file()}
         shapes = {
             name: [self.plan.dynamic.get(name, {}).get(dim, size) for dim, size in enumerate(planned.shape)]
             for name, planned in zip(self.inputs, self.plan.tensors, strict=True)
@@ -198,7 +201,7 @@ class _Writer:
             "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "plan": _plan_hash(self.plan),
             "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
-        (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (self.out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     def _cubins(self) -> None:
         """Store the Triton kernels compiled. The file is run once with their sources, since which of its configurations Inductor takes
@@ -211,7 +214,7 @@ class _Writer:
                 (self.out / "kernels" / f"{name}.cubin").write_bytes(compiled.cubin)
                 self.cubins[name] = compiled
 
-    def _generated(self, cell: CellPlan) -> Generated:
+    def _generated(self, cell: CellPlan) -> CompiledCell:
         program = export.export_program(self.model, self.named, self.plan.dynamic, cell.ranges)
         if fingerprint(program.gm) != cell.fingerprint:
             raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
@@ -229,20 +232,19 @@ class _Writer:
         returns = writing.render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
         assert self.returns in ("", returns)
         self.returns = returns
-        return Generated(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
+        return CompiledCell(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
 
-    def _holds(self, cell: CellPlan, made: Generated) -> dict[str, Any]:
+    def _holds(self, cell: CellPlan, made: CompiledCell) -> dict[str, Any]:
         """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
-        places = [i for i, w in enumerate(made.program.weights) if w is None]
-        ranges, first, assumed = torch_private.compiled_sizes([made.program.inputs[i] for i in places])
+        ranges, first, assumed = torch_private.compiled_sizes(made.program.arguments)
         names = {s: made.program.symbols[place] for s, place in first.items()}
         holds = {symbol: ranges[position][dim] for (position, dim), symbol in made.program.symbols.items()}
-        texts = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text) for text in assumed]
+        texts = [writing.renamed(text, names) for text in assumed]
         kernels = sorted({c.candidate.kernel for p in cell.plans for c in p.choices})
         limits = [{"kernel": k, "symbol": names[s], "low": low, "high": high} for k, s, low, high in sorted(made.code.limits)]
         return {"ranges": holds, "assumed": texts, "kernels": kernels, "limits": limits}
 
-    def _generals(self, written: set[str]) -> list[Generated]:
+    def _generals(self, written: set[str]) -> list[CompiledCell]:
         """The general cells that can be made; none in strict, where sizes beyond the buckets are errors."""
         made = []
         for box in general.boxes(self.plan.buckets) if self.plan.options["layout_mode"] == "adapt" else ():
@@ -253,10 +255,10 @@ class _Writer:
                 log.warning("no general cell for %s beyond the buckets: %s", general.describe(box), error)
                 continue
             places = frozenset(i for i, name in enumerate(program.names) if name in written)
-            made.append(Generated(program, body, torch_private.Generated(), places, asked))
+            made.append(CompiledCell(program, body, torch_private.Generated(), places, asked))
         return made
 
-    def _references(self, generated: Sequence[Generated], generals: Sequence[Generated]) -> list[str]:
+    def _references(self, generated: Sequence[CompiledCell], generals: Sequence[CompiledCell]) -> list[str]:
         """Finds or writes what repeats a call in which a kernel of a cell raised: the general cell for its sizes, or else the cell's own
         graph as plain ATen calls. None in strict, nor for a cell that writes into its inputs."""
         functions = []
@@ -273,12 +275,12 @@ class _Writer:
             except PlanError as error:
                 log.warning("nothing can take the place of cell_%d, should a kernel raise: %s", i, error)
                 continue
-            plain = Generated(made.program, body, torch_private.Generated(), frozenset())
+            plain = CompiledCell(made.program, body, torch_private.Generated(), frozenset())
             functions.append(self._function(f"reference_{i}", [f'    """What cell_{i} does, as plain ATen calls."""'], plain, late=True))
             self.references[f"cell_{i}"] = f"reference_{i}"
         return functions
 
-    def _function(self, name: str, comment: Sequence[str], made: Generated, late: bool = False) -> str:
+    def _function(self, name: str, comment: Sequence[str], made: CompiledCell, late: bool = False) -> str:
         """A cell's source. `late`: weights that no cell before it reads are loaded when it first runs."""
         text, program = "\n".join(made.body.lines), made.program
         for call, plain in PLAIN.items():
@@ -306,7 +308,7 @@ class _Writer:
                     names[argument] = self._load("w", stored, f"_weight({stored!r})")
         names |= {name: self._constant(name, tensor, made.code) for name, tensor in made.code.constants.items() if name in read}
         names |= {name: self._loop(name, loop) for name, loop in made.body.loops.items() if name in read}
-        text = re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text)
+        text = writing.renamed(text, names)
         for loop_name in self.loops.values():
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
@@ -532,13 +534,13 @@ def _unbound(function: str) -> set[str]:
 
 def _comment(cell: CellPlan) -> list[str]:
     """What the cell runs, at which price, and what the clock said."""
-    ranges = ", ".join(f"{s} {low}..{high}" for s, (low, high) in cell.ranges.items()) or "the planned shapes"
+    ranges = export.ranges_text(cell.ranges) if cell.ranges else "the planned shapes"
     raced = ", ".join(f"{name} {milliseconds(1e9 * t)}" for name, t in cell.times.items())
     lines = [f"    {ranges}: {cell.winner}" + (f" won the race ({raced})." if raced else ", not raced.")]
     for plan in cell.plans:
         lines.append("")
         lines.append(f"    predicted {milliseconds(plan.predicted)} ({plan.status}, bound {milliseconds(plan.bound)}):")
-        for choice in (c for c in plan.choices if c.candidate.kernel != "inductor.loop"):
+        for choice in (c for c in plan.choices if c.candidate.kernel != LOOP):
             same = [a for a in choice.alternatives if set(a[0].region.nodes) == set(choice.candidate.region.nodes)]
             other = min(same, key=lambda a: a[1].ns, default=None)
             next_best = f"; next {other[0].kernel} {milliseconds(other[1].ns)}" if other else ""
@@ -548,7 +550,7 @@ def _comment(cell: CellPlan) -> list[str]:
     return [f'    """{text[0].strip()}', *text[1:], '    """']
 
 
-def _blame(cell: CellPlan, made: Generated) -> dict[str, Any]:
+def _blame(cell: CellPlan, made: CompiledCell) -> dict[str, Any]:
     """For each kernel that a cell's plan placed: how the cell calls it, as a regular expression, and what a report says of it."""
     found = {}
     for kernel, names in made.calls.items():
@@ -561,16 +563,15 @@ def _blame(cell: CellPlan, made: Generated) -> dict[str, Any]:
 
 
 def _plan_hash(plan: ModelPlan) -> str:
-    plans = [(cell.fingerprint, [plan_to_dict(p) for p in cell.plans]) for cell in plan.cells]
-    return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()[:16]
+    return digest([(cell.fingerprint, [plan_to_dict(p) for p in cell.plans]) for cell in plan.cells])
 
 
-def _general_comment(made: Generated) -> list[str]:
+def _general_comment(made: CompiledCell) -> list[str]:
     sizes = general.describe(made.program.ranges, made.asked)
     return [f'    """{sizes}: plain ATen calls for sizes beyond the buckets; nothing was planned or priced."""']
 
 
-def _general_holds(made: Generated) -> dict[str, Any]:
+def _general_holds(made: CompiledCell) -> dict[str, Any]:
     ranges = {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in made.program.ranges.items()}
     return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
 
@@ -588,8 +589,3 @@ def _check_name(name: str, what: str) -> None:
 def _digest(value: Tensor) -> str:
     data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(repr((tuple(value.shape), value.dtype)).encode() + data.tobytes()).hexdigest()[:16]
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

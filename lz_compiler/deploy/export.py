@@ -39,6 +39,11 @@ class Program:
     symbols: Mapping[tuple[int, int], str]  # (which of the arguments' leaves, dimension) -> what varies there
     ranges: Ranges
 
+    @property
+    def arguments(self) -> list[Any]:
+        """The fake values of the arguments' leaves."""
+        return [value for value, weight in zip(self.inputs, self.weights, strict=True) if weight is None]
+
 
 def cells(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
     """The boxes into which upper ends cut the sizes from 1 on. Size 1 is a cell of its own: torch.export compiles it in."""
@@ -140,13 +145,7 @@ class Argument:
         """`value` as planned: dense, and itself if it is so already."""
         if not self.misfit(value):
             return value
-        return torch.empty_strided(value.shape, self._strides(value), dtype=getattr(torch, self.dtype), device=self.device).copy_(value)
-
-    def _strides(self, value: Tensor) -> tuple[int, ...]:
-        step, strides = 1, [0] * value.dim()
-        for dim in reversed(self.order):
-            strides[dim], step = step, step * max(value.shape[dim], 1)
-        return tuple(strides)
+        return torch.empty_permuted(value.shape, self.order, dtype=getattr(torch, self.dtype), device=self.device).copy_(value)
 
 
 def dense(value: Tensor, order: Sequence[int]) -> bool:
@@ -174,7 +173,7 @@ def check_memory(named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges, siz
 
 
 def _too_large(ranges: Ranges, why: str) -> str:
-    return f"cell {_ranges(ranges)} does not fit in memory ({why}): lower the last end."
+    return f"cell {ranges_text(ranges)} does not fit in memory ({why}): lower the last end."
 
 
 @contextmanager
@@ -229,7 +228,7 @@ def export_program(
             # What torch cannot prove for the whole range is asserted in the graph.
             exported = export(model, (), example, dynamic_shapes=declared, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
     except torch_private.export_errors() as error:
-        raise PlanError(f"torch.export cannot trace {type(model).__name__} for {_ranges(ranges)}: {error}") from error
+        raise PlanError(f"torch.export cannot trace {type(model).__name__} for {ranges_text(ranges)}: {error}") from error
     gm = exported.graph_module
     state = {**exported.state_dict, **exported.constants}
     specs = exported.graph_signature.input_specs
@@ -244,21 +243,20 @@ def export_program(
 def check_sizes(program: Program) -> None:
     """PlanError where the code that was just compiled is for a part of the declared sizes only: torch.export narrowed a range, or
     Inductor assumed something of a size which is not true of all."""
-    values = [value for value, weight in zip(program.inputs, program.weights, strict=True) if weight is None]
-    found, first, _ = torch_private.compiled_sizes(values)
+    found, first, _ = torch_private.compiled_sizes(program.arguments)
     for (position, dim), symbol in program.symbols.items():
         (low, high), (least, most) = program.ranges[symbol], found[position][dim]
         if low < least or high > most:
             raise PlanError(f"the model can be compiled for {symbol} {least}..{most} only, not for {low}..{high}. Cut its buckets there.")
     names = {name: program.symbols[place] for name, place in first.items()}
-    broken = torch_private.broken_assumption(values, {name: program.ranges[symbol] for name, symbol in names.items()})
+    broken = torch_private.broken_assumption(program.arguments, {name: program.ranges[symbol] for name, symbol in names.items()})
     if broken is not None:
         text, sizes = broken
         at = ", ".join(f"{names[name]}={size}" for name, size in sizes.items())
-        raise PlanError(f"compiled for {_ranges(program.ranges)}, the code assumes {text}, not so for {at}. Cut the buckets there.")
+        raise PlanError(f"compiled for {ranges_text(program.ranges)}, the code assumes {text}, not so for {at}. Cut the buckets there.")
 
 
-def _ranges(ranges: Ranges) -> str:
+def ranges_text(ranges: Mapping[str, tuple[int, int]]) -> str:
     return ", ".join(f"{s} {low}..{high}" for s, (low, high) in ranges.items()) or "the given shapes"
 
 

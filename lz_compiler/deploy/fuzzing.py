@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from ..errors import OptionError, PlanError
 from . import export
 from .proof import Finding, always, prove, ranges_of
-from .warming import FILE
+from .warming import FILE, MANIFEST
 
 Sizes = Mapping[str, int]
 Case = tuple[Sizes, bool, int]  # sizes by symbol or by place, whether they are outside, and a number for the values
@@ -107,11 +107,13 @@ def fuzz(
     The proof reads the file, and runs nothing. With `model`, the one that was baked, `examples` calls are tried in a process of
     their own: every bucket edge and its neighbours, 1, primes, the largest, outside. Inside, the result must be as near to the model
     in float64 as the model itself, times two and rounding, or within the plan's error budget; outside, ValueError must come.
-    PlanError for a folder that is not one of `lz.bake`, or has other weights than `model`.
+    `proof=False`: only the trial. `seed`: of the shapes that are drawn.
+
+    PlanError for a folder that is not one of `lz.bake`, or has other weights than `model`; OptionError for a trial without hypothesis.
     """
     folder = Path(plan_dir)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         source = (folder / FILE).read_text()
         findings, paths = prove(source, manifest) if proof else ([], [])
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:

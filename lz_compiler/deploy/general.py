@@ -20,6 +20,7 @@ from .. import torch_private
 from ..errors import PlanError
 from .export import ENDLESS, Dynamic, Program, Ranges, export_program
 from .proof import always
+from .writing import renamed
 
 WORDS = {"and", "or", "not", "max", "min"}
 
@@ -38,7 +39,7 @@ def program(
     PlanError where the graph is for one size only, or where its ranges do not go beyond the buckets.
     """
     made = export_program(model, named, dynamic, box, {s: min(high, max(2, buckets[s][-1])) for s, (_, high) in box.items()})
-    values = [value for value, weight in zip(made.inputs, made.weights, strict=True) if weight is None]
+    values = made.arguments
     symbols: dict[str, str] = {}
     for (position, dim), name in made.symbols.items():
         size = values[position].shape[dim]
@@ -54,8 +55,7 @@ def program(
         ranges[name] = (max(ranges[name][0], low), min(ranges[name][1], high))
     if not any(high > buckets[s][-1] for s, (_, high) in ranges.items()):
         raise PlanError(f"{type(model).__name__} allows {describe(ranges)} only")
-    assumed = [re.sub(r"\b[A-Za-z_]\w*\b", lambda m: symbols.get(m[0], m[0]), text) for text in assumed]
-    asked = tuple(text for text in assumed if not always(text, ranges))
+    asked = tuple(text for text in (renamed(text, symbols) for text in assumed) if not always(text, ranges))
     if not set(re.findall(r"[A-Za-z_]\w*", " ".join(asked))) <= {*symbols.values(), *WORDS}:
         raise PlanError(f"{type(model).__name__} assumes {' and '.join(asked)}")
     return replace(made, ranges=ranges), asked

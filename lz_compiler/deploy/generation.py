@@ -18,6 +18,8 @@ class StaticCacheDecoder(nn.Module):
     `model`: a transformers causal language model whose layers all attend to everything before (no sliding window). `length`: tokens
     that the cache holds; what is beyond is out of bounds: an error in eager, the end of the process in compiled code on a CPU.
     `reset()` forgets them. The buffers are not saved with the model.
+
+    OptionError for a model with a layer that caches in another way.
     """
 
     def __init__(self, model: Any, batch: int, length: int) -> None:

@@ -25,8 +25,7 @@ from typing import Any
 import xxhash
 
 from ..errors import FingerprintError, PlanError
-from ..options import Options
-from ..timings import TimingStore, open_store
+from ..timings import TimingStore, user_store
 
 SCHEMA_VERSION = 1
 KIND = "fingerprint"
@@ -114,7 +113,7 @@ def fingerprint(dir: str | os.PathLike[str], cache_dir: str | None = None) -> Fi
     """
     folder = Path(os.path.abspath(os.path.expanduser(dir)))
     stats = _listed(folder)
-    store = open_store(str(cache_dir) if cache_dir else Options.resolve().cache_dir)
+    store = user_store(cache_dir)
     key = json.dumps(str(folder))  # ASCII, whatever bytes the path has
     known, last = _recall(store, key)
     if last is not None and known.keys() == stats.keys() and all(known[name].proves(found) for name, found in stats.items()):

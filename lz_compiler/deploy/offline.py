@@ -26,7 +26,7 @@ from ..backend import TIGHTEN, Session, setup
 from ..capture import fingerprint
 from ..errors import OptionError, PlanError, unknown
 from ..options import Options
-from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited
+from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited, write_whole
 from ..planning import DILUTION
 from ..problem import CALL, LOOP, VIEW
 from ..target import environment
@@ -87,12 +87,9 @@ class ModelPlan:
         target = Path(path)
         if not target.parent.is_dir():
             raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}. Make it.")
-        half = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
-            half.write_text(json.dumps(data, indent=1))
-            half.replace(target)
+            write_whole(target, json.dumps(data, indent=1).encode())
         except OSError as error:
-            half.unlink(missing_ok=True)
             why = error.strerror or error
             raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: {why}. Give a file in a folder that is writable.") from error
 
@@ -206,6 +203,11 @@ def solve(
     upper ends, the first bucket starting at 1. A cell (one bucket of each symbol) is planned and raced at its upper ends.
     `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`). With `freeze`, the cells are one
     integer program in which each weight has one format (`deploy.joint`); `one_format=False`: each cell packs as suits it.
+
+    Returns the plan of all cells, for `save`, `lz.compile(model, plan=...)` and `lz.bake`.
+
+    OptionError for a wrong option, or what is no module. PlanError for arguments that do not fit the model or the ranges, and for a model
+    that cannot be traced, compiled or held in memory for all of them; FingerprintError for a bundle that has no fingerprint.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"solve takes an nn.Module; given: {type(model).__name__}. Wrap it in a module whose forward calls it.")
@@ -232,7 +234,7 @@ def solve(
             names = ", ".join(sorted(changing & read - some))
             raise PlanError(f"freeze=True, but {names} is written for some sizes and taken as constant for others. Solve without freeze.")
     return ModelPlan(
-        type(model).__qualname__, _environment(sessions[0].device), _as_data(chosen), {n: dict(d) for n, d in dynamic.items()},
+        type(model).__qualname__, _environment(sessions[0].device), chosen.as_data(), {n: dict(d) for n, d in dynamic.items()},
         {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
         tuple(
             Argument.of(leaf, dynamic.get(name, ()))
@@ -282,14 +284,6 @@ def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, 
         return [[] for _ in posed], None
     made = [plan_cells(cells, options) for cells in zip(*posed, strict=True)]  # for each budget
     return [list(plans) for plans in zip(*(plans for plans, _ in made), strict=True)], made[0][1]
-
-
-def _as_data(options: Options) -> dict[str, Any]:
-    """What decides a plan; where facts are kept, and for how long they are sought, does not."""
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if f.metadata["plans"]}
-    values["policy"] = options.policy and options.policy.to_data()
-    values["cost_model"] = options.cost_model_name
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as JSON has them
 
 
 def stored_options(plan: ModelPlan) -> dict[str, Any]:
@@ -361,7 +355,7 @@ class PlannedModel(nn.Module):
         mode = planned.pop("mode")
         self.options = Options.resolve({**planned, **options}, mode)
         free = {"layout_mode"} | ({"cost_model"} - planned.keys() - options.keys())
-        for name, value in _as_data(self.options).items():
+        for name, value in self.options.as_data().items():
             if value != plan.options.get(name) and name not in free:
                 raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options.get(name)!r}. Solve again.")
         check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")

@@ -18,6 +18,7 @@ from typing import Any
 
 import sympy
 
+from ..problem import CALL, LOOP, VIEW
 from .export import ENDLESS
 
 POINTS = 50_000  # sizes that are tried one by one where a polynomial's coefficients do not decide
@@ -37,7 +38,7 @@ ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class Way:
     """One way through `forward`: the sizes that take it, the cells that it calls, whether it ends in an error, and whether a test
     that is not of sizes led there."""
 
@@ -53,11 +54,11 @@ def axes(inputs: Mapping[str, Sequence[int | str]]) -> dict[tuple[str, int], str
     return {(n, d): s if isinstance(s, str) else f"{n}.shape[{d}]" for n, shape in inputs.items() for d, s in enumerate(shape)}
 
 
-def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list[Path]]:
+def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list[Way]]:
     """Findings on a baked file's text, none if it is right, and the paths through its `forward`."""
     functions = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
     walk = _Walk(axes(manifest["inputs"]))
-    ends = walk.run(functions["forward"].body, [Path(dict.fromkeys(walk.axes.values(), (0, ENDLESS)), {})])
+    ends = walk.run(functions["forward"].body, [Way(dict.fromkeys(walk.axes.values(), (0, ENDLESS)), {})])
     paths = walk.ended + [replace(p, error=True) for p in ends]  # falling off the end returns nothing: an error too
     fixed: Box = {f"{n}.shape[{d}]": (s, s) for n, shape in manifest["inputs"].items() for d, s in enumerate(shape) if isinstance(s, int)}
     declared: Box = {s: (1, e[-1]) for s, e in manifest["buckets"].items()} | fixed
@@ -122,7 +123,7 @@ def ranges_of(cell: Mapping[str, Any]) -> Box:
     return {s: (low, ENDLESS if high is None else high) for s, (low, high) in cell["ranges"].items()}
 
 
-def _ending(path: Path, declared: Box, general: Mapping[str, Box]) -> Iterator[Finding]:
+def _ending(path: Way, declared: Box, general: Mapping[str, Box]) -> Iterator[Finding]:
     inside = intersection(path.box, declared)
     if path.error:
         for box in (inside, *(intersection(path.box, g) for g in general.values())):
@@ -141,7 +142,7 @@ def _ending(path: Path, declared: Box, general: Mapping[str, Box]) -> Iterator[F
 
 def _against(name: str, hull: Box, cell: Mapping[str, Any]) -> Iterator[Finding]:
     """A cell's box against the sizes for which the manifest says that it was compiled."""
-    kernels = ", ".join(k for k in cell["kernels"] if k not in ("call", "view", "inductor.loop"))
+    kernels = ", ".join(k for k in cell["kernels"] if k not in (CALL, VIEW, LOOP))
     holds = ranges_of(cell)
     yield from _excess(hull, holds, f"{name} ({kernels}) is called for {{}}, compiled for {{}}", "constraint")
     for limit in cell["limits"]:
@@ -174,15 +175,15 @@ class _Walk:
 
     def __init__(self, axes: Mapping[tuple[str, int], str]) -> None:
         self.axes = axes
-        self.ended: list[Path] = []
+        self.ended: list[Way] = []
         self.findings: list[Finding] = []
 
-    def run(self, block: Sequence[ast.stmt], paths: list[Path]) -> list[Path]:
+    def run(self, block: Sequence[ast.stmt], paths: list[Way]) -> list[Way]:
         for statement in block:
             paths = [after for path in paths for after in self._step(statement, path)]
         return paths
 
-    def _step(self, statement: ast.stmt, path: Path) -> list[Path]:
+    def _step(self, statement: ast.stmt, path: Way) -> list[Way]:
         match statement:
             case ast.If(test, body, orelse):
                 return self._branch(test, body, orelse, path)
@@ -204,7 +205,7 @@ class _Walk:
         self.findings.append(("form", f"{type(statement).__name__} in line {statement.lineno} of forward cannot be followed"))
         return [path]
 
-    def _branch(self, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt], path: Path) -> list[Path]:
+    def _branch(self, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt], path: Way) -> list[Way]:
         yes, no, known = self._split(test, [path.box], path.names)
         unsure = path.unsure or not known
         after = self.run(body, [replace(path, box=b, unsure=unsure) for b in yes])
@@ -213,7 +214,7 @@ class _Walk:
             after = after[:1]  # a test that decides nothing here (an input's conversion)
         return [replace(p, unsure=path.unsure) for p in after]
 
-    def _assigned(self, statement: ast.stmt, path: Path) -> Path:
+    def _assigned(self, statement: ast.stmt, path: Way) -> Way:
         called = [n.func.id for n in ast.walk(statement) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
         names = dict(path.names)
         if isinstance(statement, ast.Assign):

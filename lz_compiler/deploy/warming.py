@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, PlanError
+from ..plan_io import read_limited
 
 if TYPE_CHECKING:  # a process that only runs a baked folder loads no planner
     from .offline import PlannedModel
@@ -26,7 +27,7 @@ def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
 
     Before, every file is compared with manifest.json (about a second for each gigabyte of weights). That finds damage; who can
     write to the folder can write a manifest too. PlanError where something differs, or it was baked for another machine.
-    `bundle`: the model's folder, to be compared with the one that the plan was solved for.
+    `bundle`: the model's folder, to be compared with the one that the plan was solved for; FingerprintError if it has no fingerprint.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -52,9 +53,7 @@ def check_manifest(folder: Path) -> None:
     """PlanError if a file that manifest.json lists is missing, or other than it was, or a name leads out of the folder."""
     where, again = os.fspath(folder), "Bake again, or copy the folder again."
     try:
-        with (folder / MANIFEST).open("rb") as file:
-            text = file.read(MAX_MANIFEST + 1)
-        data = json.loads(text) if len(text) <= MAX_MANIFEST else None
+        data = json.loads(read_limited(folder / MANIFEST, MAX_MANIFEST))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{where!r} has no {MANIFEST} that can be read ({error}): it is not loaded. {again}") from error
     files = data.get("files") if isinstance(data, dict) and data.get("layerzero_bake") == 1 else None
@@ -69,7 +68,7 @@ def check_manifest(folder: Path) -> None:
             raise PlanError(f"{name!r:.200} in {where!r} is a link; a baked folder has plain files: it is not loaded. {again}")
         if parts.parts[0] == "kernels" and not path.exists():
             continue  # the Python file then compiles its own source
-        if not path.is_file() or _sha256(path) != digest:
+        if not path.is_file() or sha256(path) != digest:
             what = "is not what was baked (another sha256)" if path.is_file() else "is missing"
             raise PlanError(f"{name!r:.200} in {where!r} {what}: it is not loaded. {again}")
     extra = {p.relative_to(folder).as_posix() for p in (folder / "kernels").glob("*")} - set(files)
@@ -77,7 +76,7 @@ def check_manifest(folder: Path) -> None:
         raise PlanError(f"{min(extra)!r:.200} in {where!r} is not listed in {MANIFEST}: it is not loaded. {again}")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -91,6 +90,8 @@ def warmup(
     `target`: a folder of `lz.bake`, which is loaded and needs nothing else, or the loaded module; or a model of `lz.compile(plan=...)`
     with example arguments, as for `lz.solve`. Buffers that the model writes into are put back after each call. Compiled kernels stay
     in Inductor's and Triton's caches, where the next process finds them. `bundle`: as for `load_baked`. `progress` draws a bar on stderr.
+
+    OptionError for another target, or less than one call; PlanError for arguments that are not the plan's; what `load_baked` raises.
     """
     if calls < 1:
         raise OptionError(f"calls is {calls}; at least 1 is needed.")

@@ -22,6 +22,11 @@ CALLED = "torch.ops.lz.paged_attention.default("  # how generated code calls the
 PAGED = "_paged_attention"  # its name in the file
 
 
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """Code with other names in it."""
+    return re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text)
+
+
 def paged_attention() -> str:
     """The reference of paged attention, and what it calls, as functions of the file. Shapes were checked when the file was made."""
     return "\n\n\n".join([_source(ops._gathered, "_gathered"), _source(ops._paged_run, PAGED)])

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..deploy import offline
+from ..deploy.export import ranges_text
 from ..errors import OptionError, PlanError, SolverError, unknown
 from ..options import Options
 from ..plan_io import load_problem, problem_name, read_limited
 from ..planning import solve_within
 from ..problem import CALL, LOOP, VIEW
 from ..types import Problem, Solution
-from .report import Report, explain_model_plan, milliseconds, plural, ranges_text
+from .drawing import unfolded
+from .report import Report, explain_model_plan, milliseconds, plural
 
 if TYPE_CHECKING:
     from ..deploy.offline import ModelPlan
@@ -162,33 +164,21 @@ def _plans(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
 
 def _decisions(plan: Mapping[str, Any]) -> Iterator[Decision]:
     """Every instance of every region of an explained plan."""
-
-    def walk(rows: Iterable[Mapping[str, Any]]) -> Iterator[Decision]:
-        for row in rows:
-            if "repeat" in row:
-                yield from walk(row["rows"])
-            elif row["kind"] == "region":
-                r = plan["regions"][row["region"]]
-                tuning = ", ".join(f"{k}={v}" for k, v in r["tuning"].items())
-                for nodes in row["nodes"]:
-                    what = " + ".join((r["op"], *r["epilogue"]))
-                    yield Decision(tuple(nodes), what, r["kernel"], tuning, r["cost_ns"], r["source"], formats_text(*r["formats"]))
-
-    return walk(plan["rows"])
+    for row in unfolded(plan["rows"]):
+        if row["kind"] == "region":
+            r = plan["regions"][row["region"]]
+            tuning = ", ".join(f"{k}={v}" for k, v in r["tuning"].items())
+            for nodes in row["nodes"]:
+                what = " + ".join((r["op"], *r["epilogue"]))
+                yield Decision(tuple(nodes), what, r["kernel"], tuning, r["cost_ns"], r["source"], formats_text(*r["formats"]))
 
 
 def _conversions(plan: Mapping[str, Any]) -> Conversions:
     """Conversions between formats in memory, of an explained plan."""
     found: Conversions = {}
-
-    def walk(rows: Iterable[Mapping[str, Any]]) -> None:
-        for row in rows:
-            if "repeat" in row:
-                walk(row["rows"])
-            elif row["kind"] == "conversion":
-                _count(found, f"{row['src']} -> {row['dst']}", len(row["names"]), row["total_ns"])
-
-    walk(plan["rows"])
+    for row in unfolded(plan["rows"]):
+        if row["kind"] == "conversion":
+            _count(found, f"{row['src']} -> {row['dst']}", len(row["names"]), row["total_ns"])
     return found
 
 

@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..deploy.export import ranges_text
 from ..errors import PlanError
 from ..options import Options
 from ..problem import LOOP
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Sections of plain data with a title each."""
+    """A title, plain data, and the same as lines of text."""
 
     title: str
     data: Mapping[str, Any]
@@ -146,13 +147,13 @@ def runner_up_text(up: Mapping[str, Any]) -> str:
     return f"{up['kernel']}{dtype}{loops}"
 
 
-def describe_choice(choice: Choice, count: int = 1, peaks: Mapping[str, float] | None = None) -> dict[str, Any]:
+def describe_choice(choice: Choice, count: int, peaks: Mapping[str, float]) -> dict[str, Any]:
     c = choice.candidate
     return {
         "op": c.region.op, "kernel": c.kernel, "count": count, "nodes": list(c.region.nodes),
         "formats": [[str(f) for f in c.in_formats], [str(f) for f in c.out_formats]],
         "cost_ns": choice.cost.ns, "source": choice.cost.source, "spread_ns": choice.cost.spread, "factor": choice.cost.factor,
-        "epsilon": c.epsilon, "floor_ns": _floor(choice, peaks or {}), "flops": choice.flops, "bytes": choice.nbytes,
+        "epsilon": c.epsilon, "floor_ns": _floor(choice, peaks), "flops": choice.flops, "bytes": choice.nbytes,
         "tuning": dict(c.param("variant", ())), "mask": c.param("mask"),
         "reads_mask": "mask" in c.param("roles", ()),
         "epilogue": [p for k, p in c.params if k in ("act", "binary") and p],
@@ -246,7 +247,7 @@ def stated(options: Options) -> dict[str, Any]:
     """The options that differ from their defaults, as plain values."""
     default = Options()
     found = {f.name: getattr(options, f.name) for f in fields(Options) if getattr(options, f.name) != getattr(default, f.name)}
-    values = {"cost_model": options.cost_model_name, "policy": options.policy and options.policy.to_data()}
+    values = options.as_data()
     return {name: values.get(name, value) for name, value in found.items() if name not in ("cache_dir", "problems")}
 
 
@@ -335,7 +336,3 @@ def explain_model_plan(plan: ModelPlan) -> Report:
     together = () if plan.joint is None else (str(plan.joint),)
     lines = (f"solved on {env}", *together, *(line for cell in plan.cells for line in _cell_lines(cell)))
     return Report(f"LayerZero: plan of {plan.model}, {len(plan.cells)} cell{'s' if len(plan.cells) != 1 else ''}", data, lines)
-
-
-def ranges_text(ranges: Mapping[str, tuple[int, int]]) -> str:
-    return ", ".join(f"{s} {low}..{high}" for s, (low, high) in ranges.items()) or "the given shapes"

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..deploy.export import ranges_text
 from .report import measured_part, runner_up_text
 
 
@@ -40,9 +41,9 @@ def _table(*columns: str) -> Table:
 
 
 def _race(unit: Mapping[str, Any]) -> Iterator[RenderableType]:
-    ranges = ", ".join(f"{s} {low}..{high}" for s, (low, high) in unit.get("ranges", {}).items())
+    label = unit["graph"] if "graph" in unit else ranges_text(unit["ranges"])
     times = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in sorted(unit["times_s"].items(), key=lambda item: item[1]))
-    yield Text(f"{ranges or unit.get('graph', 'the given shapes')}: runs {unit['winner']}; measured {times or 'nothing: no race yet'}")
+    yield Text(f"{label}: runs {unit['winner']}; measured {times or 'nothing: no race yet'}")
     yield from (Text(f"  note: {note}", "dim") for note in unit.get("notes", ()))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import random
 import re
@@ -32,6 +33,7 @@ from ..cost_models.inductor import Inductor, unknown_rates
 from ..cost_models.learned import Forest, Learned
 from ..cost_models.roofline import Roofline, traffic_ns
 from ..errors import OptionError, SolverError, TooFewError, unknown
+from ..plan_io import write_whole
 from ..types import Candidate, Cost, Problem, Rejection, Solution, Target
 from .corpus import Case, Sample, with_prices
 
@@ -403,12 +405,11 @@ class Table:
         rows = self.rows()
         kept = [row for row in rows if wanted(row)]
         if len(kept) < len(rows):
-            half = self.path.with_suffix(".tmp")
-            with half.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.names, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(kept)
-            half.replace(self.path)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+            write_whole(self.path, text.getvalue().encode())
 
     def append(self, rows: Sequence[PlanRow] | Sequence[PriceRow]) -> None:
         with self.path.open("a", newline="") as file:

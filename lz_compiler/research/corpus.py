@@ -19,7 +19,7 @@ from ..cost_models import CostModel, Priced
 from ..errors import PlanError
 from ..measure import PLACE
 from ..options import Options
-from ..plan_io import problem_from_dict, problem_to_dict
+from ..plan_io import problem_from_dict, problem_to_dict, write_whole
 from ..types import Candidate, Problem, Region, Rejection, Target, TensorSpec
 
 VERSION = 1
@@ -97,9 +97,7 @@ def save(case: Case, folder: Path) -> Path:
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case.name}{SUFFIX}"
-    half = path.with_suffix(".tmp")
-    half.write_bytes(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 9, mtime=0))
-    half.replace(path)
+    write_whole(path, gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 9, mtime=0))
     return path
 
 

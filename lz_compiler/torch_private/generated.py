@@ -66,10 +66,14 @@ def compiled_sizes(values: Sequence[Any]) -> tuple[list[list[tuple[int, int]]], 
             bound = env.var_to_range[symbol]
             found.append((int(bound.lower), int(min(bound.upper, 1 << 62))))  # or endless
             first.setdefault(str(symbol), (position, dim))
-            every = [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]
-            assumed = [PythonPrinter().doprint(expr) for expr in every]
+            assumed = [PythonPrinter().doprint(expr) for expr in _assumed(env)]
         ranges.append(found)
     return ranges, first, assumed
+
+
+def _assumed(env: Any) -> list[Any]:
+    """What was assumed of symbols, or has to be asserted."""
+    return [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]
 
 
 def broken_assumption(values: Sequence[Any], ranges: Mapping[str, tuple[int, int]]) -> tuple[str, dict[str, int]] | None:
@@ -83,7 +87,7 @@ def broken_assumption(values: Sequence[Any], ranges: Mapping[str, tuple[int, int
     if not sizes:
         return None
     env = sizes[0].node.shape_env
-    for expr in [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]:
+    for expr in _assumed(env):
         free = sorted(expr.free_symbols, key=str)
         if any(str(symbol) not in ranges for symbol in free):
             continue

@@ -108,13 +108,6 @@ def _see_backwards() -> None:
     CompiledFxGraph.post_compile = seen  # type: ignore[method-assign]
 
 
-def _passes_know_inference() -> bool:
-    """Whether Inductor tells a custom pass what kind of graph it is given (torch 2.11 does not)."""
-    from torch._inductor import custom_graph_pass
-
-    return hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass")
-
-
 def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | None]) -> Any:
     """`run(graph, is_inference)` as an Inductor pass before its own post-grad passes.
 
@@ -122,8 +115,8 @@ def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | N
     """
     from torch._inductor import custom_graph_pass
 
-    known = _passes_know_inference()
-    base: Any = custom_graph_pass.CustomInferenceAwareGraphPass if known else custom_graph_pass.CustomGraphPass
+    # torch 2.11 does not tell a pass what kind of graph it is given.
+    base: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
 
     class Pass(base):  # type: ignore[misc]
         def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:

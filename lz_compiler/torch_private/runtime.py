@@ -1,4 +1,4 @@
-"""What surrounds a running graph: modes, CUDA graphs, errors, stores of a job, locks."""
+"""What surrounds a running graph: modes, CUDA graphs, errors, locks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,8 @@ def real_tensors() -> Iterator[None]:
     from torch._guards import tracing
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes(), tracing(None), torch.no_grad(), _no_autocast():
-        yield
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    cpu, cuda = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+    with _disable_current_modes(), tracing(None), torch.no_grad(), cpu, cuda:
         yield
 
 
@@ -138,11 +133,11 @@ def counters() -> Any:
     return dynamo_counters["layerzero"]
 
 
-def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     """Put a text into TORCH_TRACE (tlparse); free when tracing is off."""
     from torch._logging import trace_structured  # type: ignore[attr-defined]
 
-    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload)
 
 
 @contextmanager

@@ -26,9 +26,8 @@ import torch
 from ..backends import all_backends
 from ..backends.base import Backend
 from ..errors import CapabilityError, OptionError, unknown
-from ..options import Options
 from ..target import environment
-from ..timings import TimingStore, open_store
+from ..timings import TimingStore, user_store
 from .canary_worker import PATIENCE, START_S, lines
 from .capabilities import descriptor
 from .verdicts import BAD, last_run, remember
@@ -151,7 +150,7 @@ def canary(
     for device in asked:
         if device not in DEVICES:
             raise OptionError(unknown("device", device, DEVICES))
-    store, runs = open_store(cache_dir or Options.resolve().cache_dir), []
+    store, runs = user_store(cache_dir), []
     for name in wanted:
         for device in (d for d in known[name].devices if d in asked):
             try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError, unknown
+from ..plan_io import read_limited
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20
@@ -161,14 +162,9 @@ def read(path: Path, backend: str) -> Descriptor:
 
 def _read(reader: _Reader, path: Path, backend: str) -> Descriptor:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise reader.fail("file", f"more than {MAX_BYTES} bytes are too many")
+        data = read_limited(path, MAX_BYTES)
         top = json.loads(data, parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CapabilityError):
-            raise
         raise reader.fail("file", f"cannot be read as JSON ({error})") from error
     if not isinstance(top, dict) or top.get("schema") != SCHEMA or isinstance(top["schema"], bool):
         given = top.get("schema") if isinstance(top, dict) else None

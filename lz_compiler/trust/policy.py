@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PolicyError, unknown
+from ..plan_io import read_limited
 
 if TYPE_CHECKING:
     from ..backends.base import SelectionContext
@@ -184,7 +185,7 @@ def _parsed(source: Path | str, where: str) -> object:
     import yaml
 
     try:
-        data = source.encode() if isinstance(source, str) else _read(source)
+        data = source.encode() if isinstance(source, str) else read_limited(source, MAX_BYTES)
         if len(data) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES} bytes")
         text = data.decode()
@@ -197,13 +198,6 @@ def _parsed(source: Path | str, where: str) -> object:
         # The last four: PyYAML on text that is not what its tag says (`!!int ""`, `!!timestamp x`).
         reason = " ".join(str(error).split())[:MAX_TEXT]
         raise PolicyError(f"{where} cannot be read as a policy: {reason or type(error).__name__}. Give a YAML or JSON file.") from None
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise OSError("no such file")
-    with path.open("rb") as file:
-        return file.read(MAX_BYTES + 1)
 
 
 def _mappings(root: Any) -> Iterator[list[str]]:
