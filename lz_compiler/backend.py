@@ -148,6 +148,7 @@ class Session:
         self.follows = False  # a stored plan: nothing may be planned
         self.dropped = 0  # masks
         self.collective = False  # whether a planned graph contains collectives
+        self.random = False  # whether one draws random numbers other than eager's
         self.dilution, self.tightened = dilution, 0  # of the estimated error; how often it was mended by a measured one
         self.over = False  # whether this plan's error was over the budget, so that the next process tightens it
         self.links: collectives.Curves = {}  # what all-reduces take between the ranks
@@ -169,6 +170,7 @@ class Session:
                 compiled = self._watched(self._compile(verdict or self._stored_verdict()))
             except torch_private.lowering_errors() as error:
                 compiled = self._watched(self._without_plan(error))
+        self.inputs, self.real = [], ()  # the first batch, and the weights, may be freed before the compiled graph is
         RECORDS.append(self.record)
         weakref.finalize(compiled, RECORDS.remove, self.record)
         return compiled
@@ -313,7 +315,9 @@ class Session:
             self.record.notes.append(f"the policy forbids what {' and '.join(sorted(barred))} would use: not raced against")
         if INDUCTOR not in barred:
             finalists |= self._rival()
-        if EAGER not in barred:
+        if self.random:
+            self.record.notes.append("eager draws other random numbers: not raced against")
+        elif EAGER not in barred:
             finalists[EAGER] = self.gm.forward
         if len(finalists) == 1:
             self._finish({}, PLANNED)
@@ -322,7 +326,8 @@ class Session:
 
     def _race(
         self, finalists: Mapping[str, race.Finalist], check: Callable[[tuple[Any, ...]], list[str]] | None, rounds: int = race.ROUNDS,
-        finish: Callable[[dict[str, float], str], None] | None = None, agree: Callable[[dict[str, float]], dict[str, float]] | None = None,
+        finish: Callable[[dict[str, float], str, bool], None] | None = None,
+        agree: Callable[[dict[str, float]], dict[str, float]] | None = None,
     ) -> race.Race:  # fmt: skip
         self.finalists = tuple(finalists)
         return race.Race(
@@ -336,7 +341,7 @@ class Session:
         self.record.error = verdict.get("error")
         stored = [plan_from_dict(p) for p in verdict["plans"]]
         self.known = [*stored, *map(plan_from_dict, verdict.get("lossless", ())), *self.given]
-        self.collective = bool(verdict.get("collective"))
+        self.collective, self.random = bool(verdict.get("collective")), bool(verdict.get("random"))
         self.written = verdict.get("written")
         self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []
         self.record.calls = self.breaker.calls = {kernel: dict(names) for kernel, names in verdict.get("calls", {}).items()}
@@ -361,13 +366,14 @@ class Session:
         # The verdict's error was that of the weights and inputs of its time: the budget is kept for these too.
         lossless, check = self._within_budget(compiled)
         finalists = {PLANNED: compiled, LOSSLESS: lossless}
-        return self._race(finalists, check, 0, lambda _, name: self._finish(dict(verdict["times"]), name))
+        return self._race(finalists, check, 0, lambda _, name, measured: self._finish(dict(verdict["times"]), name))
 
     def _within_budget(self, planned: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[tuple[Any, ...]], list[str]]]:
         """The lossless plan, compiled, and the check that tells whether it is needed."""
         lossless = self._planned(replace(self.options, error_budget=0.0), self.lossless)
         budget, team = self.options.error_budget, self.team
-        check = race.over_budget(self.gm.forward, {PLANNED: planned}, budget, self._report_error, self.written)
+        reference = lossless if self.random else self.gm.forward
+        check = race.over_budget(reference, {PLANNED: planned}, budget, self._report_error, self.written)
         return lossless, check if team is None else lambda args: team.union(check(args))
 
     def _report_error(self, name: str, error: float) -> None:
@@ -382,11 +388,14 @@ class Session:
                 + (", and a tighter one from the next process on" if self.over else "")
             )
 
-    def _finish(self, times: dict[str, float], winner: str) -> None:
+    def _finish(self, times: dict[str, float], winner: str, measured: bool = True) -> None:
         record = self.record
         record.times, record.winner, record.decided = times, winner, True
-        if winner == LOSSLESS:
+        if winner == LOSSLESS or (self.lossless and not (record.error or 0.0) <= self.options.error_budget):
             record.plans = self.lossless
+        if not measured:
+            record.notes.append("not raced: activation checkpointing repeats calls, which must run the same code")
+            return
         log.info("verdict for graph %s: %s (%s)", record.compile_id, winner, {n: f"{t * 1e3:.2f} ms" for n, t in times.items()})
         torch_private.counters()[f"winner:{winner}"] += 1
         if self.breaker.tripped is None:  # else the next process plans anew, without what failed
@@ -397,8 +406,8 @@ class Session:
         return {
             "winner": winner, "times": times, "plans": plans, "error": self.record.error, "written": self.written,
             "digest": _digest(self.record.plans), "calls": self.breaker.calls,
-            "why": self.breaker.tripped, "collective": self.collective, "dilution": self.dilution, "tightened": self.tightened,
-            "over": self.over,
+            "why": self.breaker.tripped, "collective": self.collective, "random": self.random, "dilution": self.dilution,
+            "tightened": self.tightened, "over": self.over,
         }  # fmt: skip
 
     def _store(self, winner: str, times: Mapping[str, float]) -> None:
@@ -459,6 +468,7 @@ class Session:
         def run(graph: fx.Graph, is_inference: bool) -> None:
             frozen = self._frozen(graph, is_inference)
             self.collective |= has_collectives(graph)
+            self.random |= torch_private.draws_own_numbers(graph)
             # A program's second trace, as the lossless plan's is, can name nodes otherwise: then it is planned by itself.
             follow = self.follows or (bool(self.given) and options.error_budget == self.options.error_budget)
             plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, follow, self.dilution))
@@ -496,7 +506,7 @@ class Session:
 
         AOTAutograd keeps the order of inputs unless it drops or merges some; then nothing is taken as frozen.
         """
-        if not self.options.freeze or not is_inference:
+        if not self.options.freeze or not is_inference or not torch_private.is_whole(graph):
             return {}
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         if len(placeholders) != len(self.real):
@@ -530,15 +540,15 @@ def plan_and_apply(
     """Plan a functional ATen graph, unless one of the known plans is for it, and rewrite it in place.
 
     With `follow`, PlanError where none of them is. A graph with collectives gets a lossless plan: to check a lossy one, a rank
-    would run it once more than others do.
+    would run it once more than others do. So does a backward graph, since no check sees gradients.
     """
-    if has_collectives(graph):
-        options = replace(options, error_budget=0.0)
-    view = GraphView(graph, frozen)
-    before = interface(graph)
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
     backward = any(name.startswith("tangents") for name in names)
     kind = "inference" if is_inference else "backward" if backward else "forward"
+    if backward or has_collectives(graph):
+        options = replace(options, error_budget=0.0)
+    view = GraphView(graph, frozen)
+    before = interface(graph)
     key = _identity(graph, frozen)
     plan = next((p for p in known if p.fingerprint == key and p.kind == kind), None)
     if follow and plan is None:
@@ -563,10 +573,30 @@ def plan_and_apply(
 
 
 def _identity(graph: fx.Graph, frozen: Mapping[fx.Node, Tensor]) -> str:
-    """A plan speaks of nodes by name, and of weights as frozen or not."""
+    """A plan speaks of nodes by name, of weights as frozen or not, and of masks by what the weights say that they are made of."""
     module = graph.owning_module
     assert module is not None
-    return fingerprint(module, [*(n.name for n in graph.nodes), *(f"frozen {n.name}" for n in frozen)])
+    values = (f"mask {n.name} {_hash(frozen[n])}" for n in frozen.keys() & _behind_masks(graph))
+    return fingerprint(module, [*(n.name for n in graph.nodes), *(f"frozen {n.name}" for n in frozen), *sorted(values)])
+
+
+def _behind_masks(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes from which masks are computed."""
+    found: set[fx.Node] = set()
+    waiting = [n.args[3] for n in graph.nodes if n.target is ops.sdpa and isinstance(n.args[3], fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _hash(value: Tensor) -> str:
+    import xxhash
+
+    with torch_private.real_tensors():
+        return xxhash.xxh3_64_hexdigest(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _changes(plan: Plan) -> bool:

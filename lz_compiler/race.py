@@ -2,13 +2,15 @@
 
 Each call runs exactly one finalist, and every one is correct, so the race costs no extra work; its verdict is stored. In
 training the backward pass counts: it is timed from the moment autograd enters the outputs until the inputs' gradients are
-there.
+there. Threads share a race: a call beside another, or inside a CUDA graph's capture, runs the leader and does not count.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from . import torch_private
 from .capture import tensors_in
 from .errors import KernelError
 from .measure import uncontended
+from .types import EAGER, LOSSLESS
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ Finalist = Callable[..., Any]
 
 
 class Race:
-    """A callable that becomes its winner. `finish(times, winner)` is told the medians in seconds.
+    """A callable that becomes its winner. `finish(times, winner, measured)` is told the medians in seconds; not `measured`: the
+    leader has won since calls are repeated (activation checkpointing), and must then be of the same code.
 
     `rescue(name, error, args)` answers the call in which a finalist raised, or raises; the finalist is out then, and a winner is
     followed by `reference` (None: there is nothing to follow it).
@@ -39,46 +43,56 @@ class Race:
     """
 
     def __init__(
-        self, finalists: Mapping[str, Finalist], finish: Callable[[dict[str, float], str], None], leader: str,
+        self, finalists: Mapping[str, Finalist], finish: Callable[[dict[str, float], str, bool], None], leader: str,
         check: Callable[[tuple[Any, ...]], list[str]] | None = None, rounds: int = ROUNDS, *,
         rescue: Callable[[str, Exception, tuple[Any, ...]], Any], reference: Finalist | None,
         agree: Callable[[dict[str, float]], dict[str, float]] | None = None,
     ) -> None:  # fmt: skip
         self.finalists, self.agree = dict(finalists), agree
-        self.rescue, self.reference, self.running = rescue, reference, leader
+        self.rescue, self.reference = rescue, reference
         self.finish, self.leader, self.check = finish, leader, check
         self.rounds = rounds
         self.forward: dict[str, list[tuple[float, float]]] = {name: [] for name in finalists}
         self.backward: dict[str, list[float]] = {name: [] for name in finalists}
         self.calls = dict.fromkeys(finalists, 0)
         self.shape: object = None
-        self.winner: Finalist | None = None
+        self.winner: tuple[str, Finalist] | None = None
+        self.lock, self.timing = threading.RLock(), False
+        self.hooks: list[Any] = []  # of backward passes that have not come
 
     def __call__(self, *args: Any) -> Any:
+        name, run = self.winner or (self.leader, None)
         try:
-            if self.winner is not None:
-                return self.winner(*args)
-            return self._race(args)
+            if run is None:
+                with self.lock:
+                    name, run = self._turn(args)
+            return run(*args)
         except torch_private.run_errors() as error:
-            return self._rescued(error, args)
+            return self._rescued(name, error, args)
 
-    def _rescued(self, error: Exception, args: tuple[Any, ...]) -> Any:
+    def _rescued(self, name: str, error: Exception, args: tuple[Any, ...]) -> Any:
         try:
-            out = self.rescue(self.running, error, args)
+            out = self.rescue(name, error, args)
         except KernelError:
-            self._replace()
+            self._replace(name)
             raise
-        self._replace()
+        self._replace(name)
         return out
 
-    def _replace(self) -> None:
-        """Go on without the finalist that just ran."""
-        if self.winner is not None or len(self.finalists) == 1:
-            self.winner = self.reference or self.winner
-        self._drop(self.running, "it raised")
-        self.running = self.leader
+    def _replace(self, name: str) -> None:
+        """Go on without a finalist."""
+        with self.lock:
+            if (self.winner is not None or len(self.finalists) == 1) and self.reference is not None:
+                self.winner = EAGER, self.reference
+            self._drop(name, "it raised")
 
-    def _race(self, args: tuple[Any, ...]) -> Any:
+    def _turn(self, args: tuple[Any, ...]) -> tuple[str, Finalist]:
+        """What this call runs."""
+        if self.winner is not None:
+            return self.winner
+        if torch_private.is_capturing():
+            name = self.leader if self.check is None else LOSSLESS  # which needs no check
+            return name, self.finalists[name]
         if self.check is not None:
             for name in self.check(args):
                 self._drop(name, "over the error budget")
@@ -86,31 +100,36 @@ class Race:
         shape = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in args)
         if self.shape is None:
             self.shape = shape
-        if shape != self.shape:
-            self.running = self.leader
-            return self.finalists[self.leader](*args)  # other sizes are not comparable; the verdict comes from the first
+        if shape != self.shape or self.timing:
+            return self.leader, self.finalists[self.leader]  # other sizes are not comparable; the verdict comes from the first
+        if self.rounds and torch_private.saves_are_hooked():
+            # A checkpointed forward pass is repeated by another call, which must save the same tensors: by the same code.
+            return self._end({}, self.leader, False)
         if self.agree is None:
             self._drop_slow()
         waiting = [n for n in self.finalists if self.rounds and self.calls[n] < WARMUP + self.rounds]
         if not waiting or len(self.finalists) == 1:
-            return self._decide()(*args)
+            return self._decide()
         name = min(waiting, key=lambda n: self.calls[n])
         self.calls[name] += 1
-        self.running = name
-        return self._timed(name, args, warm=self.calls[name] > WARMUP)
+        self.timing = True
+        return name, functools.partial(self._timed, name, self.finalists[name], self.calls[name] > WARMUP)
 
-    def _timed(self, name: str, args: tuple[Any, ...], warm: bool) -> Any:
-        tensors = tensors_in(args)
-        sync = torch.cuda.synchronize if any(t.is_cuda for t in tensors) else (lambda: None)
-        sync()
-        cpu, start = time.process_time(), time.perf_counter()
-        out = self.finalists[name](*args)
-        sync()
-        seconds = time.perf_counter() - start
-        if warm:
-            self.forward[name].append((seconds, seconds / max(time.process_time() - cpu, 1e-9)))
-            self._time_backward(name, out, tensors, sync)
-        return out
+    def _timed(self, name: str, run: Finalist, warm: bool, *args: Any) -> Any:
+        try:
+            tensors = tensors_in(args)
+            sync = torch.cuda.synchronize if any(t.is_cuda for t in tensors) else (lambda: None)
+            sync()
+            cpu, start = time.process_time(), time.perf_counter()
+            out = run(*args)
+            sync()
+            seconds = time.perf_counter() - start
+            if warm:
+                self.forward[name].append((seconds, seconds / max(time.process_time() - cpu, 1e-9)))
+                self._time_backward(name, out, tensors, sync)
+            return out
+        finally:
+            self.timing = False
 
     def _time_backward(self, name: str, out: Any, inputs: list[Tensor], sync: Callable[[], None]) -> None:
         roots = [t for t in tensors_in([out]) if t.grad_fn is not None]
@@ -128,12 +147,16 @@ class Race:
             if began:
                 sync()
                 self.backward[name].append(time.perf_counter() - began[0])
-                began.clear()
+                self._unhook(hooks)
 
-        for root in roots:
-            assert root.grad_fn is not None
-            root.grad_fn.register_prehook(begin)
-        torch_private.multi_grad_hook(leaves, end)
+        hooks = [root.grad_fn.register_prehook(begin) for root in roots if root.grad_fn is not None]
+        hooks.append(torch_private.multi_grad_hook(leaves, end))
+        self.hooks += hooks
+
+    def _unhook(self, hooks: list[Any]) -> None:
+        for hook in hooks:
+            hook.remove()
+        self.hooks = [hook for hook in self.hooks if hook not in hooks]
 
     def _drop(self, name: str, why: str) -> None:
         if name in self.finalists and len(self.finalists) > 1:
@@ -155,13 +178,17 @@ class Race:
         back = self.backward[name]
         return statistics.median(uncontended(self.forward[name])) + (statistics.median(back) if back else 0.0)
 
-    def _decide(self) -> Finalist:
+    def _decide(self) -> tuple[str, Finalist]:
         times = {n: self._median(n) for n in self.forward if self.forward[n]}
         times = times if self.agree is None else self.agree(times)
         name = min((n for n in self.finalists), key=lambda n: times.get(n, float("inf")))
-        self.winner, self.running = self.finalists[name], name
-        self.finish(times, name)
-        self.finalists = {name: self.winner}
+        return self._end(times, name, True)
+
+    def _end(self, times: dict[str, float], name: str, measured: bool) -> tuple[str, Finalist]:
+        self._unhook(self.hooks)
+        self.winner = name, self.finalists[name]
+        self.finish(times, name, measured)
+        self.finalists = dict([self.winner])
         return self.winner
 
 
@@ -226,11 +253,14 @@ def _copied(args: Sequence[Any], places: Iterable[int]) -> list[Any]:
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
+    """Infinite where what is not finite differs; whole numbers, which may differ wherever a value is rounded, are not compared."""
+    if expected.is_complex():
+        value, expected = torch.view_as_real(value.resolve_conj()), torch.view_as_real(expected.resolve_conj())
     if not expected.is_floating_point() or expected.numel() == 0:
         return 0.0
-    value, expected = value.double(), expected.double()
-    both = torch.isfinite(expected)
-    if not torch.equal(torch.isfinite(value), both):
+    value, expected = value.detach().double(), expected.detach().double()
+    finite = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(value), finite) or not torch.equal(value[~finite].nan_to_num(0.0), expected[~finite].nan_to_num(0.0)):
         return float("inf")
-    scale = expected[both].norm()
-    return float((value[both] - expected[both]).norm() / scale) if scale > 0 else float((value[both]).norm())
+    scale = expected[finite].norm()
+    return float((value[finite] - expected[finite]).norm() / scale) if scale > 0 else float(value[finite].norm())

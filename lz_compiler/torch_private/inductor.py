@@ -48,12 +48,13 @@ def compile_with_inductor(
     from torch._inductor.exc import InductorError
 
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        token = _is_inference.set(bool(kwargs.get("is_inference")))
+        token, whole = _is_inference.set(bool(kwargs.get("is_inference"))), _whole.set(gm)
         try:
             with _backwards_by(backward):  # again: this may run long after compile_fx has returned
                 compiled = compile_fx_inner(gm, inputs, **kwargs)
         finally:
             _is_inference.reset(token)
+            _whole.reset(whole)
         generated = collected()
         if generated is not None:
             generated.sources.append(compiled.source_code)  # type: ignore[attr-defined]
@@ -77,6 +78,7 @@ def lowering_errors() -> tuple[type[Exception], ...]:
 
 
 _is_inference: ContextVar[bool] = ContextVar("is_inference", default=False)
+_whole: ContextVar[fx.GraphModule | None] = ContextVar("whole", default=None)
 _backward: ContextVar[Callable[[Any], Any] | None] = ContextVar("backward", default=None)
 
 
@@ -126,6 +128,19 @@ def graph_pass(run: Callable[[fx.Graph, bool], None], uuid: Callable[[], str | N
             return uuid()
 
     return Pass()
+
+
+def is_whole(graph: fx.Graph) -> bool:
+    """Whether a pass was given the graph that is compiled, and not one inside it, as a branch of torch.cond is."""
+    return graph.owning_module is _whole.get()
+
+
+def draws_own_numbers(graph: fx.Graph) -> bool:
+    """Whether a graph draws random numbers as TorchInductor does, which are not eager's."""
+    from torch._inductor import config
+
+    drawn = any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
+    return drawn and not config.fallback_random
 
 
 def joint_pass(run: Callable[[fx.Graph], object], uuid: str) -> Any:

@@ -176,6 +176,16 @@ def compile_id() -> str:
     return str(current) if current is not None else "?"
 
 
+def saves_are_hooked() -> bool:
+    """Whether what autograd saves goes through hooks: of activation checkpointing, say, in its forward pass and where it is repeated."""
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured in this thread's stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def multi_grad_hook(tensors: Sequence[torch.Tensor], fn: Callable[[], None]) -> Any:
     """Call `fn` once all gradients of `tensors` that the running backward computes are there."""
     from torch.autograd.graph import register_multi_grad_hook
