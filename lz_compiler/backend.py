@@ -125,8 +125,8 @@ class Session:
         self.team = team
         if torch.are_deterministic_algorithms_enabled():
             options = replace(options, deterministic=True)
-        static = not any(isinstance(i, torch.SymInt) for i in inputs)
-        self.may_race = options.race and not options.deterministic and static and not torch.is_grad_enabled()  # with other ranks
+        self.static = not any(isinstance(i, torch.SymInt) for i in inputs)
+        self.may_race = options.race and not options.deterministic and self.static and not torch.is_grad_enabled()  # with other ranks
         if team is not None:
             options = replace(options, race=False)  # clocks differ, so ranks would run different finalists
         self.gm, self.inputs, self.options, self.store, self.device, self.real = gm, inputs, options, store, device, real
@@ -315,8 +315,9 @@ class Session:
             self.record.notes.append(f"the policy forbids what {' and '.join(sorted(barred))} would use: not raced against")
         if INDUCTOR not in barred:
             finalists |= self._rival()
-        if self.random:
-            self.record.notes.append("eager draws other random numbers: not raced against")
+        if self.random or not self.static:
+            why = "draws other random numbers" if self.random else "may be the fastest for the first sizes and no others"
+            self.record.notes.append(f"not raced against eager, which {why}")
         elif EAGER not in barred:
             finalists[EAGER] = self.gm.forward
         if len(finalists) == 1:

@@ -531,3 +531,22 @@ def test_a_profile_gives_each_region_its_kernels_time(cudagraphs: bool) -> None:
     profiled = graph["profiled"]
     assert profiled["kernels_ns"] == pytest.approx(sum(r["profiled_ns"] * r["count"] for r in plan["regions"]), rel=0.01)
     assert 0 < profiled["kernels_ns"] <= profiled["call_ns"]
+
+
+# --- what surrounds a race ----------------------------------------------------------------------------------------------
+
+
+def test_a_graph_can_be_captured_while_its_race_is_on(tmp_path: Path) -> None:
+    """Nothing is timed in a capture: what is captured is the leader."""
+    model, x = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).cuda().eval(), torch.randn(8, 64, device="cuda")
+    run = torch.compile(model, backend="layerzero", options={"cache_dir": str(tmp_path)})
+    with torch.no_grad():
+        for _ in range(3):
+            run(x)
+        assert not RECORDS[-1].decided
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(y, model(x))

@@ -65,6 +65,17 @@ def test_random_numbers_are_no_error_of_the_plan() -> None:
     assert 0 < (RECORDS[-1].error or 0) < 2e-2
 
 
+def test_eager_does_not_win_for_all_sizes_by_the_first(racing: dict[str, Any]) -> None:
+    model = linear(32, 48, 32, act=nn.GELU)
+    run = compiled(model, dynamic=True, **racing)
+    with torch.no_grad():
+        for rows in (*(3 for _ in range(CALLS)), 7):
+            x = torch.randn(rows, 32)
+            same(run(x), model(x))
+    assert RECORDS[-1].decided
+    assert EAGER not in RECORDS[-1].times
+
+
 # --- autograd -----------------------------------------------------------------------------------------------------------
 
 
