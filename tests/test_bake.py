@@ -318,6 +318,22 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path: Path
             lz.bake(plan, place, model, (x,))
 
 
+def test_a_folder_that_is_baked_again_runs_its_new_kernels_in_the_same_process(tmp_path: Path) -> None:
+    class Shifted(nn.Module):
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.shift).sigmoid()
+
+    x, folder = torch.randn(4, 8), tmp_path / "out"
+    for model in (Shifted(1.0), Shifted(2.0)):
+        shutil.rmtree(folder, ignore_errors=True)
+        lz.bake(lz.solve(model, (x,), **FAST), folder, model, (x,))
+        torch.testing.assert_close(lz.load_baked(folder).forward(x), model(x))
+
+
 def test_a_conversion_warns_once_for_all_sizes(tmp_path: Path) -> None:
     model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
     plan = lz.solve(model, (x,), dynamic={"input": {0: "rows"}}, buckets={"rows": [32]}, **FAST)

@@ -65,10 +65,14 @@ class Loop:
     detail: tuple[str, ...]
     source: str
 
+    def library(self, name: str) -> str:
+        """The stem of its compiled file. With a hash: a process that has loaded a library gets the same one again for the same path."""
+        return f"{name}_{digest([self.detail, self.source])[:8]}"
+
     def text(self, name: str, compiled: torch_private.CompiledTriton | None) -> str:
         """The kernel as a global of the file."""
         if self.language == "cpp":
-            head = writing.wrapped(f"{name} = _loop({name!r}, {list(self.detail)!r}, r'''")
+            head = writing.wrapped(f"{name} = _loop({self.library(name)!r}, {list(self.detail)!r}, r'''")
             return "\n".join(head) + f"{self.source}''')"
         if compiled is None:
             return f"{name} = _compiled({self.detail[0]!r}, r'''{self.source}''')"
@@ -181,7 +185,7 @@ class _Writer:
         cells += self._references(generated, generals)
         for loop, name in self.loops.items():
             if loop.language == "cpp":
-                shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{name}.so")
+                shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{loop.library(name)}.so")
         if self.brgemm:
             shutil.copy(ops.attention_library(), self.out / "kernels" / "attention_brgemm.so")
         save_file({name: w.contiguous() for name, w in self.weights.items()}, self.out / "weights.safetensors")
