@@ -334,6 +334,47 @@ def test_a_folder_that_is_baked_again_runs_its_new_kernels_in_the_same_process(t
         torch.testing.assert_close(lz.load_baked(folder).forward(x), model(x))
 
 
+class Named(nn.Module):
+    """Arguments called like what a file has: a weight, a buffer, a kernel, an operator, a size of another one; and like a symbol."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.l = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, w_weight: Tensor, buf0: Tensor, loop_0: Tensor, softmax: Tensor, w_weight_size_1: Tensor, out: Tensor) -> Tensor:
+        y = (w_weight @ self.weight + loop_0).softmax(-1) + self.l(buf0).relu() * softmax
+        return y[: y.shape[0] // 2 * 2] * w_weight_size_1 + out
+
+
+def test_arguments_and_symbols_that_are_called_like_what_is_generated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, names = Named().eval(), ("w_weight", "buf0", "loop_0", "softmax", "w_weight_size_1", "out")
+
+    def given(rows: int) -> dict[str, Tensor]:
+        return {name: torch.randn(1 if i else rows, 8) for i, name in enumerate(names)}
+
+    plan = lz.solve(model, (), given(4), dynamic={"w_weight": {0: "w_weight"}}, buckets={"w_weight": [4]}, **FAST)
+    lz.bake(plan, tmp_path / "out", model, (), given(4))
+    module = lz.load_baked(tmp_path / "out")
+    text = (tmp_path / "out" / "_layerzero_plan.py").read_text()
+    assert "general_0(" in text
+    assert "_late('weight')" in text or "_weight('weight')" in text
+    for rows in (1, 2, 3, 4, 5, 9):
+        inputs = given(rows)
+        torch.testing.assert_close(module.forward(**inputs), model(**inputs))
+    assert not module.failed
+    assert "if _size_w_weight >= 2 and (2*(_size_w_weight // 2) <= _size_w_weight):" in text
+    assert lz.fuzz(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("name", ["cell_0", "_adapt", "torch", "_size_x"])
+def test_names_that_forward_itself_reads_are_refused(name: str, tmp_path: Path) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(2, 8)
+    plan = lz.solve(model, (x,), dynamic={"input": {0: name}}, buckets={name: [2]}, **FAST)
+    with pytest.raises(PlanError, match=f"symbol '{name}' cannot be a name in the generated function"):
+        lz.bake(plan, tmp_path / "out", model, (x,))
+
+
 def test_a_conversion_warns_once_for_all_sizes(tmp_path: Path) -> None:
     model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
     plan = lz.solve(model, (x,), dynamic={"input": {0: "rows"}}, buckets={"rows": [32]}, **FAST)

@@ -52,6 +52,8 @@ PLAIN = {
 }  # fmt: skip
 # Names of the template, and of its part for GPUs.
 KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor", "empty_strided_cuda", "get_raw_stream", "launch"}
+# What `forward` itself calls: its arguments and sizes cannot be called so.
+CALLED = re.compile(r"(cell|general)_\d+|_(adapt|ordered|constant|sizes|size_\w+|outside|nowhere|beyond|raised|rescued|error)")
 DROPPED = re.compile(r"assert_\w+\(|args\.clear|del arg|#")
 STREAM = "stream0 = get_raw_stream(0)"
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -131,8 +133,9 @@ def bake(
     if tuple(named) != plan.arguments:
         raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(plan.arguments)}.")
     export.check_dynamic(named, plan.dynamic, plan.buckets)
-    for symbol in plan.buckets:
-        _check_name(symbol, "symbol")
+    for what, names in (("argument", named), ("symbol", plan.buckets)):
+        for name in names:
+            _check_name(name, what)
     setup()
     with _folder_beside(out) as folder:  # whole or not at all
         _Writer(plan, model, named, Path(folder) / "plan").write()
@@ -157,6 +160,8 @@ class _Writer:
         for name, value in named.items():
             if name not in self.inputs and not isinstance(value, (int, float, bool, str, type(None))):
                 raise PlanError(f"argument {name!r} is {type(value).__name__}; baked files take tensors and constants. Wrap the model.")
+        # In `forward` each symbol is a variable of its own name, unless an argument has it.
+        self.symbols = {s: f"_size_{s}" if s in named else s for s in plan.buckets}
         self.weights: dict[str, Tensor] = {}  # as stored
         self.stored: dict[tuple[str, tuple[int, ...]], str] = {}  # contents and strides -> the name in `weights`
         self.globals: dict[str, str] = {}  # a weight's name in the file -> the expression that loads it
@@ -295,13 +300,13 @@ class _Writer:
         other = re.search(r"torch\.ops\.lz\.(?!attention_brgemm)\w+|extern_kernels\.\w+", text)
         if other:
             raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with a policy that denies it, or lz.compile(plan=...).")
-        read = set(re.findall(r"\b[A-Za-z_]\w*\b", text))
-        names, leaves, arguments = {}, iter(self.named), set()
+        read = writing.variables(text)
+        names, given, leaves, arguments = {}, {}, iter(self.named), set()
         loads: dict[str, str] = {}
         for i, (argument, value, target) in enumerate(zip(made.body.arguments, program.weights, program.names, strict=True)):
             if value is None:
-                names[argument] = next(leaves)
-                arguments |= {names[argument]} if i in made.written else set()
+                given[argument] = next(leaves)
+                arguments |= {given[argument]} if i in made.written else set()
             elif argument in read:
                 stored = self._store(target, value)
                 if late and f"_weight({stored!r})" not in self.globals.values() and stored not in self.state:
@@ -312,14 +317,16 @@ class _Writer:
                     names[argument] = self._load("w", stored, f"_weight({stored!r})")
         names |= {name: self._constant(name, tensor, made.code) for name, tensor in made.code.constants.items() if name in read}
         names |= {name: self._loop(name, loop) for name, loop in made.body.loops.items() if name in read}
-        text = writing.renamed(text, names)
+        taken = read - set(made.body.arguments) | set(names.values()) | KNOWN | {"_late"}
+        inner = {name: writing.free(name, taken) for name in self.inputs}  # none of the function's other names
+        text = writing.renamed(text, names | {argument: inner.get(name, name) for argument, name in given.items()})
         for loop_name in self.loops.values():
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
         self.written |= arguments
         lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
-        function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *lines])
+        function = "\n".join([*graphed, f"def {name}({', '.join(inner.values())}):", *lines])
         missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late", writing.PAGED}
         assert not missing, f"the generated code reads {missing}"
         return function
@@ -417,7 +424,7 @@ class _Writer:
             f"        raise ValueError(_constant({name!r}, {name}, {value!r}))"
             for name, value in constants.items()
         ]
-        sizes: dict[str, None] = {}
+        sizes: dict[str, str] = {}  # symbol -> its variable
         for name, planned in zip(self.inputs, self.plan.tensors, strict=True):
             dims, symbols = len(planned.order), self.plan.dynamic.get(name, {})
             ordered = f"{name}.is_contiguous()" if planned.order == tuple(range(dims)) else f"_ordered({name}, {planned.order})"
@@ -428,32 +435,35 @@ class _Writer:
                 lines.append(f"    if {name} is None:\n        raise ValueError(_constant({name!r}, None, 'a tensor'))")
             lines.append(f"    if not ({' and '.join(fits)}):")
             lines.append(f"        {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
-            found = [symbols[i] if symbols.get(i, "") not in ("", *sizes) else f"{name}_size_{i}" for i in range(dims)]
+            first = {}  # dimension -> the variable of a symbol that was not met before
+            for i, symbol in symbols.items():
+                if symbol not in sizes:
+                    sizes[symbol] = first[i] = self.symbols[symbol]
+            taken = {*self.named, *self.symbols.values()}
+            found = [first[i] if i in first else writing.free(f"{name}_size_{i}", taken) for i in range(dims)]
             if found:
                 lines.append(f"    {', '.join(found)}{',' if dims == 1 else ''} = {name}.shape")
             fixed = " or ".join(f"{size} != {n}" for size, n in zip(found, planned.shape, strict=True) if n >= 0)
             if fixed:
                 lines.append(f"    if {fixed}:\n        raise ValueError(_sizes({name!r}, {name}, {planned.shape}))")
             for i, symbol in symbols.items():
-                if found[i] == symbol:
-                    sizes[symbol] = None
-                    if self.beyond:
-                        continue  # all sizes are compared at once, below
+                size = sizes[symbol]
+                if i not in first:
+                    lines.append(f"    if {found[i]} != {size}:")
+                    lines.append(f"        raise ValueError(_outside({symbol!r}, {found[i]}, {size}, {size}))")
+                elif not self.beyond:  # else all sizes are compared at once, below
                     low, high = 1, self.plan.buckets[symbol][-1]
-                    lines.append(f"    if not {low} <= {symbol} <= {high}:")
-                    lines.append(f"        raise ValueError(_outside({symbol!r}, {symbol}, {low}, {high}))")
-                else:
-                    lines.append(f"    if {found[i]} != {symbol}:")
-                    lines.append(f"        raise ValueError(_outside({symbol!r}, {found[i]}, {symbol}, {symbol}))")
+                    lines.append(f"    if not {low} <= {size} <= {high}:")
+                    lines.append(f"        raise ValueError(_outside({symbol!r}, {size}, {low}, {high}))")
         return "\n".join(lines + (self._general_dispatch() if self.beyond else []))
 
     def _general_dispatch(self) -> list[str]:
         """What `forward` does with sizes beyond the buckets."""
-        within = [f"1 <= {s} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
-        together = ", ".join(f"{s}={s}" for s in self.plan.buckets)
+        within = [f"1 <= {self.symbols[s]} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
+        together = ", ".join(f"{s}={size}" for s, size in self.symbols.items())
         lines = [f"    if not ({' and '.join(within)}):" if len(within) > 1 else f"    if not {within[0]}:"]
         for i, sizes in enumerate(self.beyond):
-            lines.append(f"        {'elif' if i else 'if'} {general.condition(*sizes)}:")
+            lines.append(f"        {'elif' if i else 'if'} {writing.renamed(general.condition(*sizes), self.symbols)}:")
             lines.append(f"            _beyond({together})")
             lines.append(f"            out = general_{i}({', '.join(self.inputs)})")
         return [*lines, "        else:", f"            raise ValueError(_nowhere({together}))", f"        return {self.returns}"]
@@ -475,7 +485,7 @@ class _Writer:
                 level(cells, symbols[1:], indent)
                 return
             middle = ends[(len(ends) - 1) // 2]
-            lines.append(f"{indent}if {symbols[0]} <= {middle}:")
+            lines.append(f"{indent}if {self.symbols[symbols[0]]} <= {middle}:")
             level([c for c in cells if c[1][symbols[0]][1] <= middle], symbols, indent + "    ")
             lines.append(f"{indent}else:")
             level([c for c in cells if c[1][symbols[0]][1] > middle], symbols, indent + "    ")
@@ -581,12 +591,11 @@ def _general_holds(made: CompiledCell) -> dict[str, Any]:
 
 
 def _parameter(name: str, value: Any) -> str:
-    _check_name(name, "argument")
     return name if isinstance(value, Tensor) else f"{name}={value!r}"
 
 
 def _check_name(name: str, what: str) -> None:
-    if not name.isidentifier() or keyword.iskeyword(name) or name in KNOWN:
+    if not name.isidentifier() or keyword.iskeyword(name) or name in KNOWN or CALLED.fullmatch(name):
         raise PlanError(f"{what} {name!r} cannot be a name in the generated function. Rename it.")
 
 
