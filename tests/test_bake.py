@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -258,6 +259,58 @@ def test_structures_constants_and_tied_weights(freeze: bool, tmp_path: Path) -> 
     assert sum(tuple(w.shape) == (16, 16) for w in stored.values()) == 1
     ran = baked_process(tmp_path / "out", "p.forward(torch.randn(2, 16), torch.randn(2, 3, 8, 8), scale=2.0)")
     assert "scale is 2.0; this file was made for 3.0" in ran.stderr
+
+
+class Shared(nn.Module):
+    """Weights in one another's memory, an expanded and an overlapping buffer, and a name with a quote in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e = nn.Embedding(16, 8)
+        self.head, self.flat = nn.Parameter(self.e.weight[:10]), nn.Parameter(self.e.weight.view(128))
+        self.parts = nn.ModuleDict({"it's": nn.Linear(8, 8)})
+        self.register_buffer("mask", torch.randn(1, 8).expand(4, 8))
+        self.register_buffer("windows", torch.randn(11).unfold(0, 8, 1))
+
+    def forward(self, i: Tensor) -> Tensor:
+        return (self.parts["it's"](self.e(i)) * self.mask + self.windows).relu() @ self.head.t() + self.flat.sum()
+
+
+def test_weights_that_share_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, i = Shared().eval(), torch.randint(16, (4,))
+    lz.bake(lz.solve(model, (i,), **FAST), tmp_path / "out", model, (i,))
+    module = lz.load_baked(tmp_path / "out")
+    torch.testing.assert_close(module.forward(i), model(i))
+    assert (module.w_mask.stride(), module.w_windows.stride()) == ((0, 1), (1, 1))
+    assert module.w_mask.untyped_storage().nbytes() == 32
+
+
+class Key(StrEnum):
+    A = "a"
+
+
+class Returning(nn.Module):
+    """Outputs of another structure for one row, or with keys that cannot be written."""
+
+    def __init__(self, key: Any) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, x: Tensor) -> dict[Any, Tensor]:
+        return {self.key: x * 2} if x.shape[0] == 1 else {"b": x * 2, "c": x + 1}
+
+
+@pytest.mark.parametrize(("model", "rows", "message"), [
+    (Returning("a"), [4], r"for x0 2..4 the model returns {'b': out\[0\], 'c': out\[1\]}, else {'a': out\[0\]}"),
+    (Returning(Key.A), 1, "a dict with the key <Key.A: 'a'>"),
+])  # fmt: skip
+def test_models_that_have_no_file(model: nn.Module, rows: Any, message: str, tmp_path: Path) -> None:
+    declared: Any = {"dynamic": {"x": {0: "x0"}}, "buckets": {"x0": rows}} if isinstance(rows, list) else {}
+    x = torch.randn(rows if isinstance(rows, int) else 4, 8)
+    plan = lz.solve(model, (x,), **declared, **FAST)
+    with pytest.raises(PlanError, match=message):
+        lz.bake(plan, tmp_path / "out", model, (x,))
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch was built without MKL")

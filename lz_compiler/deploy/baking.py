@@ -193,7 +193,7 @@ class _Writer:
                 shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{loop.library(name)}.so")
         if self.brgemm:
             shutil.copy(ops.attention_library(), self.out / "kernels" / "attention_brgemm.so")
-        save_file({name: w.contiguous() for name, w in self.weights.items()}, self.out / "weights.safetensors")
+        save_file(self._apart(), self.out / "weights.safetensors")
         (self.out / "weights.safetensors").chmod(0o644)
         (self.out / FILE).write_text(self._text(cells))
         if any(loop.language == "triton" for loop in self.loops):
@@ -211,6 +211,12 @@ class _Writer:
             "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
         (self.out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def _apart(self) -> dict[str, Tensor]:
+        """The weights as safetensors takes them: dense, and none in another one's memory."""
+        dense = {name: weight.contiguous() for name, weight in self.weights.items()}
+        used = Counter(weight.untyped_storage().data_ptr() for weight in dense.values())
+        return {name: weight.clone() if used[weight.untyped_storage().data_ptr()] > 1 else weight for name, weight in dense.items()}
 
     def _cubins(self) -> None:
         """Store the Triton kernels compiled. The file is run once with their sources, since which of its configurations Inductor takes
@@ -238,10 +244,16 @@ class _Writer:
             raise PlanError("AOTAutograd merged inputs of this graph, so that it is not known which ones the model writes into.")
         if len(code.sources) != 1 or aliased:
             raise PlanError("a model that returns views of its arguments, buffers or other outputs cannot be baked. Return copies.")
-        returns = writing.render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
-        assert self.returns in ("", returns)
-        self.returns = returns
+        self._check_returns(program)
         return CompiledCell(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
+
+    def _check_returns(self, program: Program) -> None:
+        """PlanError for outputs of another structure than the other cells'."""
+        returns = writing.render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
+        self.returns = self.returns or returns
+        if returns != self.returns:
+            sizes = general.describe(program.ranges)
+            raise PlanError(f"for {sizes} the model returns {returns}, else {self.returns}. Return the same structure for all sizes.")
 
     def _holds(self, cell: CellPlan, made: CompiledCell) -> dict[str, Any]:
         """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
@@ -259,6 +271,7 @@ class _Writer:
         for box in general.boxes(self.plan.buckets) if self.plan.options["layout_mode"] == "adapt" else ():
             try:
                 program, asked = general.program(self.model, self.named, self.plan.dynamic, self.plan.buckets, box)
+                self._check_returns(program)
                 body = Body(*general.aten_code(program.gm.graph), {})
             except PlanError as error:
                 log.warning("no general cell for %s beyond the buckets: %s", general.describe(box), error)
@@ -407,7 +420,8 @@ class _Writer:
 
     def _memory(self) -> str:
         """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
-        layouts = Counter(re.findall(r"'([^']*)'", expression)[0] for expression in self.globals.values())
+        strings = [[n.value for n in ast.walk(ast.parse(e)) if isinstance(n, ast.Constant)] for e in self.globals.values()]
+        layouts = Counter(str(first) for first, *_ in strings)  # each expression's first constant is the name of what is stored
         loaded = sum(count * self.weights[name].nbytes for name, count in layouts.items())
         later = sum(self.weights[name].nbytes for name in self.late)
         several = sum(count > 1 for count in layouts.values())

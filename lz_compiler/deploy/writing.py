@@ -10,6 +10,7 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from enum import Enum
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -93,6 +94,9 @@ def render(spec: pytree.TreeSpec, leaves: list[str]) -> str:
         return leaves.pop(0)
     parts = [render(child, leaves) for child in spec.children()]
     if spec.type is dict:
+        wrong = [key for key in spec.context if not isinstance(key, (str, int, float, bool, type(None))) or isinstance(key, Enum)]
+        if wrong:
+            raise PlanError(f"the model returns a dict with the key {wrong[0]!r}; baked files know texts and numbers. Wrap the model.")
         return "{" + ", ".join(f"{key!r}: {part}" for key, part in zip(spec.context, parts, strict=True)) + "}"
     if spec.type in (tuple, list):
         inner = ", ".join(parts)
