@@ -434,8 +434,7 @@ class _Writer:
     def _checks(self, constants: Mapping[str, Any]) -> str:
         """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""
         lines = [
-            f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}:\n"
-            f"        raise ValueError(_constant({name!r}, {name}, {value!r}))"
+            f"    if {_other(name, value)}:\n        raise ValueError(_constant({name!r}, {name}, {value!r}))"
             for name, value in constants.items()
         ]
         sizes: dict[str, str] = {}  # symbol -> its variable
@@ -602,6 +601,13 @@ def _general_comment(made: CompiledCell) -> list[str]:
 def _general_holds(made: CompiledCell) -> dict[str, Any]:
     ranges = {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in made.program.ranges.items()}
     return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
+
+
+def _other(name: str, value: Any) -> str:
+    """A test whether a constant is another one than was planned."""
+    if value != value:
+        return f"{name} == {name}"  # all but nan
+    return f"{name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}"
 
 
 def _parameter(name: str, value: Any) -> str:

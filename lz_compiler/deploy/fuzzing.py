@@ -144,7 +144,7 @@ class _Trial:
         taken = forward.args
         pairs = [*zip(taken.args[len(taken.args) - len(taken.defaults) :], taken.defaults, strict=True)]
         pairs += [(a, d) for a, d in zip(taken.kwonlyargs, taken.kw_defaults, strict=True) if d is not None]
-        self.constants = {a.arg: ast.literal_eval(d) for a, d in pairs if a.arg not in self.shapes}
+        self.constants = {a.arg: _constant(d) for a, d in pairs if a.arg not in self.shapes}
         self._check_weights()
         self.kept = {name: value.clone() for name, value in model.named_buffers()}
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -351,6 +351,16 @@ class _Baked:
         if self.process is not None:
             self.process.communicate()
             self.process = None
+
+
+def _constant(node: ast.expr) -> Any:
+    """What stands in a signature: a literal, or one of the numbers that have none."""
+    match node:
+        case ast.Name("inf" | "nan" as name):
+            return float(name)
+        case ast.UnaryOp(ast.USub(), ast.Name("inf")):
+            return -math.inf
+    return ast.literal_eval(node)
 
 
 def _prime(n: int) -> bool:
