@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ import lz_compiler as lz
 from lz_compiler.cli import app
 from lz_compiler.deploy import export
 from lz_compiler.deploy.baking import FILE, _Writer
+from lz_compiler.deploy.fuzzing import _Trial
 from lz_compiler.deploy.general import boxes
 from lz_compiler.deploy.offline import CellPlan, ModelPlan
 from lz_compiler.deploy.proof import prove
@@ -196,6 +199,30 @@ def test_a_crash_is_a_failure_and_other_weights_are_refused(baked: Path, tmp_pat
         lz.fuzz(baked, model=other)
     with pytest.raises(PlanError, match=r"no folder of lz.bake"):
         lz.fuzz(tmp_path)
+
+
+class Extreme(nn.Module):
+    def forward(self, x: Tensor, fill: float = math.nan, top: float = math.inf, low: float = -math.inf) -> Tensor:
+        return x.clamp(low, top).masked_fill(x > 0, fill)
+
+
+def test_constants_that_are_no_literals(tmp_path: Path) -> None:
+    model, x = Extreme(), torch.randn(4, 8)
+    bake(model, tmp_path / "out", x)
+    report = lz.fuzz(tmp_path / "out", model=model, examples=3)
+    assert report.ok, str(report)
+    with pytest.raises(ValueError, match=r"fill is 1.0; this file was made for nan"):
+        lz.load_baked(tmp_path / "out").forward(x, fill=1.0)
+
+
+@pytest.mark.parametrize(("found", "eager", "right"), [
+    ([1.0, 1.0], [math.inf, 1.0], False), ([-math.inf, 1.0], [math.inf, 1.0], False), ([math.inf, 1.0], [math.inf, 1.0], True),
+    ([math.nan, 1.0], [math.nan, 1.0], True), ([math.nan, 1.0], [math.inf, 1.0], False), ([1.0, math.inf], [1.0, 1.0], False),
+])  # fmt: skip
+def test_infinities_are_compared_with_their_sign(found: list[float], eager: list[float], right: bool) -> None:
+    trial = SimpleNamespace(terms=1, worst=0.0, budget=0.0)
+    model = torch.tensor(eager)
+    assert (_Trial._differs(trial, torch.tensor(found), model, model.double()) == "") is right  # type: ignore[arg-type]
 
 
 def test_the_command_fails_on_a_fault(baked: Path, tmp_path: Path) -> None:
