@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import lz_compiler as lz
 from lz_compiler import torch_private
-from lz_compiler.deploy import export, general, writing
+from lz_compiler.deploy import baking, export, general, writing
 from lz_compiler.deploy.baking import Loop, read_generated
-from lz_compiler.errors import PlanError
+from lz_compiler.errors import OptionError, PlanError
 
 BLOCKED = "import sys; [sys.modules.__setitem__(m, None) for m in ('lz_compiler', 'networkx', 'ortools')]; "
 
@@ -366,9 +366,41 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path: Path
     plan = lz.solve(model, (x,), **FAST)
     monkeypatch.setattr(export, "export_program", None)  # it must not come so far
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file" / "out", Path("/proc/none/out"), tmp_path / ("n" * 300)):
-        with pytest.raises(PlanError, match=f"cannot bake to '{place}': .*Give "):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.chdir(tmp_path / "here")
+    taken = [tmp_path / "file" / "out", Path("/proc/none/out"), tmp_path / ("n" * 300), tmp_path / "loop", ".", "", "../here"]
+    for place in taken:
+        with pytest.raises(PlanError, match=f"cannot bake to '{re.escape(str(place))}': .*Give "):
             lz.bake(plan, place, model, (x,))
+    with pytest.raises(PlanError, match=r"cannot bake to .*embedded null byte.*Give "):
+        lz.bake(plan, "a\0b", model, (x,))
+    with pytest.raises(OptionError, match=r"bake takes a plan of lz.solve, or the path of its file; given: int"):
+        lz.bake(3, "out", model, (x,))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"bake takes an nn.Module .*; given: str"):
+        lz.bake(plan, "out", "model", (x,))  # type: ignore[arg-type]
+
+
+def test_links_are_followed_and_a_folder_that_was_taken_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Linear(16, 16).eval(), torch.randn(2, 16)
+    plan = lz.solve(model, (x,), **FAST)
+    plan.save(tmp_path / "plan.json")
+
+    def write(self: Any) -> None:
+        self.out.mkdir()
+        (self.out / "_layerzero_plan.py").touch()
+        if (tmp_path / "busy").exists():
+            (tmp_path / "busy" / "x").touch()
+
+    monkeypatch.setattr(baking._Writer, "write", write)
+    (tmp_path / "real").mkdir()
+    for link, place in (("full", "real"), ("dangling", "new")):
+        (tmp_path / link).symlink_to(tmp_path / place)
+        assert lz.bake(tmp_path / "plan.json", tmp_path / link, model, (x,)) == tmp_path / link / "_layerzero_plan.py"
+        assert (tmp_path / place / "_layerzero_plan.py").is_file()
+    (tmp_path / "busy").mkdir()
+    with pytest.raises(PlanError, match=r"cannot bake to .*busy.*something was written there meanwhile. Give a new folder"):
+        lz.bake(plan, tmp_path / "busy", model, (x,))
 
 
 def test_a_folder_that_is_baked_again_runs_its_new_kernels_in_the_same_process(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .. import __version__, ops, torch_private
 from ..backend import setup
 from ..capture import fingerprint
-from ..errors import PlanError
+from ..errors import OptionError, PlanError
 from ..options import Options
 from ..plan_io import digest, plan_to_dict
 from ..problem import LOOP
@@ -40,7 +40,7 @@ from ..trust import circuit
 from ..types import EAGER, PLANNED
 from . import export, general, writing
 from .export import Program, Ranges
-from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
+from .offline import CellPlan, ModelPlan, check_environment, compile_cell, load_plan, session_for, stored_options
 from .warming import FILE, MANIFEST, sha256
 
 log = logging.getLogger(__name__)
@@ -112,22 +112,24 @@ class CompiledCell:
 
 
 def bake(
-    plan: ModelPlan, out_dir: str | os.PathLike[str], model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-) -> Path:
-    """Write `plan` with `model`'s weights to a folder that must not exist yet, or be empty; returns the folder's Python file.
+    plan: ModelPlan | str | os.PathLike[str], out_dir: str | os.PathLike[str], model: nn.Module, args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Write `plan`, or the one in a file, with `model`'s weights to a folder that must not exist yet, or be empty; returns its Python file.
 
     `args` and `kwargs` are examples, as for `lz.solve`. Inference; the arguments are tensors and constants. Buffers that the model
     writes into (a key-value cache) are the file's own state.
 
     PlanError for a folder that is taken or cannot be written, a plan of another machine, model or arguments, or what has no form in a file.
+    OptionError for what is no plan or no module.
     """
-    out = Path(out_dir)
-    try:
-        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    except OSError as error:
-        raise PlanError(f"cannot bake to {os.fspath(out)!r}: {error.strerror or error}. Give another folder.") from error
-    if taken:
-        raise PlanError(f"{os.fspath(out)!r} exists and is not an empty folder. Give a new one.")
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"bake takes an nn.Module after the plan and the folder; given: {type(model).__name__}.")
+    if isinstance(plan, (str, os.PathLike)):
+        plan = load_plan(plan)
+    if not isinstance(plan, ModelPlan):
+        raise OptionError(f"bake takes a plan of lz.solve, or the path of its file; given: {type(plan).__name__}.")
+    out = _free_folder(out_dir)
     check_environment(plan)
     named = export.bind(model, args, kwargs)
     if tuple(named) != plan.arguments:
@@ -139,8 +141,28 @@ def bake(
     setup()
     with _folder_beside(out) as folder:  # whole or not at all
         _Writer(plan, model, named, Path(folder) / "plan").write()
-        (Path(folder) / "plan").rename(out)
-    return out / FILE
+        try:
+            (Path(folder) / "plan").rename(out)
+        except OSError as error:
+            why = f"the finished folder cannot be moved there ({error.strerror or error}): something was written there meanwhile"
+            raise PlanError(f"cannot bake to {os.fspath(out_dir)!r}: {why}. Give a new folder.") from error
+    return Path(out_dir) / FILE
+
+
+def _free_folder(out_dir: str | os.PathLike[str]) -> Path:
+    """Where the folder will be, links followed. PlanError where it is taken, or cannot be replaced."""
+    try:
+        out, here = Path(out_dir).resolve(), Path.cwd()
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links is a RuntimeError
+        raise PlanError(
+            f"cannot bake to {os.fspath(out_dir)!r}: {getattr(error, 'strerror', '') or error}. Give another folder."
+        ) from error
+    if taken:
+        raise PlanError(f"{os.fspath(out_dir)!r} exists and is not an empty folder. Give a new one.")
+    if out == here:
+        raise PlanError(f"cannot bake to {os.fspath(out_dir)!r}: that is the current folder, which cannot be replaced. Give a new one.")
+    return out
 
 
 def _folder_beside(out: Path) -> tempfile.TemporaryDirectory[str]:
