@@ -282,6 +282,9 @@ def test_weights_that_share_memory(tmp_path: Path) -> None:
     lz.bake(lz.solve(model, (i,), **FAST), tmp_path / "out", model, (i,))
     module = lz.load_baked(tmp_path / "out")
     torch.testing.assert_close(module.forward(i), model(i))
+    for wrong in (3, None, [1], i.numpy()):
+        with pytest.raises(ValueError, match=r"i is .*; this file was made for a tensor"):
+            module.forward(wrong)
     assert (module.w_mask.stride(), module.w_windows.stride()) == ((0, 1), (1, 1))
     assert module.w_mask.untyped_storage().nbytes() == 32
 

@@ -466,10 +466,10 @@ class _Writer:
             fits = [f"{name}.dtype is torch.{planned.dtype}", f"{name}.is_{planned.device}", f"{name}.dim() == {dims}", ordered]
             fits += [f"not {name}.requires_grad"] if getattr(torch, planned.dtype).is_floating_point else []
             fits += [f"{name}.data_ptr() % 16 == 0"] if planned.device == "cuda" else []
-            if name in self._defaulted():
-                lines.append(f"    if {name} is None:\n        raise ValueError(_constant({name!r}, None, 'a tensor'))")
-            lines.append(f"    if not ({' and '.join(fits)}):")
-            lines.append(f"        {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
+            lines.append(f"    try:\n        if not ({' and '.join(fits)}):")
+            lines.append(f"            {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
+            lines.append("    except AttributeError as _error:")  # a `try` costs nothing where nothing is raised
+            lines.append(f"        raise ValueError(_constant({name!r}, {name}, 'a tensor')) from _error")
             first = {}  # dimension -> the variable of a symbol that was not met before
             for i, symbol in symbols.items():
                 if symbol not in sizes:

@@ -194,7 +194,9 @@ class _Walk:
                 return self._branch(test, [ast.Assign(targets, body)], [ast.Assign(targets, orelse)], path)
             case ast.Return(ast.IfExp(test, body, orelse)):
                 return self._branch(test, [ast.Return(body)], [ast.Return(orelse)], path)
-            case ast.With(_, body) | ast.Try(body, [ast.ExceptHandler(body=[ast.Assign(value=ast.Call(ast.Name("_rescued")))])], [], []):
+            case ast.With(_, body) | ast.Try(
+                body, [ast.ExceptHandler(body=[ast.Assign(value=ast.Call(ast.Name("_rescued"))) | ast.Raise()])], [], []
+            ):
                 return self.run(body, [path])
             case ast.Raise():
                 self.ended.append(replace(path, error=True))
