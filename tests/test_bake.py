@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -461,6 +462,18 @@ def test_names_that_forward_itself_reads_are_refused(name: str, tmp_path: Path) 
     plan = lz.solve(model, (x,), dynamic={"input": {0: name}}, buckets={name: [2]}, **FAST)
     with pytest.raises(PlanError, match=f"symbol '{name}' cannot be a name in the generated function"):
         lz.bake(plan, tmp_path / "out", model, (x,))
+
+
+def test_training_mode_is_told(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout()), torch.randn(2, 8)
+    with pytest.warns(UserWarning, match=r"Sequential is in training mode: .*Call model.eval\(\)") as caught:
+        plan = lz.solve(model, (x,), **FAST)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="training mode"), pytest.raises(PlanError, match="not the one that was planned"):
+        lz.bake(plan, tmp_path / "out", nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (x,))
+    with warnings.catch_warnings(record=True) as caught_none:
+        lz.solve(model.eval(), (x,), **FAST)
+    assert not [w for w in caught_none if "training" in str(w.message)]
 
 
 def test_a_conversion_warns_once_for_all_sizes(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def bake(
     if tuple(named) != plan.arguments:
         raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(plan.arguments)}.")
     export.check_dynamic(named, plan.dynamic, plan.buckets)
+    export.check_mode(model)
     for what, names in (("argument", named), ("symbol", plan.buckets)):
         for name in names:
             _check_name(name, what)
