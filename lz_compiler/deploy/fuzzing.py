@@ -320,9 +320,10 @@ class _Baked:
         if self.process is None:
             command = [sys.executable, "-c", WORKER, str(self.files)]
             environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # its threads must not spin while the model runs here
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            with (self.files / "errors").open("wb") as errors:  # a pipe that nobody reads would fill, and stop it
+                self.process = subprocess.Popen(
+                    command, cwd=self.folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
             if self._line() != "ready":
                 raise PlanError(f"{self.folder} cannot be loaded: {self._last_words()}")
         save_file(dict(inputs), self.files / "in")
@@ -343,9 +344,9 @@ class _Baked:
 
     def _last_words(self) -> str:
         assert self.process is not None
-        _, errors = self.process.communicate()
+        self.process.communicate()
         code, self.process = self.process.returncode, None
-        return f"exit {code} {' '.join(errors.split())[-300:]}"
+        return f"exit {code} {' '.join((self.files / 'errors').read_text(errors='replace').split())[-300:]}"
 
     def close(self) -> None:
         if self.process is not None:
