@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import json
 import math
@@ -24,11 +25,11 @@ import lz_compiler as lz
 from lz_compiler.cli import app
 from lz_compiler.deploy import export
 from lz_compiler.deploy.baking import FILE, _Writer
-from lz_compiler.deploy.fuzzing import _Trial
+from lz_compiler.deploy.fuzzing import Failure, _Trial
 from lz_compiler.deploy.general import boxes
 from lz_compiler.deploy.offline import CellPlan, ModelPlan
 from lz_compiler.deploy.proof import prove
-from lz_compiler.errors import PlanError
+from lz_compiler.errors import OptionError, PlanError
 
 
 class Rows(nn.Module):
@@ -197,8 +198,25 @@ def test_a_crash_is_a_failure_and_other_weights_are_refused(baked: Path, tmp_pat
     nn.init.zeros_(other.b.bias)
     with pytest.raises(PlanError, match=r"'b.bias' is not the folder's"):
         lz.fuzz(baked, model=other)
-    with pytest.raises(PlanError, match=r"no folder of lz.bake"):
-        lz.fuzz(tmp_path)
+
+
+def test_other_models_and_other_folders_are_refused(baked: Path, tmp_path: Path) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = Rows().a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    with pytest.raises(PlanError, match=r"Other has no 'b.\w+', the folder has. Give the model that was baked"):
+        lz.fuzz(baked, model=Other())
+    with pytest.raises(PlanError, match=r"the arguments do not fit Linear.forward"):
+        lz.fuzz(baked, model=nn.Linear(16, 16))
+    with pytest.raises(OptionError, match=r"fuzz takes the nn.Module that was baked; given: int"):
+        lz.fuzz(baked, model=3)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"there is no _layerzero_plan.py in '.*nowhere'. Give a folder that lz.bake wrote"):
+        lz.fuzz(tmp_path / "nowhere")
 
 
 class Extreme(nn.Module):
@@ -206,13 +224,17 @@ class Extreme(nn.Module):
         return x.clamp(low, top).masked_fill(x > 0, fill)
 
 
-def test_constants_that_are_no_literals(tmp_path: Path) -> None:
+def test_constants_that_are_no_literals_and_a_process_that_says_much(tmp_path: Path) -> None:
     model, x = Extreme(), torch.randn(4, 8)
     bake(model, tmp_path / "out", x)
     report = lz.fuzz(tmp_path / "out", model=model, examples=3)
     assert report.ok, str(report)
     with pytest.raises(ValueError, match=r"fill is 1.0; this file was made for nan"):
         lz.load_baked(tmp_path / "out").forward(x, fill=1.0)
+    file = tmp_path / "out" / FILE
+    file.write_text(file.read_text().replace("    out = cell_0(", "    sys.stderr.write('.' * 200_000)\n        out = cell_0("))
+    assert lz.fuzz(tmp_path / "out", model=model, examples=3, proof=False).ok
+    assert str(dataclasses.replace(report, failures=(Failure({}, "why"),))).endswith("\n  the given shapes: why")
 
 
 @pytest.mark.parametrize(("found", "eager", "right"), [

@@ -29,9 +29,7 @@ def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
     write to the folder can write a manifest too. PlanError where something differs, or it was baked for another machine.
     `bundle`: the model's folder, to be compared with the one that the plan was solved for; FingerprintError if it has no fingerprint.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise PlanError(f"there is no {FILE} in {os.fspath(folder)!r}. Give a folder that lz.bake wrote.")
+    path = baked_file(folder)
     check_manifest(path.parent)
     source = path.read_bytes()
     spec = importlib.util.spec_from_file_location(f"layerzero_plan_{path.parent.name}", path)
@@ -47,6 +45,14 @@ def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
         manifest = json.loads(path.with_name(MANIFEST).read_text())
         check_bundle(manifest.get("bundle", {}), bundle, strict=module.LAYOUT_MODE == "strict")
     return module
+
+
+def baked_file(folder: str | os.PathLike[str]) -> Path:
+    """The Python file of a folder that `lz.bake` wrote. PlanError if there is none."""
+    path = Path(folder) / FILE
+    if not os.path.isfile(path):
+        raise PlanError(f"there is no {FILE} in {os.fspath(folder)!r}. Give a folder that lz.bake wrote.")
+    return path
 
 
 def check_manifest(folder: Path) -> None:
