@@ -257,13 +257,13 @@ def test_the_command_fails_on_a_fault(baked: Path, tmp_path: Path) -> None:
 
 
 def generated(buckets: dict[str, list[int]], limit: int = 0) -> tuple[str, dict[str, Any]]:
-    """`forward` for these buckets, with empty cells, and its manifest: two inputs, with every symbol, and the last one twice.
+    """`forward` for these buckets, with empty cells, and its manifest: two inputs, with every symbol, and the last one three times.
 
     With a limit, there are general cells, for sizes of the first symbol up to it.
     """
     symbols = list(buckets)
-    example = {"x": torch.zeros([2] * len(symbols) + [5]), "y": torch.zeros(3, 2, 2)}
-    dynamic = {"x": dict(enumerate(symbols)), "y": {1: symbols[-1], 2: symbols[-1]}}
+    example = {"x": torch.zeros([2] * len(symbols) + [2, 5]), "y": torch.zeros(3, 2)}
+    dynamic = {"x": dict(enumerate([*symbols, symbols[-1]])), "y": {1: symbols[-1]}}
     cells = export.cells(buckets)
     plan = ModelPlan(
         "Model", {"device": "cpu"}, {"cudagraphs": False, "mode": "default", "layout_mode": "strict"}, dynamic,
@@ -276,7 +276,7 @@ def generated(buckets: dict[str, list[int]], limit: int = 0) -> tuple[str, dict[
         limited = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(buckets)]
         writer.beyond = [(ranges, ()) for ranges in limited]
     manifest = {
-        "inputs": {"x": [*symbols, 5], "y": [3, symbols[-1], symbols[-1]]}, "buckets": buckets,
+        "inputs": {"x": [*symbols, symbols[-1], 5], "y": [3, symbols[-1]]}, "buckets": buckets,
         "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "limits": [], "kernels": []} for ranges in cells],
         "general": [{"ranges": {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in ranges.items()}, "assumed": [],
                      "limits": [], "kernels": []} for ranges, _ in writer.beyond],
@@ -310,13 +310,13 @@ def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, l
 
 
 def taken(source: str, *sizes: int, more: int = 0) -> str:
-    """Which cell `forward` calls for inputs of these sizes (the last dimension that much larger), or that it raises."""
+    """Which cell `forward` calls for inputs of these sizes (the last symbol's second one that much larger), or that it raises."""
     cells = {name: (lambda x, y, name=name: [name]) for name in set(re.findall(r"\b(?:cell|general)_\d+", source))}
     words = dict.fromkeys(("_nowhere", "_outside", "_sizes", "_beyond"), lambda *args, **kwargs: "")
     space: dict[str, Any] = {"torch": torch, "_adapt": lambda name, x, *_: x, **words, **cells}
     exec(re.sub(r"return\s*$", "return out", source, flags=re.M), space)
     try:
-        return str(space["forward"](torch.empty(*sizes, 5, device="meta"), torch.empty(3, sizes[-1], sizes[-1] + more, device="meta")))
+        return str(space["forward"](torch.empty(*sizes, sizes[-1] + more, 5, device="meta"), torch.empty(3, sizes[-1], device="meta")))
     except ValueError:
         return "error"
 
