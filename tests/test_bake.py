@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -408,19 +409,25 @@ def test_links_are_followed_and_a_folder_that_was_taken_meanwhile_is_named(tmp_p
 
 
 def test_a_folder_that_is_baked_again_runs_its_new_kernels_in_the_same_process(tmp_path: Path) -> None:
-    class Shifted(nn.Module):
-        def __init__(self, shift: float) -> None:
+    """And names the new file's line where a cell raises."""
+
+    class Applied(nn.Module):
+        def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
             super().__init__()
-            self.shift = shift
+            self.function = function
 
         def forward(self, x: Tensor) -> Tensor:
-            return (x + self.shift).sigmoid()
+            return self.function(x)
 
     x, folder = torch.randn(4, 8), tmp_path / "out"
-    for model in (Shifted(1.0), Shifted(2.0)):
+    for model in (Applied(torch.sigmoid), Applied(lambda x: (x.exp() + 3).log() * 2)):
         shutil.rmtree(folder, ignore_errors=True)
         lz.bake(lz.solve(model, (x,), **FAST), folder, model, (x,))
-        torch.testing.assert_close(lz.load_baked(folder).forward(x), model(x))
+        module = lz.load_baked(folder)
+        torch.testing.assert_close(module.forward(x), model(x))
+        with pytest.raises(RuntimeError) as raised:
+            module.cell_0(None)
+        assert module._where(raised.value)[1].strip().startswith("loop_0(")
 
 
 class Named(nn.Module):
