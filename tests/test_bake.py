@@ -8,6 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +24,9 @@ from torch import Tensor, nn
 
 import lz_compiler as lz
 from lz_compiler import torch_private
-from lz_compiler.deploy import export, general, writing
+from lz_compiler.deploy import baking, export, general, writing
 from lz_compiler.deploy.baking import Loop, read_generated
-from lz_compiler.errors import PlanError
+from lz_compiler.errors import OptionError, PlanError
 
 BLOCKED = "import sys; [sys.modules.__setitem__(m, None) for m in ('lz_compiler', 'networkx', 'ortools')]; "
 
@@ -260,6 +263,61 @@ def test_structures_constants_and_tied_weights(freeze: bool, tmp_path: Path) -> 
     assert "scale is 2.0; this file was made for 3.0" in ran.stderr
 
 
+class Shared(nn.Module):
+    """Weights in one another's memory, an expanded and an overlapping buffer, and a name with a quote in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e = nn.Embedding(16, 8)
+        self.head, self.flat = nn.Parameter(self.e.weight[:10]), nn.Parameter(self.e.weight.view(128))
+        self.parts = nn.ModuleDict({"it's": nn.Linear(8, 8)})
+        self.register_buffer("mask", torch.randn(1, 8).expand(4, 8))
+        self.register_buffer("windows", torch.randn(11).unfold(0, 8, 1))
+
+    def forward(self, i: Tensor) -> Tensor:
+        return (self.parts["it's"](self.e(i)) * self.mask + self.windows).relu() @ self.head.t() + self.flat.sum()
+
+
+def test_weights_that_share_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, i = Shared().eval(), torch.randint(16, (4,))
+    lz.bake(lz.solve(model, (i,), **FAST), tmp_path / "out", model, (i,))
+    module = lz.load_baked(tmp_path / "out")
+    torch.testing.assert_close(module.forward(i), model(i))
+    for wrong in (3, None, [1], i.numpy()):
+        with pytest.raises(ValueError, match=r"i is .*; this file was made for a tensor"):
+            module.forward(wrong)
+    assert (module.w_mask.stride(), module.w_windows.stride()) == ((0, 1), (1, 1))
+    assert module.w_mask.untyped_storage().nbytes() == 32
+
+
+class Key(StrEnum):
+    A = "a"
+
+
+class Returning(nn.Module):
+    """Outputs of another structure for one row, or with keys that cannot be written."""
+
+    def __init__(self, key: Any) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, x: Tensor) -> dict[Any, Tensor]:
+        return {self.key: x * 2} if x.shape[0] == 1 else {"b": x * 2, "c": x + 1}
+
+
+@pytest.mark.parametrize(("model", "rows", "message"), [
+    (Returning("a"), [4], r"for x0 2..4 the model returns {'b': out\[0\], 'c': out\[1\]}, else {'a': out\[0\]}"),
+    (Returning(Key.A), 1, "a dict with the key <Key.A: 'a'>"),
+])  # fmt: skip
+def test_models_that_have_no_file(model: nn.Module, rows: Any, message: str, tmp_path: Path) -> None:
+    declared: Any = {"dynamic": {"x": {0: "x0"}}, "buckets": {"x0": rows}} if isinstance(rows, list) else {}
+    x = torch.randn(rows if isinstance(rows, int) else 4, 8)
+    plan = lz.solve(model, (x,), **declared, **FAST)
+    with pytest.raises(PlanError, match=message):
+        lz.bake(plan, tmp_path / "out", model, (x,))
+
+
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch was built without MKL")
 def test_weights_that_mkl_packs(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 16)).eval(), torch.randn(24, 48)
@@ -313,9 +371,116 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path: Path
     plan = lz.solve(model, (x,), **FAST)
     monkeypatch.setattr(export, "export_program", None)  # it must not come so far
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file" / "out", Path("/proc/none/out"), tmp_path / ("n" * 300)):
-        with pytest.raises(PlanError, match=f"cannot bake to '{place}': .*Give "):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.chdir(tmp_path / "here")
+    taken = [tmp_path / "file" / "out", Path("/proc/none/out"), tmp_path / ("n" * 300), tmp_path / "loop", ".", "", "../here"]
+    for place in taken:
+        with pytest.raises(PlanError, match=f"cannot bake to '{re.escape(str(place))}': .*Give "):
             lz.bake(plan, place, model, (x,))
+    with pytest.raises(PlanError, match=r"cannot bake to .*embedded null byte.*Give "):
+        lz.bake(plan, "a\0b", model, (x,))
+    with pytest.raises(OptionError, match=r"bake takes a plan of lz.solve, or the path of its file; given: int"):
+        lz.bake(3, "out", model, (x,))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"bake takes an nn.Module .*; given: str"):
+        lz.bake(plan, "out", "model", (x,))  # type: ignore[arg-type]
+
+
+def test_links_are_followed_and_a_folder_that_was_taken_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Linear(16, 16).eval(), torch.randn(2, 16)
+    plan = lz.solve(model, (x,), **FAST)
+    plan.save(tmp_path / "plan.json")
+
+    def write(self: Any) -> None:
+        self.out.mkdir()
+        (self.out / "_layerzero_plan.py").touch()
+        if (tmp_path / "busy").exists():
+            (tmp_path / "busy" / "x").touch()
+
+    monkeypatch.setattr(baking._Writer, "write", write)
+    (tmp_path / "real").mkdir()
+    for link, place in (("full", "real"), ("dangling", "new")):
+        (tmp_path / link).symlink_to(tmp_path / place)
+        assert lz.bake(tmp_path / "plan.json", tmp_path / link, model, (x,)) == tmp_path / link / "_layerzero_plan.py"
+        assert (tmp_path / place / "_layerzero_plan.py").is_file()
+    (tmp_path / "busy").mkdir()
+    with pytest.raises(PlanError, match=r"cannot bake to .*busy.*something was written there meanwhile. Give a new folder"):
+        lz.bake(plan, tmp_path / "busy", model, (x,))
+
+
+def test_a_folder_that_is_baked_again_runs_its_new_kernels_in_the_same_process(tmp_path: Path) -> None:
+    """And names the new file's line where a cell raises."""
+
+    class Applied(nn.Module):
+        def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(x)
+
+    x, folder = torch.randn(4, 8), tmp_path / "out"
+    for model in (Applied(torch.sigmoid), Applied(lambda x: (x.exp() + 3).log() * 2)):
+        shutil.rmtree(folder, ignore_errors=True)
+        lz.bake(lz.solve(model, (x,), **FAST), folder, model, (x,))
+        module = lz.load_baked(folder)
+        torch.testing.assert_close(module.forward(x), model(x))
+        with pytest.raises(RuntimeError) as raised:
+            module.cell_0(None)
+        assert module._where(raised.value)[1].strip().startswith("loop_0(")
+
+
+class Named(nn.Module):
+    """Arguments called like what a file has: a weight, a buffer, a kernel, an operator, a size of another one; and like a symbol."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.l = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, w_weight: Tensor, buf0: Tensor, loop_0: Tensor, softmax: Tensor, w_weight_size_1: Tensor, out: Tensor) -> Tensor:
+        y = (w_weight @ self.weight + loop_0).softmax(-1) + self.l(buf0).relu() * softmax
+        return y[: y.shape[0] // 2 * 2] * w_weight_size_1 + out
+
+
+def test_arguments_and_symbols_that_are_called_like_what_is_generated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, names = Named().eval(), ("w_weight", "buf0", "loop_0", "softmax", "w_weight_size_1", "out")
+
+    def given(rows: int) -> dict[str, Tensor]:
+        return {name: torch.randn(1 if i else rows, 8) for i, name in enumerate(names)}
+
+    plan = lz.solve(model, (), given(4), dynamic={"w_weight": {0: "w_weight"}}, buckets={"w_weight": [4]}, **FAST)
+    lz.bake(plan, tmp_path / "out", model, (), given(4))
+    module = lz.load_baked(tmp_path / "out")
+    text = (tmp_path / "out" / "_layerzero_plan.py").read_text()
+    assert "general_0(" in text
+    assert "_late('weight')" in text or "_weight('weight')" in text
+    for rows in (1, 2, 3, 4, 5, 9):
+        inputs = given(rows)
+        torch.testing.assert_close(module.forward(**inputs), model(**inputs))
+    assert not module.failed
+    assert "if _size_w_weight >= 2 and (2*(_size_w_weight // 2) <= _size_w_weight):" in text
+    assert lz.fuzz(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("name", ["cell_0", "_adapt", "torch", "_size_x"])
+def test_names_that_forward_itself_reads_are_refused(name: str, tmp_path: Path) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(2, 8)
+    plan = lz.solve(model, (x,), dynamic={"input": {0: name}}, buckets={name: [2]}, **FAST)
+    with pytest.raises(PlanError, match=f"symbol '{name}' cannot be a name in the generated function"):
+        lz.bake(plan, tmp_path / "out", model, (x,))
+
+
+def test_training_mode_is_told(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout()), torch.randn(2, 8)
+    with pytest.warns(UserWarning, match=r"Sequential is in training mode: .*Call model.eval\(\)") as caught:
+        plan = lz.solve(model, (x,), **FAST)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="training mode"), pytest.raises(PlanError, match="not the one that was planned"):
+        lz.bake(plan, tmp_path / "out", nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (x,))
+    with warnings.catch_warnings(record=True) as caught_none:
+        lz.solve(model.eval(), (x,), **FAST)
+    assert not [w for w in caught_none if "training" in str(w.message)]
 
 
 def test_a_conversion_warns_once_for_all_sizes(tmp_path: Path) -> None:

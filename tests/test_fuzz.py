@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +25,11 @@ import lz_compiler as lz
 from lz_compiler.cli import app
 from lz_compiler.deploy import export
 from lz_compiler.deploy.baking import FILE, _Writer
+from lz_compiler.deploy.fuzzing import Failure, _Trial
 from lz_compiler.deploy.general import boxes
 from lz_compiler.deploy.offline import CellPlan, ModelPlan
 from lz_compiler.deploy.proof import prove
-from lz_compiler.errors import PlanError
+from lz_compiler.errors import OptionError, PlanError
 
 
 class Rows(nn.Module):
@@ -194,8 +198,53 @@ def test_a_crash_is_a_failure_and_other_weights_are_refused(baked: Path, tmp_pat
     nn.init.zeros_(other.b.bias)
     with pytest.raises(PlanError, match=r"'b.bias' is not the folder's"):
         lz.fuzz(baked, model=other)
-    with pytest.raises(PlanError, match=r"no folder of lz.bake"):
-        lz.fuzz(tmp_path)
+
+
+def test_other_models_and_other_folders_are_refused(baked: Path, tmp_path: Path) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = Rows().a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    with pytest.raises(PlanError, match=r"Other has no 'b.\w+', the folder has. Give the model that was baked"):
+        lz.fuzz(baked, model=Other())
+    with pytest.raises(PlanError, match=r"the arguments do not fit Linear.forward"):
+        lz.fuzz(baked, model=nn.Linear(16, 16))
+    with pytest.raises(OptionError, match=r"fuzz takes the nn.Module that was baked; given: int"):
+        lz.fuzz(baked, model=3)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"there is no _layerzero_plan.py in '.*nowhere'. Give a folder that lz.bake wrote"):
+        lz.fuzz(tmp_path / "nowhere")
+
+
+class Extreme(nn.Module):
+    def forward(self, x: Tensor, fill: float = math.nan, top: float = math.inf, low: float = -math.inf) -> Tensor:
+        return x.clamp(low, top).masked_fill(x > 0, fill)
+
+
+def test_constants_that_are_no_literals_and_a_process_that_says_much(tmp_path: Path) -> None:
+    model, x = Extreme(), torch.randn(4, 8)
+    bake(model, tmp_path / "out", x)
+    report = lz.fuzz(tmp_path / "out", model=model, examples=3)
+    assert report.ok, str(report)
+    with pytest.raises(ValueError, match=r"fill is 1.0; this file was made for nan"):
+        lz.load_baked(tmp_path / "out").forward(x, fill=1.0)
+    file = tmp_path / "out" / FILE
+    file.write_text(file.read_text().replace("    out = cell_0(", "    sys.stderr.write('.' * 200_000)\n        out = cell_0("))
+    assert lz.fuzz(tmp_path / "out", model=model, examples=3, proof=False).ok
+    assert str(dataclasses.replace(report, failures=(Failure({}, "why"),))).endswith("\n  the given shapes: why")
+
+
+@pytest.mark.parametrize(("found", "eager", "right"), [
+    ([1.0, 1.0], [math.inf, 1.0], False), ([-math.inf, 1.0], [math.inf, 1.0], False), ([math.inf, 1.0], [math.inf, 1.0], True),
+    ([math.nan, 1.0], [math.nan, 1.0], True), ([math.nan, 1.0], [math.inf, 1.0], False), ([1.0, math.inf], [1.0, 1.0], False),
+])  # fmt: skip
+def test_infinities_are_compared_with_their_sign(found: list[float], eager: list[float], right: bool) -> None:
+    trial = SimpleNamespace(terms=1, worst=0.0, budget=0.0)
+    model = torch.tensor(eager)
+    assert (_Trial._differs(trial, torch.tensor(found), model, model.double()) == "") is right  # type: ignore[arg-type]
 
 
 def test_the_command_fails_on_a_fault(baked: Path, tmp_path: Path) -> None:
@@ -208,13 +257,13 @@ def test_the_command_fails_on_a_fault(baked: Path, tmp_path: Path) -> None:
 
 
 def generated(buckets: dict[str, list[int]], limit: int = 0) -> tuple[str, dict[str, Any]]:
-    """`forward` for these buckets, with empty cells, and its manifest: two inputs, the first with every symbol, the last one twice.
+    """`forward` for these buckets, with empty cells, and its manifest: two inputs, with every symbol, and the last one three times.
 
     With a limit, there are general cells, for sizes of the first symbol up to it.
     """
     symbols = list(buckets)
-    example = {"x": torch.zeros([2] * len(symbols) + [5]), "y": torch.zeros(3, 2)}
-    dynamic = {"x": dict(enumerate(symbols)), "y": {1: symbols[-1]}}
+    example = {"x": torch.zeros([2] * len(symbols) + [2, 5]), "y": torch.zeros(3, 2)}
+    dynamic = {"x": dict(enumerate([*symbols, symbols[-1]])), "y": {1: symbols[-1]}}
     cells = export.cells(buckets)
     plan = ModelPlan(
         "Model", {"device": "cpu"}, {"cudagraphs": False, "mode": "default", "layout_mode": "strict"}, dynamic,
@@ -227,7 +276,7 @@ def generated(buckets: dict[str, list[int]], limit: int = 0) -> tuple[str, dict[
         limited = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(buckets)]
         writer.beyond = [(ranges, ()) for ranges in limited]
     manifest = {
-        "inputs": {"x": [*symbols, 5], "y": [3, symbols[-1]]}, "buckets": buckets,
+        "inputs": {"x": [*symbols, symbols[-1], 5], "y": [3, symbols[-1]]}, "buckets": buckets,
         "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "limits": [], "kernels": []} for ranges in cells],
         "general": [{"ranges": {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in ranges.items()}, "assumed": [],
                      "limits": [], "kernels": []} for ranges, _ in writer.beyond],
@@ -246,6 +295,7 @@ def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, l
     source, manifest = generated(buckets, limit)
     assert prove(source, manifest)[0] == []
     assert taken(source, *([1] * len(buckets))) == "['cell_0']"
+    assert taken(source, *([1] * len(buckets)), more=1) == "error", "two dimensions of one symbol must be equal"
     assert taken(source, *([100] * len(buckets))) == ("['general_0']" if limit else "error")
     tree = ast.parse(source)
     compared = [n for n in ast.walk(tree) if isinstance(n, ast.Compare) and "dim()" not in ast.unparse(n)]
@@ -259,14 +309,14 @@ def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, l
         assert all(taken(changed, *sizes) == taken(source, *sizes) for sizes in itertools.product(*points))
 
 
-def taken(source: str, *sizes: int) -> str:
-    """Which cell `forward` calls for inputs of these sizes, or that it raises."""
+def taken(source: str, *sizes: int, more: int = 0) -> str:
+    """Which cell `forward` calls for inputs of these sizes (the last symbol's second one that much larger), or that it raises."""
     cells = {name: (lambda x, y, name=name: [name]) for name in set(re.findall(r"\b(?:cell|general)_\d+", source))}
     words = dict.fromkeys(("_nowhere", "_outside", "_sizes", "_beyond"), lambda *args, **kwargs: "")
     space: dict[str, Any] = {"torch": torch, "_adapt": lambda name, x, *_: x, **words, **cells}
     exec(re.sub(r"return\s*$", "return out", source, flags=re.M), space)
     try:
-        return str(space["forward"](torch.empty(*sizes, 5, device="meta"), torch.empty(3, sizes[-1], device="meta")))
+        return str(space["forward"](torch.empty(*sizes, sizes[-1] + more, 5, device="meta"), torch.empty(3, sizes[-1], device="meta")))
     except ValueError:
         return "error"
 

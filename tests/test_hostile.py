@@ -316,7 +316,7 @@ def test_manifests(tmp_path: Path) -> None:
         assert one_error(PlanError, lambda: check_manifest(folder) or 1) is None
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "kernels/../../x", "a\\b", "./a", "a//b", "..", "", "a\0b"])
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "kernels/../../x", "a\\b", "./a", "a//b", "..", ".", "", "a\0b"])
 def test_a_name_that_leads_out_of_a_baked_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder = baked(tmp_path / "deep" / "out")
     (tmp_path / "x").write_text("x")
@@ -332,6 +332,9 @@ def test_a_changed_file_is_named_and_nothing_of_it_runs(tmp_path: Path) -> None:
         "kernels/loop_0.so": lambda f: (f / "kernels" / "loop_0.so").write_bytes(b"ELf"),
         "kernels/more.so": lambda f: (f / "kernels" / "more.so").write_bytes(b"ELF"),
         "manifest.json": lambda f: (f / "manifest.json").unlink(),
+        "a{190}.* is missing": lambda f: rewritten(f, **{"a" * 300: ""}),
+        "ud800.* is missing": lambda f: rewritten(f, **{"\ud800": ""}),
+        "not one of this version": lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:-1] + ', "bundle": [1]}'),
         "is a link": lambda f: ((f / "kernels").rename(f / "other"), (f / "kernels").symlink_to("other")),
     }
     for i, (named, change) in enumerate(changes.items()):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .. import __version__, ops, torch_private
 from ..backend import setup
 from ..capture import fingerprint
-from ..errors import PlanError
+from ..errors import OptionError, PlanError
 from ..options import Options
 from ..plan_io import digest, plan_to_dict
 from ..problem import LOOP
@@ -40,7 +40,7 @@ from ..trust import circuit
 from ..types import EAGER, PLANNED
 from . import export, general, writing
 from .export import Program, Ranges
-from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
+from .offline import CellPlan, ModelPlan, check_environment, compile_cell, load_plan, session_for, stored_options
 from .warming import FILE, MANIFEST, sha256
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ PLAIN = {
 }  # fmt: skip
 # Names of the template, and of its part for GPUs.
 KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor", "empty_strided_cuda", "get_raw_stream", "launch"}
+# What `forward` itself calls: its arguments and sizes cannot be called so.
+CALLED = re.compile(r"(cell|general)_\d+|_(adapt|ordered|constant|sizes|size_\w+|outside|nowhere|beyond|raised|rescued|error)")
 DROPPED = re.compile(r"assert_\w+\(|args\.clear|del arg|#")
 STREAM = "stream0 = get_raw_stream(0)"
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -65,10 +67,14 @@ class Loop:
     detail: tuple[str, ...]
     source: str
 
+    def library(self, name: str) -> str:
+        """The stem of its compiled file. With a hash: a process that has loaded a library gets the same one again for the same path."""
+        return f"{name}_{digest([self.detail, self.source])[:8]}"
+
     def text(self, name: str, compiled: torch_private.CompiledTriton | None) -> str:
         """The kernel as a global of the file."""
         if self.language == "cpp":
-            head = writing.wrapped(f"{name} = _loop({name!r}, {list(self.detail)!r}, r'''")
+            head = writing.wrapped(f"{name} = _loop({self.library(name)!r}, {list(self.detail)!r}, r'''")
             return "\n".join(head) + f"{self.source}''')"
         if compiled is None:
             return f"{name} = _compiled({self.detail[0]!r}, r'''{self.source}''')"
@@ -106,34 +112,58 @@ class CompiledCell:
 
 
 def bake(
-    plan: ModelPlan, out_dir: str | os.PathLike[str], model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-) -> Path:
-    """Write `plan` with `model`'s weights to a folder that must not exist yet, or be empty; returns the folder's Python file.
+    plan: ModelPlan | str | os.PathLike[str], out_dir: str | os.PathLike[str], model: nn.Module, args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Write `plan`, or the one in a file, with `model`'s weights to a folder that must not exist yet, or be empty; returns its Python file.
 
     `args` and `kwargs` are examples, as for `lz.solve`. Inference; the arguments are tensors and constants. Buffers that the model
     writes into (a key-value cache) are the file's own state.
 
     PlanError for a folder that is taken or cannot be written, a plan of another machine, model or arguments, or what has no form in a file.
+    OptionError for what is no plan or no module.
     """
-    out = Path(out_dir)
-    try:
-        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    except OSError as error:
-        raise PlanError(f"cannot bake to {os.fspath(out)!r}: {error.strerror or error}. Give another folder.") from error
-    if taken:
-        raise PlanError(f"{os.fspath(out)!r} exists and is not an empty folder. Give a new one.")
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"bake takes an nn.Module after the plan and the folder; given: {type(model).__name__}.")
+    if isinstance(plan, (str, os.PathLike)):
+        plan = load_plan(plan)
+    if not isinstance(plan, ModelPlan):
+        raise OptionError(f"bake takes a plan of lz.solve, or the path of its file; given: {type(plan).__name__}.")
+    out = _free_folder(out_dir)
     check_environment(plan)
     named = export.bind(model, args, kwargs)
     if tuple(named) != plan.arguments:
         raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(plan.arguments)}.")
     export.check_dynamic(named, plan.dynamic, plan.buckets)
-    for symbol in plan.buckets:
-        _check_name(symbol, "symbol")
+    export.check_mode(model)
+    for what, names in (("argument", named), ("symbol", plan.buckets)):
+        for name in names:
+            _check_name(name, what)
     setup()
     with _folder_beside(out) as folder:  # whole or not at all
         _Writer(plan, model, named, Path(folder) / "plan").write()
-        (Path(folder) / "plan").rename(out)
-    return out / FILE
+        try:
+            (Path(folder) / "plan").rename(out)
+        except OSError as error:
+            why = f"the finished folder cannot be moved there ({error.strerror or error}): something was written there meanwhile"
+            raise PlanError(f"cannot bake to {os.fspath(out_dir)!r}: {why}. Give a new folder.") from error
+    return Path(out_dir) / FILE
+
+
+def _free_folder(out_dir: str | os.PathLike[str]) -> Path:
+    """Where the folder will be, links followed. PlanError where it is taken, or cannot be replaced."""
+    try:
+        out, here = Path(out_dir).resolve(), Path.cwd()
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links is a RuntimeError
+        raise PlanError(
+            f"cannot bake to {os.fspath(out_dir)!r}: {getattr(error, 'strerror', '') or error}. Give another folder."
+        ) from error
+    if taken:
+        raise PlanError(f"{os.fspath(out_dir)!r} exists and is not an empty folder. Give a new one.")
+    if out == here:
+        raise PlanError(f"cannot bake to {os.fspath(out_dir)!r}: that is the current folder, which cannot be replaced. Give a new one.")
+    return out
 
 
 def _folder_beside(out: Path) -> tempfile.TemporaryDirectory[str]:
@@ -153,6 +183,8 @@ class _Writer:
         for name, value in named.items():
             if name not in self.inputs and not isinstance(value, (int, float, bool, str, type(None))):
                 raise PlanError(f"argument {name!r} is {type(value).__name__}; baked files take tensors and constants. Wrap the model.")
+        # In `forward` each symbol is a variable of its own name, unless an argument has it.
+        self.symbols = {s: f"_size_{s}" if s in named else s for s in plan.buckets}
         self.weights: dict[str, Tensor] = {}  # as stored
         self.stored: dict[tuple[str, tuple[int, ...]], str] = {}  # contents and strides -> the name in `weights`
         self.globals: dict[str, str] = {}  # a weight's name in the file -> the expression that loads it
@@ -181,10 +213,10 @@ class _Writer:
         cells += self._references(generated, generals)
         for loop, name in self.loops.items():
             if loop.language == "cpp":
-                shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{name}.so")
+                shutil.copy(torch_private.compiled_cpp(loop.detail, loop.source), self.out / "kernels" / f"{loop.library(name)}.so")
         if self.brgemm:
             shutil.copy(ops.attention_library(), self.out / "kernels" / "attention_brgemm.so")
-        save_file({name: w.contiguous() for name, w in self.weights.items()}, self.out / "weights.safetensors")
+        save_file(self._apart(), self.out / "weights.safetensors")
         (self.out / "weights.safetensors").chmod(0o644)
         (self.out / FILE).write_text(self._text(cells))
         if any(loop.language == "triton" for loop in self.loops):
@@ -202,6 +234,12 @@ class _Writer:
             "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
         (self.out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def _apart(self) -> dict[str, Tensor]:
+        """The weights as safetensors takes them: dense, and none in another one's memory."""
+        dense = {name: weight.contiguous() for name, weight in self.weights.items()}
+        used = Counter(weight.untyped_storage().data_ptr() for weight in dense.values())
+        return {name: weight.clone() if used[weight.untyped_storage().data_ptr()] > 1 else weight for name, weight in dense.items()}
 
     def _cubins(self) -> None:
         """Store the Triton kernels compiled. The file is run once with their sources, since which of its configurations Inductor takes
@@ -229,10 +267,16 @@ class _Writer:
             raise PlanError("AOTAutograd merged inputs of this graph, so that it is not known which ones the model writes into.")
         if len(code.sources) != 1 or aliased:
             raise PlanError("a model that returns views of its arguments, buffers or other outputs cannot be baked. Return copies.")
-        returns = writing.render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
-        assert self.returns in ("", returns)
-        self.returns = returns
+        self._check_returns(program)
         return CompiledCell(program, read_generated(code.sources[0]), code, frozenset(written), calls=session.breaker.calls)
+
+    def _check_returns(self, program: Program) -> None:
+        """PlanError for outputs of another structure than the other cells'."""
+        returns = writing.render(program.out_spec, [f"out[{i}]" for i in range(program.out_spec.num_leaves)])
+        self.returns = self.returns or returns
+        if returns != self.returns:
+            sizes = general.describe(program.ranges)
+            raise PlanError(f"for {sizes} the model returns {returns}, else {self.returns}. Return the same structure for all sizes.")
 
     def _holds(self, cell: CellPlan, made: CompiledCell) -> dict[str, Any]:
         """What `lz.fuzz` proves the file against: a cell's kernels, and the sizes for which they were compiled."""
@@ -250,6 +294,7 @@ class _Writer:
         for box in general.boxes(self.plan.buckets) if self.plan.options["layout_mode"] == "adapt" else ():
             try:
                 program, asked = general.program(self.model, self.named, self.plan.dynamic, self.plan.buckets, box)
+                self._check_returns(program)
                 body = Body(*general.aten_code(program.gm.graph), {})
             except PlanError as error:
                 log.warning("no general cell for %s beyond the buckets: %s", general.describe(box), error)
@@ -291,13 +336,13 @@ class _Writer:
         other = re.search(r"torch\.ops\.lz\.(?!attention_brgemm)\w+|extern_kernels\.\w+", text)
         if other:
             raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with a policy that denies it, or lz.compile(plan=...).")
-        read = set(re.findall(r"\b[A-Za-z_]\w*\b", text))
-        names, leaves, arguments = {}, iter(self.named), set()
+        read = writing.variables(text)
+        names, given, leaves, arguments = {}, {}, iter(self.named), set()
         loads: dict[str, str] = {}
         for i, (argument, value, target) in enumerate(zip(made.body.arguments, program.weights, program.names, strict=True)):
             if value is None:
-                names[argument] = next(leaves)
-                arguments |= {names[argument]} if i in made.written else set()
+                given[argument] = next(leaves)
+                arguments |= {given[argument]} if i in made.written else set()
             elif argument in read:
                 stored = self._store(target, value)
                 if late and f"_weight({stored!r})" not in self.globals.values() and stored not in self.state:
@@ -308,14 +353,16 @@ class _Writer:
                     names[argument] = self._load("w", stored, f"_weight({stored!r})")
         names |= {name: self._constant(name, tensor, made.code) for name, tensor in made.code.constants.items() if name in read}
         names |= {name: self._loop(name, loop) for name, loop in made.body.loops.items() if name in read}
-        text = writing.renamed(text, names)
+        taken = read - set(made.body.arguments) | set(names.values()) | KNOWN | {"_late"}
+        inner = {name: writing.free(name, taken) for name in self.inputs}  # none of the function's other names
+        text = writing.renamed(text, names | {argument: inner.get(name, name) for argument, name in given.items()})
         for loop_name in self.loops.values():
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
         self.written |= arguments
         lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
-        function = "\n".join([*graphed, f"def {name}({', '.join(self.inputs)}):", *lines])
+        function = "\n".join([*graphed, f"def {name}({', '.join(inner.values())}):", *lines])
         missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late", writing.PAGED}
         assert not missing, f"the generated code reads {missing}"
         return function
@@ -396,7 +443,8 @@ class _Writer:
 
     def _memory(self) -> str:
         """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
-        layouts = Counter(re.findall(r"'([^']*)'", expression)[0] for expression in self.globals.values())
+        strings = [[n.value for n in ast.walk(ast.parse(e)) if isinstance(n, ast.Constant)] for e in self.globals.values()]
+        layouts = Counter(str(first) for first, *_ in strings)  # each expression's first constant is the name of what is stored
         loaded = sum(count * self.weights[name].nbytes for name, count in layouts.items())
         later = sum(self.weights[name].nbytes for name in self.late)
         several = sum(count > 1 for count in layouts.values())
@@ -409,47 +457,49 @@ class _Writer:
     def _checks(self, constants: Mapping[str, Any]) -> str:
         """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""
         lines = [
-            f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}:\n"
-            f"        raise ValueError(_constant({name!r}, {name}, {value!r}))"
+            f"    if {_other(name, value)}:\n        raise ValueError(_constant({name!r}, {name}, {value!r}))"
             for name, value in constants.items()
         ]
-        sizes: dict[str, None] = {}
+        sizes: dict[str, str] = {}  # symbol -> its variable
         for name, planned in zip(self.inputs, self.plan.tensors, strict=True):
             dims, symbols = len(planned.order), self.plan.dynamic.get(name, {})
             ordered = f"{name}.is_contiguous()" if planned.order == tuple(range(dims)) else f"_ordered({name}, {planned.order})"
             fits = [f"{name}.dtype is torch.{planned.dtype}", f"{name}.is_{planned.device}", f"{name}.dim() == {dims}", ordered]
             fits += [f"not {name}.requires_grad"] if getattr(torch, planned.dtype).is_floating_point else []
             fits += [f"{name}.data_ptr() % 16 == 0"] if planned.device == "cuda" else []
-            if name in self._defaulted():
-                lines.append(f"    if {name} is None:\n        raise ValueError(_constant({name!r}, None, 'a tensor'))")
-            lines.append(f"    if not ({' and '.join(fits)}):")
-            lines.append(f"        {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
-            found = [symbols[i] if symbols.get(i, "") not in ("", *sizes) else f"{name}_size_{i}" for i in range(dims)]
+            lines.append(f"    try:\n        if not ({' and '.join(fits)}):")
+            lines.append(f"            {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
+            lines.append("    except AttributeError as _error:")  # a `try` costs nothing where nothing is raised
+            lines.append(f"        raise ValueError(_constant({name!r}, {name}, 'a tensor')) from _error")
+            first = {}  # dimension -> the variable of a symbol that was not met before
+            for i, symbol in symbols.items():
+                if symbol not in sizes:
+                    sizes[symbol] = first[i] = self.symbols[symbol]
+            taken = {*self.named, *self.symbols.values()}
+            found = [first[i] if i in first else writing.free(f"{name}_size_{i}", taken) for i in range(dims)]
             if found:
                 lines.append(f"    {', '.join(found)}{',' if dims == 1 else ''} = {name}.shape")
             fixed = " or ".join(f"{size} != {n}" for size, n in zip(found, planned.shape, strict=True) if n >= 0)
             if fixed:
                 lines.append(f"    if {fixed}:\n        raise ValueError(_sizes({name!r}, {name}, {planned.shape}))")
             for i, symbol in symbols.items():
-                if found[i] == symbol:
-                    sizes[symbol] = None
-                    if self.beyond:
-                        continue  # all sizes are compared at once, below
+                size = sizes[symbol]
+                if i not in first:
+                    lines.append(f"    if {found[i]} != {size}:")
+                    lines.append(f"        raise ValueError(_outside({symbol!r}, {found[i]}, {size}, {size}))")
+                elif not self.beyond:  # else all sizes are compared at once, below
                     low, high = 1, self.plan.buckets[symbol][-1]
-                    lines.append(f"    if not {low} <= {symbol} <= {high}:")
-                    lines.append(f"        raise ValueError(_outside({symbol!r}, {symbol}, {low}, {high}))")
-                else:
-                    lines.append(f"    if {found[i]} != {symbol}:")
-                    lines.append(f"        raise ValueError(_outside({symbol!r}, {found[i]}, {symbol}, {symbol}))")
+                    lines.append(f"    if not {low} <= {size} <= {high}:")
+                    lines.append(f"        raise ValueError(_outside({symbol!r}, {size}, {low}, {high}))")
         return "\n".join(lines + (self._general_dispatch() if self.beyond else []))
 
     def _general_dispatch(self) -> list[str]:
         """What `forward` does with sizes beyond the buckets."""
-        within = [f"1 <= {s} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
-        together = ", ".join(f"{s}={s}" for s in self.plan.buckets)
+        within = [f"1 <= {self.symbols[s]} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
+        together = ", ".join(f"{s}={size}" for s, size in self.symbols.items())
         lines = [f"    if not ({' and '.join(within)}):" if len(within) > 1 else f"    if not {within[0]}:"]
         for i, sizes in enumerate(self.beyond):
-            lines.append(f"        {'elif' if i else 'if'} {general.condition(*sizes)}:")
+            lines.append(f"        {'elif' if i else 'if'} {writing.renamed(general.condition(*sizes), self.symbols)}:")
             lines.append(f"            _beyond({together})")
             lines.append(f"            out = general_{i}({', '.join(self.inputs)})")
         return [*lines, "        else:", f"            raise ValueError(_nowhere({together}))", f"        return {self.returns}"]
@@ -471,7 +521,7 @@ class _Writer:
                 level(cells, symbols[1:], indent)
                 return
             middle = ends[(len(ends) - 1) // 2]
-            lines.append(f"{indent}if {symbols[0]} <= {middle}:")
+            lines.append(f"{indent}if {self.symbols[symbols[0]]} <= {middle}:")
             level([c for c in cells if c[1][symbols[0]][1] <= middle], symbols, indent + "    ")
             lines.append(f"{indent}else:")
             level([c for c in cells if c[1][symbols[0]][1] > middle], symbols, indent + "    ")
@@ -576,13 +626,19 @@ def _general_holds(made: CompiledCell) -> dict[str, Any]:
     return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
 
 
+def _other(name: str, value: Any) -> str:
+    """A test whether a constant is another one than was planned."""
+    if value != value:
+        return f"{name} == {name}"  # all but nan
+    return f"{name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}"
+
+
 def _parameter(name: str, value: Any) -> str:
-    _check_name(name, "argument")
     return name if isinstance(value, Tensor) else f"{name}={value!r}"
 
 
 def _check_name(name: str, what: str) -> None:
-    if not name.isidentifier() or keyword.iskeyword(name) or name in KNOWN:
+    if not name.isidentifier() or keyword.iskeyword(name) or name in KNOWN or CALLED.fullmatch(name):
         raise PlanError(f"{what} {name!r} cannot be a name in the generated function. Rename it.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,13 @@ def _kept(parameter: inspect.Parameter) -> bool:
     """Whether a parameter that was left at its default is an argument of the plan."""
     by_name = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return by_name and isinstance(parameter.default, (int, float, bool, str, type(None)))
+
+
+def check_mode(model: nn.Module) -> None:
+    """Warns of a model in training mode: what it does then is what is planned."""
+    if model.training:
+        what = f"{type(model).__name__} is in training mode: dropout and batch norms are planned as they are in training"
+        warnings.warn(f"LayerZero: {what}. Call model.eval() first, unless that is what you want", stacklevel=3)
 
 
 def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[str, Sequence[int]]) -> None:

@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.utils import _pytree as pytree
 from ..errors import OptionError, PlanError
 from . import export
 from .proof import Finding, always, prove, ranges_of
-from .warming import FILE, MANIFEST
+from .warming import FILE, MANIFEST, baked_file
 
 Sizes = Mapping[str, int]
 Case = tuple[Sizes, bool, int]  # sizes by symbol or by place, whether they are outside, and a number for the values
@@ -92,7 +93,7 @@ class FuzzReport:
         if self.tried:
             shapes = f"{self.tried} calls tried ({self.outside} outside of the declared range) against {self.reference}"
             lines.append(f"{shapes}: {'all right' if not self.failures else 'wrong'}, worst relative error {self.worst:.1e}")
-        lines += [f"  {', '.join(f'{k} {v}' for k, v in f.sizes.items())}: {f.why}" for f in self.failures]
+        lines += [f"  {', '.join(f'{k} {v}' for k, v in f.sizes.items()) or 'the given shapes'}: {f.why}" for f in self.failures]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -109,9 +110,12 @@ def fuzz(
     in float64 as the model itself, times two and rounding, or within the plan's error budget; outside, ValueError must come.
     `proof=False`: only the trial. `seed`: of the shapes that are drawn.
 
-    PlanError for a folder that is not one of `lz.bake`, or has other weights than `model`; OptionError for a trial without hypothesis.
+    PlanError for a folder that is not one of `lz.bake`, or is of another model; OptionError for what is no module, or a trial without
+    hypothesis.
     """
-    folder = Path(plan_dir)
+    if not isinstance(model, (nn.Module, type(None))):
+        raise OptionError(f"fuzz takes the nn.Module that was baked; given: {type(model).__name__}.")
+    folder = baked_file(plan_dir).parent
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         source = (folder / FILE).read_text()
@@ -144,7 +148,7 @@ class _Trial:
         taken = forward.args
         pairs = [*zip(taken.args[len(taken.args) - len(taken.defaults) :], taken.defaults, strict=True)]
         pairs += [(a, d) for a, d in zip(taken.kwonlyargs, taken.kw_defaults, strict=True) if d is not None]
-        self.constants = {a.arg: ast.literal_eval(d) for a, d in pairs if a.arg not in self.shapes}
+        self.constants = {a.arg: _constant(d) for a, d in pairs if a.arg not in self.shapes}
         self._check_weights()
         self.kept = {name: value.clone() for name, value in model.named_buffers()}
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -155,10 +159,20 @@ class _Trial:
         self.worst = 0.0
 
     def _check_weights(self) -> None:
+        """PlanError for a model whose arguments or weights are not the folder's."""
+        export.bind(self.model, (), dict.fromkeys([*self.shapes, *self.constants]))
         state = self.model.state_dict()
         with safe_open(self.folder / "weights.safetensors", framework="pt") as stored:
-            for name in set(stored.keys()) & state.keys():
-                if not torch.equal(stored.get_tensor(name), state[name].cpu()):
+            for name in stored.keys():  # noqa: SIM118
+                if name.split(".")[0] in ("constant", "plain") or name.startswith("lifted_tensor_"):
+                    continue  # made while it was compiled
+                try:
+                    mine = state[name] if name in state else attrgetter(name)(self.model)
+                except AttributeError as error:
+                    raise PlanError(
+                        f"{type(self.model).__name__} has no {name!r}, the folder has. Give the model that was baked."
+                    ) from error
+                if not torch.equal(stored.get_tensor(name), mine.cpu()):
                     raise PlanError(f"the model's {name!r} is not the folder's. Give the model that was baked.")
 
     def _in_float64(self) -> tuple[nn.Module | None, str]:
@@ -293,7 +307,7 @@ class _Trial:
         if not found.is_floating_point():
             return "" if torch.equal(found, eager) else f"{int((found != eager).sum())} of {found.numel()} values differ"
         finite = eager.isfinite()
-        if not torch.equal(found[~finite], eager[~finite]) and not torch.equal(found.isnan(), eager.isnan()):
+        if any(not torch.equal(kind(found), kind(eager)) for kind in (torch.isnan, torch.isposinf, torch.isneginf)):
             return "NaN or infinity is where the model has none, or the other way round"
         y, e, x = (t[finite].double() for t in (found, eager, exact))
         if not y.numel():
@@ -320,9 +334,10 @@ class _Baked:
         if self.process is None:
             command = [sys.executable, "-c", WORKER, str(self.files)]
             environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # its threads must not spin while the model runs here
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            with (self.files / "errors").open("wb") as errors:  # a pipe that nobody reads would fill, and stop it
+                self.process = subprocess.Popen(
+                    command, cwd=self.folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
             if self._line() != "ready":
                 raise PlanError(f"{self.folder} cannot be loaded: {self._last_words()}")
         save_file(dict(inputs), self.files / "in")
@@ -343,14 +358,24 @@ class _Baked:
 
     def _last_words(self) -> str:
         assert self.process is not None
-        _, errors = self.process.communicate()
+        self.process.communicate()
         code, self.process = self.process.returncode, None
-        return f"exit {code} {' '.join(errors.split())[-300:]}"
+        return f"exit {code} {' '.join((self.files / 'errors').read_text(errors='replace').split())[-300:]}"
 
     def close(self) -> None:
         if self.process is not None:
             self.process.communicate()
             self.process = None
+
+
+def _constant(node: ast.expr) -> Any:
+    """What stands in a signature: a literal, or one of the numbers that have none."""
+    match node:
+        case ast.Name("inf" | "nan" as name):
+            return float(name)
+        case ast.UnaryOp(ast.USub(), ast.Name("inf")):
+            return -math.inf
+    return ast.literal_eval(node)
 
 
 def _prime(n: int) -> bool:

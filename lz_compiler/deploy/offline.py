@@ -214,6 +214,7 @@ def solve(
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
+    export.check_mode(model)
     chosen = Options.resolve(options)
     backends.check_names(chosen)
     setup()

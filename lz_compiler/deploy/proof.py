@@ -12,7 +12,7 @@ import ast
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import sympy
 
 from ..problem import CALL, LOOP, VIEW
 from .export import ENDLESS
+from .writing import renamed
 
 POINTS = 50_000  # sizes that are tried one by one where a polynomial's coefficients do not decide
 
@@ -81,11 +82,13 @@ def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list
         found += _against(name, hull, cell)
         found += _repeated(name, hull, references.get(name, ""), manifest)
         if name in functions:
-            found += [("constraint", f"{name}: {why}") for why in _Body(walk.axes, hull, packed).check(functions[name])]
+            inner = dict(zip(manifest["inputs"], (a.arg for a in functions[name].args.args), strict=True))
+            own = {(inner[n], dim): axis for (n, dim), axis in walk.axes.items()}
+            found += [("constraint", f"{name}: {why}") for why in _Body(own, hull, packed).check(functions[name])]
     for index, cell in enumerate(manifest.get("general", ())):
         for path in (p for p in paths if f"general_{index}" in p.cells):
             found += _against(f"general_{index}", path.box, cell)
-        found += _unasked(f"general_{index}", cell.get("asked", ()), functions["forward"])
+        found += _unasked(f"general_{index}", cell.get("asked", ()), functions["forward"], manifest["buckets"])
     return list(dict.fromkeys(found)), paths
 
 
@@ -108,11 +111,11 @@ def _repeated(name: str, hull: Box, reference: str, manifest: Mapping[str, Any])
         yield "constraint", f"{reference} takes the place of {name}"
 
 
-def _unasked(name: str, texts: Sequence[str], forward: ast.FunctionDef) -> Iterator[Finding]:
+def _unasked(name: str, texts: Sequence[str], forward: ast.FunctionDef, symbols: Collection[str]) -> Iterator[Finding]:
     """What `forward` has to ask of sizes before it calls a general cell, and does not."""
-    tests = [
-        ast.unparse(n.test) for n in ast.walk(forward) if isinstance(n, ast.If) and ast.unparse(n.body[-1]).startswith(f"out = {name}(")
-    ]
+    variables = {f"_size_{s}": s for s in symbols}  # where an argument has the symbol's name
+    branches = [n for n in ast.walk(forward) if isinstance(n, ast.If) and ast.unparse(n.body[-1]).startswith(f"out = {name}(")]
+    tests = [renamed(ast.unparse(n.test), variables) for n in branches]
     for text in texts:
         if not any(ast.unparse(ast.parse(text, mode="eval")) in test for test in tests):
             yield "constraint", f"{name} is for {text}, which is not asked before it is called"
@@ -191,7 +194,9 @@ class _Walk:
                 return self._branch(test, [ast.Assign(targets, body)], [ast.Assign(targets, orelse)], path)
             case ast.Return(ast.IfExp(test, body, orelse)):
                 return self._branch(test, [ast.Return(body)], [ast.Return(orelse)], path)
-            case ast.With(_, body) | ast.Try(body, [ast.ExceptHandler(body=[ast.Assign(value=ast.Call(ast.Name("_rescued")))])], [], []):
+            case ast.With(_, body) | ast.Try(
+                body, [ast.ExceptHandler(body=[ast.Assign(value=ast.Call(ast.Name("_rescued"))) | ast.Raise()])], [], []
+            ):
                 return self.run(body, [path])
             case ast.Raise():
                 self.ended.append(replace(path, error=True))

@@ -29,9 +29,7 @@ def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
     write to the folder can write a manifest too. PlanError where something differs, or it was baked for another machine.
     `bundle`: the model's folder, to be compared with the one that the plan was solved for; FingerprintError if it has no fingerprint.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise PlanError(f"there is no {FILE} in {os.fspath(folder)!r}. Give a folder that lz.bake wrote.")
+    path = baked_file(folder)
     check_manifest(path.parent)
     source = path.read_bytes()
     spec = importlib.util.spec_from_file_location(f"layerzero_plan_{path.parent.name}", path)
@@ -49,6 +47,14 @@ def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
     return module
 
 
+def baked_file(folder: str | os.PathLike[str]) -> Path:
+    """The Python file of a folder that `lz.bake` wrote. PlanError if there is none."""
+    path = Path(folder) / FILE
+    if not os.path.isfile(path):
+        raise PlanError(f"there is no {FILE} in {os.fspath(folder)!r}. Give a folder that lz.bake wrote.")
+    return path
+
+
 def check_manifest(folder: Path) -> None:
     """PlanError if a file that manifest.json lists is missing, or other than it was, or a name leads out of the folder."""
     where, again = os.fspath(folder), "Bake again, or copy the folder again."
@@ -57,19 +63,20 @@ def check_manifest(folder: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{where!r} has no {MANIFEST} that can be read ({error}): it is not loaded. {again}") from error
     files = data.get("files") if isinstance(data, dict) and data.get("layerzero_bake") == 1 else None
-    if not isinstance(files, dict) or FILE not in files:
+    if not isinstance(files, dict) or FILE not in files or not isinstance(data.get("bundle", {}), dict):
         raise PlanError(f"the {MANIFEST} of {where!r} is not one of this version, or does not list {FILE}: it is not loaded. {again}")
     for name, digest in files.items():
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name or str(parts) != name:
+        if not parts.parts or parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name or str(parts) != name:
             raise PlanError(f"the {MANIFEST} of {where!r} names {name!r:.200}, which is no file in the folder: it is not loaded.")
         path = folder / name
-        if any(p.is_symlink() for p in (path, *path.parents) if p.is_relative_to(folder) and p != folder):
+        if any(os.path.islink(p) for p in (path, *path.parents) if p.is_relative_to(folder) and p != folder):
             raise PlanError(f"{name!r:.200} in {where!r} is a link; a baked folder has plain files: it is not loaded. {again}")
-        if parts.parts[0] == "kernels" and not path.exists():
+        there = os.path.isfile(path)  # False for names that no file can have, where pathlib raises
+        if parts.parts[0] == "kernels" and not os.path.exists(path):
             continue  # the Python file then compiles its own source
-        if not path.is_file() or sha256(path) != digest:
-            what = "is not what was baked (another sha256)" if path.is_file() else "is missing"
+        if not there or sha256(path) != digest:
+            what = "is not what was baked (another sha256)" if there else "is missing"
             raise PlanError(f"{name!r:.200} in {where!r} {what}: it is not loaded. {again}")
     extra = {p.relative_to(folder).as_posix() for p in (folder / "kernels").glob("*")} - set(files)
     if extra:

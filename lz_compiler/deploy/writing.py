@@ -10,6 +10,7 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from enum import Enum
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -23,8 +24,24 @@ PAGED = "_paged_attention"  # its name in the file
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:
-    """Code with other names in it."""
-    return re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.get(m[0], m[0]), text)
+    """Code with other names for its variables; attributes and keywords stay."""
+    lines = text.encode().split(b"\n")  # ast counts bytes
+    found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name) and n.id in names]
+    for node in sorted(found, key=lambda n: (n.lineno, n.col_offset), reverse=True):
+        line, start = lines[node.lineno - 1], node.col_offset
+        lines[node.lineno - 1] = line[:start] + names[node.id].encode() + line[start + len(node.id.encode()) :]
+    return b"\n".join(lines).decode()
+
+
+def variables(text: str) -> set[str]:
+    return {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}
+
+
+def free(name: str, taken: Collection[str]) -> str:
+    """A name that is not taken yet."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def paged_attention() -> str:
@@ -77,6 +94,9 @@ def render(spec: pytree.TreeSpec, leaves: list[str]) -> str:
         return leaves.pop(0)
     parts = [render(child, leaves) for child in spec.children()]
     if spec.type is dict:
+        wrong = [key for key in spec.context if not isinstance(key, (str, int, float, bool, type(None))) or isinstance(key, Enum)]
+        if wrong:
+            raise PlanError(f"the model returns a dict with the key {wrong[0]!r}; baked files know texts and numbers. Wrap the model.")
         return "{" + ", ".join(f"{key!r}: {part}" for key, part in zip(spec.context, parts, strict=True)) + "}"
     if spec.type in (tuple, list):
         inner = ", ".join(parts)
@@ -96,7 +116,4 @@ def pretty(value: Mapping[Any, Any]) -> str:
 
 def identifier(kind: str, name: str, taken: Collection[str]) -> str:
     """A name in the file for what is stored as `name`."""
-    identifier = f"{kind}_{re.sub(r'[^A-Za-z0-9]+', '_', name.removeprefix('plain.').removeprefix('constant.'))}"
-    while identifier in taken:
-        identifier += "_"
-    return identifier
+    return free(f"{kind}_{re.sub(r'[^A-Za-z0-9]+', '_', name.removeprefix('plain.').removeprefix('constant.'))}", taken)
