@@ -125,8 +125,10 @@ def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None
     try:
         if value is not None:
             _is(value["winner"], str)
-            dict(_is(value["times"], dict)), [plan_from_dict(p) for p in value["plans"]]
-            _is(value.get("error"), float, int, type(None)), _is(value.get("written"), list, type(None))
+            [_is(seconds, float, int) for seconds in _is(value["times"], dict).values()]
+            [plan_from_dict(p) for p in (*value["plans"], *_is(value.get("lossless", []), list))]
+            _is(value.get("error"), float, int, type(None))
+            [_is(index, int) for index in _is(value.get("written"), list, type(None)) or ()]
             for names in value.get("calls", {}).values():
                 [(_is(name, str), _is(n, int)) for name, n in _is(names, dict).items()]
             if not 0 < _is(value.get("dilution", 1.0), float, int) < float("inf"):
