@@ -268,7 +268,7 @@ def test_descriptors(tmp_path: Path) -> None:
 
 
 def test_fingerprints(tmp_path: Path) -> None:
-    good = {"schema_version": 1, "tokenizer": {"a": "0" * 32}, "config": {}, "weights": {"w": "f" * 32}}
+    good = {"schema_version": 2, "tokenizer": {"a": "0" * 32}, "config": {}, "weights": {"w": "f" * 32}}
     assert isinstance(Fingerprint.from_dict(good), Fingerprint)
 
     @fuzzed
