@@ -23,6 +23,7 @@ MAX_VALUE = 1 << 26  # characters of one fact; more is damage
 MAX_LINE, MAX_FILE = 1 << 25, 1 << 28  # bytes of an exported file
 EXPORTED = ("peaks", "canary", "canary_failed", "quarantine")
 STAY = ("fingerprint", "import")  # about files of one machine
+KINDS = (TIMING, *EXPORTED, *STAY, "verdict", "links", "checked")
 
 _TYPES = (str, str, int | None, int, int, str | None, float | None, str, float, str)
 # Of one capability on two machines of one environment, the worse counts.

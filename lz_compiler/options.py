@@ -212,11 +212,16 @@ def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object
     if kind == "Policy | None":
         return load_policy(value, where)
     if kind == "str | None" and isinstance(value, str | os.PathLike) and str(value):
-        return str(os.fspath(value))
+        path = str(os.fspath(value))
+        if field.name == "problems":  # told now: while a graph is compiled, it would cost the plan
+            _make_folder(path, where)
+        return path
     if kind == "tuple[str, ...] | None" and isinstance(value, str | list | tuple):
         names = value.split(",") if isinstance(value, str) else value
         if all(isinstance(name, str) and name.strip() for name in names):
             return tuple(dict.fromkeys(name.strip() for name in names))
+        if all(isinstance(name, str) for name in names) and len(names) > 1:
+            raise OptionError(f"{where} is {value!r}, with an empty name. {_expected(field)}")
         raise wrong
     if kind == "Any" and isinstance(getattr(value, "name", None), str) and callable(getattr(value, "price", None)):
         return value
@@ -224,6 +229,13 @@ def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object
         _check_name(field, value, where)
         return value
     raise wrong
+
+
+def _make_folder(path: str, where: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{where} is {path!r}, which is no folder and cannot be made one: {error.strerror}. Give another.") from error
 
 
 def _check_name(field: dataclasses.Field[Any], value: str, where: str) -> None:

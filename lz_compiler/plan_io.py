@@ -27,7 +27,7 @@ DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, R
 def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
     """A plain file's bytes. OSError if it is none, or is larger than any plan, or than another limit."""
     if not path.is_file():
-        raise OSError("no such file")
+        raise OSError("it is a folder" if path.is_dir() else "no such file")
     with path.open("rb") as file:
         text = file.read(limit + 1)
     if len(text) > limit:
@@ -160,7 +160,8 @@ def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:
     try:
         write_whole(Path(path), json.dumps(data, separators=(",", ":")).encode())
     except OSError as error:
-        raise PlanError(f"cannot write the problem to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
+        why = f"cannot write the problem to {os.fspath(path)!r}: {error.strerror}"  # whose own text names the temporary file
+        raise PlanError(f"{why}. Give a file in a folder that is writable.") from error
 
 
 def problem_to_dict(problem: Problem) -> dict[str, Any]:

@@ -111,6 +111,8 @@ def fuzz(
 
     PlanError for a folder that is not one of `lz.bake`, or has other weights than `model`; OptionError for a trial without hypothesis.
     """
+    if examples < 1:
+        raise OptionError(f"examples is {examples!r}. Give 1 or more.")
     folder = Path(plan_dir)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
