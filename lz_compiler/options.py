@@ -103,7 +103,10 @@ class Options:
                 values[name] = _checked(field, _parsed(field, text, where), where)
                 if name == "policy" and given.get(name) is not None:
                     values[name] = load_policy(given[name], "option 'policy'").joined(values[name], variable)
-        return Options(**values)
+        found = Options(**values)
+        if found.problems is not None:
+            _make_folder(found.problems)  # now: while a graph is compiled, an error would cost the plan
+        return found
 
     @property
     def graphs(self) -> bool:
@@ -212,10 +215,7 @@ def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object
     if kind == "Policy | None":
         return load_policy(value, where)
     if kind == "str | None" and isinstance(value, str | os.PathLike) and str(value):
-        path = str(os.fspath(value))
-        if field.name == "problems":  # told now: while a graph is compiled, it would cost the plan
-            _make_folder(path, where)
-        return path
+        return str(os.fspath(value))
     if kind == "tuple[str, ...] | None" and isinstance(value, str | list | tuple):
         names = value.split(",") if isinstance(value, str) else value
         if all(isinstance(name, str) and name.strip() for name in names):
@@ -231,11 +231,12 @@ def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object
     raise wrong
 
 
-def _make_folder(path: str, where: str) -> None:
+def _make_folder(path: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"{where} is {path!r}, which is no folder and cannot be made one: {error.strerror}. Give another.") from error
+        why = f"option 'problems' is {path!r}, which is no folder and cannot be made one: {error.strerror}"
+        raise OptionError(f"{why}. Give another.") from error
 
 
 def _check_name(field: dataclasses.Field[Any], value: str, where: str) -> None:

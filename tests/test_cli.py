@@ -307,7 +307,6 @@ def test_option_text_is_read_as_from_the_environment(name: str, text: str, value
         ("memory_limit", "1.5", "whole number"),
         ("solver", "cpsat", "Did you mean 'cp_sat'?"),
         ("backends", "onednn,", "option 'backends' is 'onednn,', with an empty name. Give a list"),
-        ("problems", __file__, "which is no folder and cannot be made one: File exists"),
     ],
 )
 def test_wrong_option_text(name: str, text: str, message: str) -> None:
@@ -421,6 +420,7 @@ def test_a_number_that_is_too_small(command: str) -> None:
         (lambda: explain(len), "given: builtin_function_or_method"),
         (lambda: explain("none.json"), "cannot read the plan 'none.json': no such file"),
         (lambda: explain(Path("none.json")), "cannot read the plan 'none.json': no such file"),
+        (lambda: lz.compile(len, problems=__file__), "which is no folder and cannot be made one: File exists. Give another."),
         (lambda: lz.fuzz(".", examples=-1), "examples is -1. Give 1 or more."),
         (lambda: lz.canary([], row_s=0), "row_s is 0. Give a number of seconds above 0."),
         (lambda: lz.canary([], total_s=float("nan")), "total_s is nan"),
