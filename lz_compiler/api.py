@@ -56,37 +56,49 @@ def compile(
 
 
 def explain(compiled: Any = None, profile: Callable[[], object] | None = None) -> Report:
-    """What was decided for a compiled module or function, for a Plan or ModelPlan, or (no argument) in this whole process.
+    """What was decided for a compiled module or function, for a Plan, a ModelPlan or its file, or (no argument) in this whole process.
 
     A compiled module is known by its parameters, a function by the source lines that its graphs were traced from. `profile` calls what was
     compiled, `lambda: compiled(x)`: then each region shows what its kernel takes inside that call, too.
-    OptionError where there is nothing to profile.
+    OptionError for anything else, or where there is nothing to profile; PlanError for a file that is no plan.
     """
     if isinstance(compiled, Plan):
         return explain_plan(compiled)
-    from .deploy.offline import ModelPlan
+    from .deploy.offline import ModelPlan, load_plan
 
+    if isinstance(compiled, str | os.PathLike):
+        compiled = load_plan(compiled)
     if isinstance(compiled, ModelPlan):
         return explain_model_plan(compiled)
-    records = [r for r in list(RECORDS) if compiled is None or _belongs(r, compiled)]
+    records = list(RECORDS) if compiled is None else _records_of(compiled)
     if profile is not None:
         profile_records(records, profile)
-    return explain_records(records)
+    what = "in this process" if compiled is None else "of this module" if isinstance(compiled, torch.nn.Module) else "of this function"
+    call = "call a compiled model" if compiled is None else "call it"
+    return explain_records(records, f"  nothing {what} was compiled by backend='layerzero' yet: {call} first")
 
 
-def _belongs(record: GraphRecord, compiled: Any) -> bool:
+def _records_of(compiled: Any) -> list[GraphRecord]:
     module = getattr(compiled, "_orig_mod", compiled)
-    if isinstance(module, torch.nn.Module):
-        mine = {id(t) for t in (*module.parameters(), *module.buffers())}
+    is_module = isinstance(module, torch.nn.Module)
+    mine = {id(t) for t in (*module.parameters(), *module.buffers())} if is_module else set()
+    function = type(module).forward if is_module else inspect.unwrap(getattr(compiled, "_torchdynamo_orig_callable", compiled))
+    try:
+        source, first = inspect.getsourcelines(function)
+        path = inspect.getsourcefile(function)
+    except TypeError:
+        given = type(compiled).__name__
+        raise OptionError(f"explain takes what torch.compile returned, a plan, or nothing; given: {given}") from None
+    except OSError:  # typed in, say: known by parameters alone
+        source, first, path = [], 0, None
+
+    def belongs(record: GraphRecord) -> bool:
         theirs = {id(t) for ref in record.parameters if (t := ref()) is not None}
-        if mine or theirs:
+        if is_module and (mine or theirs):
             return bool(mine & theirs)
-        function = type(module).forward
-    else:
-        function = inspect.unwrap(getattr(compiled, "_torchdynamo_orig_callable", compiled))
-    source, first = inspect.getsourcelines(function)
-    path = inspect.getsourcefile(function)
-    return any(file == path and first <= line < first + len(source) for file, line in record.lines)
+        return any(file == path and first <= line < first + len(source) for file, line in record.lines)
+
+    return [record for record in list(RECORDS) if belongs(record)]
 
 
 def doctor(cache_dir: str | None = None) -> Report:

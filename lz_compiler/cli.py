@@ -1,12 +1,15 @@
-"""The command line: `lz`, or `python -m lz_compiler`. Data goes to stdout, everything else to stderr.
+"""The command line: `lz`, or `python -m lz_compiler`.
 
 Heavy imports are inside the commands, so that `lz --help` is immediate.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,21 +17,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import LayerZeroError, OptionError, unknown
+from .errors import LayerZeroError, OptionError, told, unknown
+from .facts import KINDS
 
 if TYPE_CHECKING:
     from .reports.report import Report
     from .timings import TimingStore
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = """A torch.compile backend that chooses each kernel by a plan, and shows why. Data goes to stdout, everything else to stderr."""
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 cache_app = typer.Typer(no_args_is_help=True, help="Stored timings, device peaks and verdicts.")
 app.add_typer(cache_app, name="cache")
-out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Html = Annotated[str | None, typer.Option("--html", metavar="OUT.html", help="Write a page that needs no network.")]
 CacheDir = Annotated[str | None, typer.Option(help="Folder of the timings store.")]
 Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="A LayerZero option, NAME=VALUE; repeatable.")]
+Factory = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="a function that returns (model, args, kwargs)")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often each column is timed.")]
 
 
 def main() -> None:
@@ -51,22 +58,57 @@ def load_factory(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         module = import_module(path)
     except ImportError as error:
         raise OptionError(f"cannot load {spec!r}: {error}") from error
+    except Exception as error:
+        raise OptionError(f"cannot load {spec!r}: {_as_users_see(error)}") from error
     factory: Callable[[], Any] | None = getattr(module, name, None)
     if not callable(factory):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         what = "is not a function" if hasattr(module, name) else "is not there"
         raise OptionError(f"cannot load {spec!r}: {name!r} {what}; {unknown('factory', name, functions)}")
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise OptionError(f"{spec!r} raised {_as_users_see(error)}") from error
     if not isinstance(made, tuple) or len(made) != 3:
         raise OptionError(f"{spec!r} returned {type(made).__name__}; a factory must return (model, args, kwargs)")
     model, args, kwargs = made
     return model, tuple(args), dict(kwargs or {})
 
 
+def _as_users_see(error: Exception) -> str:
+    """What an error says, and the frames of it that are neither ours nor torch's."""
+    names = ("lz_compiler", "torch", "importlib")
+    packages = [os.path.dirname(str(sys.modules[name].__file__)) for name in names if name in sys.modules]
+    others = ("<frozen ", *(f"{package}{os.sep}" for package in packages))
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    return "\n".join([told(error), *"".join(traceback.format_list(own)).splitlines()])
+
+
+def load_model(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What a factory returns. OptionError where the model itself fails on its arguments: what a compiler says of that is long."""
+    import torch
+
+    made = model, args, kwargs = load_factory(spec)
+    weights = {id(p): p for p in model.parameters()} if isinstance(model, torch.nn.Module) else {}
+    try:  # a call may write into buffers and arguments
+        model, args, kwargs = copy.deepcopy(made, weights)
+    except Exception:
+        return made
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise OptionError(f"the model itself fails on its example arguments: {_as_users_see(error)}") from error
+    return made
+
+
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs, read as an environment variable of that name would be."""
     from .options import parse_text
 
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise OptionError(f"-o {pair!r} is not NAME=VALUE, for example freeze=true")
     found: dict[str, Any] = {name: parse_text(name, value) for name, _, value in (p.partition("=") for p in pairs or [])}
     if "backends" in found:
         from .backends import allowed_backends
@@ -87,7 +129,8 @@ def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 @app.command()
 def explain(
     what: Annotated[str, typer.Argument(metavar="MODULE:FACTORY|FILE.json", help="what to compile, or a plan or problem of `lz solve`")],
-    as_json: Json = False, option: Option = None, calls: int = 40, html: Html = None,
+    as_json: Json = False, option: Option = None, html: Html = None,
+    calls: Annotated[int | None, typer.Option(min=1, help="Calls of what was compiled; 40 if left out.")] = None,
     profile: Annotated[bool, typer.Option(help="What each kernel takes inside a call, too.")] = False,
     what_if: Annotated[list[str] | None, typer.Option(
         "--what-if", metavar="RULE", help="With a plan or problem: deny=KERNEL_OR_BACKEND or lock=KERNEL_OR_BACKEND; repeatable.")] = None,
@@ -100,14 +143,18 @@ def explain(
     from . import api
     from .deploy import offline
 
+    if problems is not None and not what_if:
+        raise OptionError("--problems is for --what-if with a plan: give --what-if too, or leave --problems out")
+    if what.endswith(".json") and (calls is not None or profile):
+        raise OptionError("a plan or problem file runs nothing: give no --calls and no --profile with it")
     if what_if or what.endswith(".problem.json"):
         result = _what_if(what, what_if or [], parse_options(option), problems)
     elif what.endswith(".json"):
-        if option or profile:
-            raise OptionError("a plan file holds its options and runs nothing: give no --option and no --profile with it")
+        if option:
+            raise OptionError("a plan file holds its options: give no --option with it")
         result = api.explain(offline.load_plan(what))
     else:
-        result = _explain_factory(what, option, calls, profile)
+        result = _explain_factory(what, option, calls or 40, profile)
     _show(result, as_json, html)
 
 
@@ -147,8 +194,8 @@ def _explain_factory(factory: str, option: list[str] | None, calls: int, profile
 
     from . import api
 
-    model, args, kwargs = load_factory(factory)
     options = parse_options(option)
+    model, args, kwargs = load_model(factory)
     with torch.no_grad():
         compiled = api.compile(model, **options)
         for _ in range(calls):
@@ -158,7 +205,7 @@ def _explain_factory(factory: str, option: list[str] | None, calls: int, profile
 
 @app.command()
 def solve(
-    factory: str, file: Annotated[str, typer.Argument(help="where the plan goes, as JSON")],
+    factory: Factory, file: Annotated[str, typer.Argument(metavar="FILE.json", help="where the plan goes, as JSON")],
     dynamic: Annotated[list[str] | None, typer.Option(help="A dimension that varies: ARGUMENT:DIMENSION=SYMBOL; repeatable.")] = None,
     bucket: Annotated[list[str] | None, typer.Option(help="A symbol's upper ends: SYMBOL=16,64,256; repeatable.")] = None,
     bundle: Annotated[str | None, typer.Option(metavar="DIR", help="The model's folder: the plan is for its tokenizer and config.")] = None,
@@ -175,8 +222,8 @@ def solve(
         raise OptionError(f"there is no folder for {file!r}. Make it first.")
     options = parse_options(option)
     if problems is not None:
-        options["problems"] = _made_folder(problems)
-    model, args, kwargs = load_factory(factory)
+        options |= parse_options([f"problems={problems}"])
+    model, args, kwargs = load_model(factory)
     plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, bundle=bundle, one_format=one_format, **options)
     plan.save(file)
     if as_json:
@@ -188,16 +235,9 @@ def solve(
         out.print(f"{ranges_text(cell.ranges):24s} {cell.winner:12s} {times}", markup=False)
 
 
-def _made_folder(path: str) -> str:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"cannot make the folder {path!r}: {error}") from error
-    return path
-
-
 @app.command()
-def bake(plan: Annotated[str, typer.Argument(metavar="FILE.json", help="a plan of `lz solve`")], factory: str, folder: str) -> None:
+def bake(plan: Annotated[str, typer.Argument(metavar="FILE.json", help="a plan of `lz solve`")], factory: Factory,
+         folder: Annotated[str, typer.Argument(metavar="DIR", help="where it goes")]) -> None:  # fmt: skip
     """Write a stored plan of what MODULE:FACTORY returns as a folder that runs without LayerZero."""
     from .deploy import baking, offline
 
@@ -218,7 +258,7 @@ def warmup(folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder o
 def fuzz(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="a folder of `lz bake`")],
     model: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="the baked model; without it, nothing is run")] = None,
-    examples: Annotated[int, typer.Option(help="calls that are tried")] = 500, as_json: Json = False,
+    examples: Annotated[int, typer.Option(min=1, help="calls that are tried")] = 500, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Prove that a baked file has a right cell for every declared size, and try random ones against the model. 1 if it is wrong."""
     from .deploy.fuzzing import fuzz as run
@@ -229,11 +269,13 @@ def fuzz(
 
 
 def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:
-    found = {}
+    found: dict[str, list[int]] = {}
     for text in texts:
         symbol, _, ends = text.partition("=")
-        if not symbol or not all(end.isdigit() for end in ends.split(",")):
+        if not symbol or not all(end.isdecimal() for end in ends.split(",")):
             raise OptionError(f"--bucket {text!r} is not SYMBOL=END,END,..., for example seq=16,64,256")
+        if symbol in found:
+            raise OptionError(f"--bucket {symbol}=... is given twice: give all its ends at once, for example {symbol}=16,64,256")
         found[symbol] = [int(end) for end in ends.split(",")]
     return found
 
@@ -243,9 +285,10 @@ def _parsed_dynamic(texts: list[str]) -> dict[str, dict[int, str]]:
     for text in texts:
         place, _, symbol = text.partition("=")
         name, _, dim = place.rpartition(":")
-        if not name or not symbol or not dim.isdigit():
+        if not name or not symbol or not dim.isdecimal():
             raise OptionError(f"--dynamic {text!r} is not ARGUMENT:DIMENSION=SYMBOL, for example input_ids:1=seq")
-        found.setdefault(name, {})[int(dim)] = symbol
+        if found.setdefault(name, {}).setdefault(int(dim), symbol) != symbol:
+            raise OptionError(f"--dynamic {place}=... is given twice, as {found[name][int(dim)]!r} and as {symbol!r}: leave one out")
     return found
 
 
@@ -281,12 +324,12 @@ def canary(
 
 
 @app.command()
-def bench(factory: str, as_json: Json = False, option: Option = None, rounds: int = 15) -> None:
+def bench(factory: Factory, as_json: Json = False, option: Option = None, rounds: Rounds = 15) -> None:
     """Eager, Inductor and LayerZero on what MODULE:FACTORY returns, interleaved in one run."""
     from .demo import measure_columns
 
-    model, args, kwargs = load_factory(factory)
     columns = {"eager": None, "inductor": {}, "layerzero": parse_options(option)}
+    model, args, kwargs = load_model(factory)
     rows, _ = measure_columns(model, args, kwargs, columns, rounds, err.print)
     if as_json:
         out.print(json.dumps(rows, indent=2), markup=False)
@@ -341,7 +384,7 @@ def fingerprint(folder: Annotated[str, typer.Argument(metavar="DIR", help="A Hug
 
 
 @app.command()
-def demo(rounds: int = 15) -> None:
+def demo(rounds: Rounds = 15) -> None:
     """Compile a Llama-shaped model with eager, Inductor and LayerZero, and show what was chosen and why."""
     from .demo import run
 
@@ -375,9 +418,11 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 
 
 @cache_app.command("clear")
-def cache_clear(kind: Annotated[str | None, typer.Argument(help="timing, verdict, peaks; all if left out")] = None,
+def cache_clear(kind: Annotated[str | None, typer.Argument(help=f"{', '.join(KINDS)}; all if left out")] = None,
                 cache_dir: CacheDir = None) -> None:  # fmt: skip
     """Forget stored facts, or one kind of them."""
+    if kind is not None and kind not in KINDS:
+        raise OptionError(unknown("kind", kind, KINDS))
     out.print(f"{_store(cache_dir).clear(kind)} removed")
 
 

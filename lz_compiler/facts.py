@@ -23,6 +23,7 @@ MAX_VALUE = 1 << 26  # characters of one fact; more is damage
 MAX_LINE, MAX_FILE = 1 << 25, 1 << 28  # bytes of an exported file
 EXPORTED = ("peaks", "canary", "canary_failed", "quarantine")
 STAY = ("fingerprint", "import")  # about files of one machine
+KINDS = (TIMING, *EXPORTED, *STAY, "verdict", "links", "checked")
 
 _TYPES = (str, str, int | None, int, int, str | None, float | None, str, float, str)
 # Of one capability on two machines of one environment, the worse counts.
@@ -156,6 +157,18 @@ def parsed(text: bytes | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _formed(kind: str, value: Any) -> bool:
+    """Whether a record is what this kind holds, as far as `join` and the canary's readers rely on it."""
+    if not isinstance(value, dict):
+        return False
+    if kind == "canary":
+        found = value.get("capabilities", {})
+        entries = found.values() if isinstance(found, dict) else [None]
+        return type(value.get("run", 0)) is int and all(isinstance(v, dict) and isinstance(v.get("status"), str) for v in entries)
+    names = value.get("backends") if kind == "canary_failed" else []
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+
 # --- text -------------------------------------------------------------------------------------------------------------------
 
 
@@ -202,10 +215,15 @@ def _line(line: bytes, path: Path, number: int) -> Facts:
             raise ValueError(f"more than {MAX_LINE} bytes")
         row = json.loads(line)
         origin = row.get("machine", UNKNOWN), float(row.get("measured", 0.0))
+        if not math.isfinite(origin[1]):
+            raise ValueError(f"measured is {origin[1]}")
         if "kind" in row:
             kind, key, value = row["kind"], row["key"], row["value"]
-            if not all(isinstance(x, str) for x in (kind, key, origin[0])) or not isinstance(value, dict):
+            if kind not in EXPORTED:
+                raise ValueError(f"kind is {kind!r}, not one of {', '.join(EXPORTED)}")
+            if not isinstance(key, str) or not isinstance(origin[0], str) or not _formed(kind, value):
                 raise TypeError("a field of this record has the wrong type")
+            f"{key}{origin[0]}".encode()  # SQLite takes no lone surrogate
             found.records[kind, key] = json.dumps(value, sort_keys=True).encode()
             found.origins[kind, key] = origin
             return found
@@ -217,6 +235,7 @@ def _line(line: bytes, path: Path, number: int) -> Facts:
             raise TypeError("a field of this timing has the wrong type")
         if any(type(v) is int and not -(2**63) <= v < 2**63 for v in values):
             raise ValueError("a number is out of range")
+        "".join(v for v in (*values, origin[0]) if isinstance(v, str)).encode()
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError) as error:
         what = f"{error!r:.200}"
         raise StoreError(f"{path}, line {number}: not an exported fact ({what}). Export the store again.") from None
@@ -276,7 +295,7 @@ def _chosen(name: Name, ours: Facts, theirs: Facts) -> tuple[Timing | bytes | No
         return (other if better and not here else None), True
     assert isinstance(mine, bytes)
     assert isinstance(other, bytes)
-    one, two = parsed(mine), parsed(other)
+    one, two = (value if _formed(name[0], value := parsed(text)) else None for text in (mine, other))
     if one is None or two is None:
         return (other if one is None and two is not None else None), True
     how = _JOINS.get(name[0])
@@ -300,15 +319,12 @@ def _join_peaks(one: dict[str, Any], two: dict[str, Any], here: bool, _: str) ->
 
 def _join_canary(one: dict[str, Any], two: dict[str, Any], here: bool, where: str) -> tuple[dict[str, Any], bool]:
     """Verdicts by capability: what was tried here stays; what was not is taken over, and of two others the worse."""
-    mine, other = one.get("capabilities"), two.get("capabilities")
-    if not isinstance(mine, dict) or not isinstance(other, dict):
-        return (two if isinstance(other, dict) else one), True
-    found, differs = dict(mine), False
-    for name, verdict in other.items():
+    found, differs = dict(one.get("capabilities", {})), False
+    for name, verdict in two.get("capabilities", {}).items():
         old = found.get(name)
-        if not isinstance(verdict, dict) or verdict.get("status") not in _SEVERITY:
+        if verdict["status"] not in _SEVERITY:
             continue
-        if not isinstance(old, dict) or old.get("status") not in _SEVERITY:
+        if old is None or old["status"] not in _SEVERITY:
             found[name] = {"machine": where, **verdict}
             continue
         new_rank, old_rank = _SEVERITY[verdict["status"]], _SEVERITY[old["status"]]
@@ -319,8 +335,7 @@ def _join_canary(one: dict[str, Any], two: dict[str, Any], here: bool, where: st
 
 
 def _join_failed(one: dict[str, Any], two: dict[str, Any], here: bool, _: str) -> tuple[dict[str, Any], bool]:
-    names = {name for side in (one, two) for name in side.get("backends", ()) if isinstance(name, str)}
-    return {"backends": sorted(names)}, False
+    return {"backends": sorted({*one["backends"], *two["backends"]})}, False
 
 
 _JOINS: Mapping[str, Callable[[dict[str, Any], dict[str, Any], bool, str], tuple[dict[str, Any], bool]]] = {

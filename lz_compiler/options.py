@@ -103,7 +103,10 @@ class Options:
                 values[name] = _checked(field, _parsed(field, text, where), where)
                 if name == "policy" and given.get(name) is not None:
                     values[name] = load_policy(given[name], "option 'policy'").joined(values[name], variable)
-        return Options(**values)
+        found = Options(**values)
+        if found.problems is not None:
+            _make_folder(found.problems)  # now: while a graph is compiled, an error would cost the plan
+        return found
 
     @property
     def graphs(self) -> bool:
@@ -217,6 +220,8 @@ def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object
         names = value.split(",") if isinstance(value, str) else value
         if all(isinstance(name, str) and name.strip() for name in names):
             return tuple(dict.fromkeys(name.strip() for name in names))
+        if all(isinstance(name, str) for name in names) and len(names) > 1:
+            raise OptionError(f"{where} is {value!r}, with an empty name. {_expected(field)}")
         raise wrong
     if kind == "Any" and isinstance(getattr(value, "name", None), str) and callable(getattr(value, "price", None)):
         return value
@@ -224,6 +229,14 @@ def _checked(field: dataclasses.Field[Any], value: object, where: str) -> object
         _check_name(field, value, where)
         return value
     raise wrong
+
+
+def _make_folder(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        why = f"option 'problems' is {path!r}, which is no folder and cannot be made one: {error.strerror}"
+        raise OptionError(f"{why}. Give another.") from error
 
 
 def _check_name(field: dataclasses.Field[Any], value: str, where: str) -> None:

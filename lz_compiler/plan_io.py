@@ -27,7 +27,7 @@ DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, R
 def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
     """A plain file's bytes. OSError if it is none, or is larger than any plan, or than another limit."""
     if not path.is_file():
-        raise OSError("no such file")
+        raise OSError("it is a folder" if path.is_dir() else "no such file")
     with path.open("rb") as file:
         text = file.read(limit + 1)
     if len(text) > limit:
@@ -125,8 +125,10 @@ def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None
     try:
         if value is not None:
             _is(value["winner"], str)
-            dict(_is(value["times"], dict)), [plan_from_dict(p) for p in value["plans"]]
-            _is(value.get("error"), float, int, type(None)), _is(value.get("written"), list, type(None))
+            [_is(seconds, float, int) for seconds in _is(value["times"], dict).values()]
+            [plan_from_dict(p) for p in (*value["plans"], *_is(value.get("lossless", []), list))]
+            _is(value.get("error"), float, int, type(None))
+            [_is(index, int) for index in _is(value.get("written"), list, type(None)) or ()]
             for names in value.get("calls", {}).values():
                 [(_is(name, str), _is(n, int)) for name, n in _is(names, dict).items()]
             if not 0 < _is(value.get("dilution", 1.0), float, int) < float("inf"):
@@ -158,7 +160,8 @@ def save_problem(problem: Problem, path: str | os.PathLike[str]) -> None:
     try:
         write_whole(Path(path), json.dumps(data, separators=(",", ":")).encode())
     except OSError as error:
-        raise PlanError(f"cannot write the problem to {os.fspath(path)!r}: {error}. Give a file in a folder that is writable.") from error
+        why = f"cannot write the problem to {os.fspath(path)!r}: {error.strerror}"  # whose own text names the temporary file
+        raise PlanError(f"{why}. Give a file in a folder that is writable.") from error
 
 
 def problem_to_dict(problem: Problem) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -383,6 +384,15 @@ def test_a_descriptor_that_cannot_be_read_is_a_rejection(installed: Path, tmp_pa
     finally:
         path.write_text(json.dumps(FAULTY))
         capabilities._descriptor.cache_clear()
+
+
+def test_a_worker_to_which_nobody_listens_ends_in_silence() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lz_compiler.trust.canary_worker", "aten", "cpu", "60", "0", "0", "1"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
 
 
 def test_an_unknown_backend_is_named(installed: Path) -> None:

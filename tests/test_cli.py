@@ -7,18 +7,27 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from machine import plant
 from typer.testing import CliRunner, Result
 
-from lz_compiler import backend, backends, explain, load_plan
-from lz_compiler.cli import app, load_factory, main, parse_options
+import lz_compiler as lz
+from lz_compiler import backend, backends, collectives, explain, facts, load_plan
+from lz_compiler.backends import library
+from lz_compiler.cli import app, load_factory, load_model, main, parse_options
+from lz_compiler.deploy import model_fingerprint
 from lz_compiler.errors import LayerZeroError, OptionError
 from lz_compiler.options import parse_text
+from lz_compiler.plan_io import save_problem
+from lz_compiler.reports.report import describe_plan
 from lz_compiler.timings import Timing
+from lz_compiler.trust import failures, first_use, verdicts
+from lz_compiler.types import Plan, Problem, Status
 
 FACTORY = """
 import torch
@@ -28,6 +37,28 @@ from torch import nn
 def tiny():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(33, 7), nn.GELU()).eval(), (torch.randn(5, 33),), None
+
+
+def raises():
+    return {}["missing"]
+
+
+def narrow():
+    return nn.Linear(3, 3), (torch.ones(1, 4),), None
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * 2
+
+
+def counting():
+    return Counting(), (torch.ones(1, 4),), None
 
 
 def two():
@@ -77,6 +108,7 @@ def test_help_loads_no_torch() -> None:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Heavy imports" not in done.stdout
     for command in ("doctor", "demo", "explain", "bench", "solve", "bake", "fingerprint", "cache"):
         assert command in done.stdout
     assert time.perf_counter() - start < 20  # a busy machine; about half a second on a quiet one
@@ -168,6 +200,31 @@ def test_solve_and_explain_of_the_plan(models: str, tmp_path: Path) -> None:
         assert f"    {region['op']}{' + gelu' if 'gelu' in region['epilogue'] else ''}: {region['kernel']}  " in shown
 
 
+def saved(folder: Path, *plans: Plan) -> str:
+    """A model plan with a cell for each plan."""
+    file = folder / f"{len(plans)}.json"
+    file.write_text(json.dumps({"cells": [{"ranges": {"rows": [1, i + 1]}, "plans": [describe_plan(p)]} for i, p in enumerate(plans)]}))
+    return str(file)
+
+
+def test_diff_of_unlike_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled graph against a cell; of more than one, nothing says which belong together."""
+    plan = Plan("f", "inference", {}, (), (), 10**6, 10**6, Status.OPTIMAL, "cp_sat", 0.0, 0.1)
+    one, two, graphs = saved(tmp_path, plan), saved(tmp_path, plan, plan), str(tmp_path / "e.json")
+    Path(graphs).write_text(json.dumps({"graphs": [{"plans": [describe_plan(plan)]}]}))
+    assert "graph 0 against rows 1..1: objective 1.000 ms -> 1.000 ms (+0.0%), 0 decisions differ" in run("diff", graphs, one).stdout
+    assert "holds compiled graphs, " in fails(capsys, monkeypatch, "diff", graphs, two)
+    page = tmp_path / "d.html"
+    shown = run("diff", one, two, "--html", str(page)).stdout
+    assert f"rows 1..2: objective - -> 1.000 ms\n  only in {two}\n" in f"{shown}\n"
+    assert [g["objective_ns"] for g in json.loads(run("diff", two, one, "--json").stdout)["diff"]["graphs"]] == [[10**6] * 2, [10**6, None]]
+    (tmp_path / "p.json").write_text('{"layerzero_problem": 1}')
+    assert "p.json --what-if RULE" in fails(capsys, monkeypatch, "diff", one, str(tmp_path / "p.json"))
+    assert "it is a folder" in fails(capsys, monkeypatch, "diff", one, str(tmp_path))
+    (tmp_path / "p.json").write_text('{"cells": [{"ranges": {}, "plans": [{"kind": "inference"}]}]}')
+    assert "KeyError" not in fails(capsys, monkeypatch, "diff", one, str(tmp_path / "p.json"))
+
+
 def test_cache(tmp_path: Path) -> None:
     where = ("--cache-dir", str(tmp_path))
     store = backend.open_store(str(tmp_path))
@@ -186,6 +243,13 @@ def test_cache(tmp_path: Path) -> None:
     assert run("cache", "clear", *where).stdout == "1 removed\n"
     assert json.loads(run("cache", "ls", "--json", *where).stdout)["counts"] == {}
     assert run("cache", "clear", *where).stdout == "0 removed\n"
+
+
+def test_cache_clear_knows_the_kinds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = (failures.KIND, verdicts.CANARY, verdicts.FAILED, model_fingerprint.KIND, collectives.KIND, library.IMPORT, first_use.CHECKED)
+    assert {*kinds, "timing", "verdict", "peaks"} == set(facts.KINDS)
+    told = fails(capsys, monkeypatch, "cache", "clear", "timings")
+    assert "unknown kind 'timings'. Did you mean 'timing'? Allowed: canary, " in told
 
 
 def test_cache_export_and_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +306,7 @@ def test_option_text_is_read_as_from_the_environment(name: str, text: str, value
         ("error_budget", "much", "option 'error_budget' is 'much'. Give a number"),
         ("memory_limit", "1.5", "whole number"),
         ("solver", "cpsat", "Did you mean 'cp_sat'?"),
+        ("backends", "onednn,", "option 'backends' is 'onednn,', with an empty name. Give a list"),
     ],
 )
 def test_wrong_option_text(name: str, text: str, message: str) -> None:
@@ -275,12 +340,32 @@ def test_wrong_factory_name_gets_the_nearest(models: str, capsys: pytest.Capture
     assert "Did you mean 'tiny'?" in fails(capsys, monkeypatch, "explain", f"{models}:tinny")
 
 
-def test_an_error_inside_the_users_module_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a wrong name is our message; a bug in the user's own code keeps its traceback."""
-    (tmp_path / "lz_cli_broken.py").write_text("def f():\n    return {}['missing']\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(KeyError, match="missing"):
-        load_factory("lz_cli_broken:f")
+@pytest.mark.parametrize(
+    ("factory", "message", "line"),
+    [
+        ("lz_cli_models:raises", "'lz_cli_models:raises' raised KeyError: 'missing'", 'return {}["missing"]'),
+        ("lz_cli_broken:f", "cannot load 'lz_cli_broken:f': ZeroDivisionError: division by zero", "1 / 0"),
+    ],
+)
+def test_an_error_of_the_users_code_has_the_users_frames(factory: str, message: str, line: str, models: str, tmp_path: Path) -> None:
+    (tmp_path / "lz_cli_broken.py").write_text("1 / 0\n")
+    with pytest.raises(OptionError) as raised:
+        load_factory(factory)
+    told = str(raised.value)
+    assert told.startswith(message)
+    assert line in told
+    assert told.count("  File ") == 1
+
+
+@pytest.mark.parametrize("command", [["explain"], ["bench"], ["solve", "p.json"]])
+def test_a_model_that_fails_by_itself(
+    command: list[str], models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is compiled, and on a copy: the call that tries it may write."""
+    monkeypatch.setattr("torch._dynamo.optimize", None)
+    told = fails(capsys, monkeypatch, command[0], f"{models}:narrow", *command[1:])
+    assert "the model itself fails on its example arguments: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in told
+    assert load_model(f"{models}:counting")[0].calls == 0
 
 
 @pytest.mark.parametrize(
@@ -290,6 +375,10 @@ def test_an_error_inside_the_users_module_is_not_hidden(tmp_path: Path, monkeypa
         (["p.json", "--bucket", "rows=4,x"], "--bucket 'rows=4,x' is not"),
         (["p.json", "--dynamic", "input=rows"], "--dynamic 'input=rows' is not ARGUMENT:DIMENSION=SYMBOL, for example input_ids:1=seq"),
         (["p.json", "--dynamic", "input:0"], "--dynamic 'input:0' is not"),
+        (["p.json", "--bucket", "rows=²"], "--bucket 'rows=²' is not"),
+        (["p.json", "--bucket", "rows=4", "--bucket", "rows=8"], "--bucket rows=... is given twice"),
+        (["p.json", "--dynamic", "input:0=a", "--dynamic", "input:0=b"], "--dynamic input:0=... is given twice, as 'a' and as 'b'"),
+        (["p.json", "--problems", __file__], "which is no folder and cannot be made one: File exists"),
         (["p.json", "--dynamic", "inputs:0=rows", "--bucket", "rows=4"], "Did you mean 'input'?"),
         (["p.json", "--dynamic", "input:0=rows"], "symbol 'rows' has no buckets"),
         (["p.json", "--bucket", "rows=4"], "no dimension is called 'rows'"),
@@ -310,6 +399,70 @@ def test_wrong_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     file.write_text("{}")
     assert "is a plan of schema None" in fails(capsys, monkeypatch, "explain", str(file))
     assert "give no --option" in fails(capsys, monkeypatch, "explain", str(file), "-o", "freeze=1")
+    assert "give no --calls" in fails(capsys, monkeypatch, "explain", str(file), "--calls", "3")
+    assert "--problems is for --what-if" in fails(capsys, monkeypatch, "explain", "m:f", "--problems", "x")
+    folder = tmp_path / "d.json"
+    folder.mkdir()
+    assert "it is a folder. Make one: lz.solve(...).save(path), or `lz solve`." in fails(capsys, monkeypatch, "explain", str(folder))
+
+
+@pytest.mark.parametrize("command", ["bench m:f --rounds 0", "demo --rounds 0", "fuzz x --examples 0", "explain m:f --calls 0"])
+def test_a_number_that_is_too_small(command: str) -> None:
+    result = run(*command.split())
+    assert result.exit_code == 2
+    assert command.split()[-2] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: explain(3), "explain takes what torch.compile returned, a plan, or nothing; given: int"),
+        (lambda: explain(len), "given: builtin_function_or_method"),
+        (lambda: explain("none.json"), "cannot read the plan 'none.json': no such file"),
+        (lambda: explain(Path("none.json")), "cannot read the plan 'none.json': no such file"),
+        (lambda: lz.compile(len, problems=__file__), "which is no folder and cannot be made one: File exists. Give another."),
+        (lambda: lz.fuzz(".", examples=-1), "examples is -1. Give 1 or more."),
+        (lambda: lz.canary([], row_s=0), "row_s is 0. Give a number of seconds above 0."),
+        (lambda: lz.canary([], total_s=float("nan")), "total_s is nan"),
+    ],
+)
+def test_wrong_arguments_of_functions(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(LayerZeroError) as raised:
+        call()
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("command", ["bench", "solve", "bake"])
+def test_help_says_what_a_factory_is(command: str) -> None:
+    assert "MODULE:FACTORY" in run(command, "--help").stdout.strip().splitlines()[0]
+
+
+def test_a_problem_that_cannot_be_written(tmp_path: Path) -> None:
+    problem = Problem((), (), (), (), frozenset(), (), 0.0, None)
+    with pytest.raises(LayerZeroError, match=r"No such file or directory\. Give a file in a folder that is writable") as raised:
+        save_problem(problem, tmp_path / "none" / "p.problem.json")
+    assert ".tmp" not in str(raised.value)
+
+
+def test_what_was_not_compiled_is_said() -> None:
+    model = torch.nn.Linear(2, 2)
+    for compiled in (lz.compile(model), torch.compile(model, backend="eager")):
+        assert "nothing of this module was compiled by backend='layerzero' yet: call it first" in str(explain(compiled))
+
+
+def test_what_another_backend_compiled_is_no_recompilation(caplog: pytest.LogCaptureFixture) -> None:
+    """Dynamo counts all compilations of one code."""
+    caplog.set_level("INFO", "lz_compiler.backend")
+    layers = [torch.nn.Linear(3, 3).eval() for _ in range(3)]
+    with torch.no_grad():
+        torch.compile(layers[0], backend="eager")(torch.ones(2, 3))
+        for layer in layers[1:]:
+            run_by = lz.compile(layer, race=False, cost_model="roofline")
+            run_by(torch.ones(2, 3))
+        said = [r.levelname for r in caplog.records if " compiled " in r.message]
+        run_by(torch.ones(4, 3))
+    assert said == ["INFO", "INFO"]
+    assert "/3 is compiled again" in caplog.text
 
 
 @pytest.mark.parametrize("command", ["explain", "bench"])
@@ -319,7 +472,7 @@ def test_wrong_option(command: str, models: str, capsys: pytest.CaptureFixture[s
 
     assert "unknown option 'sovler'. Did you mean 'solver'?" in told("sovler=greedy")
     assert "Did you mean 'greedy'?" in told("solver=gredy")
-    assert "option 'freeze' is ''" in told("freeze")
+    assert "-o 'freeze' is not NAME=VALUE" in told("freeze")
     assert "unknown backend 'onednm'. Did you mean 'onednn'?" in told("backends=onednm")
 
 
@@ -329,6 +482,11 @@ def test_every_error_of_ours_is_one_line(capsys: pytest.CaptureFixture[str], mon
 
     monkeypatch.setattr("lz_compiler.timings.open_store", fail)
     assert fails(capsys, monkeypatch, "cache", "ls") == "lz: what was given, what is allowed, what to do"
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["lz", "explain", "x" * 200])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_wrong_command() -> None:

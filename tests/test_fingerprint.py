@@ -45,7 +45,7 @@ def contents(words: list[str]) -> Contents:
         },
         "tokenizer_config.json": {"eos_token": "</s>", "add_bos_token": False, "chat_template": "{{ x }}", "model_max_length": 1000},
         "special_tokens_map.json": {"eos_token": "</s>"},
-        "config.json": {"model_type": "llama", "hidden_size": 64, "rope": {"theta": 1e4, "type": "plain"}},
+        "config.json": {"model_type": "llama", "hidden_size": 64, "rope": {"theta": 1e4, "type": "plain"}, "text_config": {}},
         "generation_config.json": {"do_sample": False, "eos_token_id": 91},
         "model.safetensors": b"0123456789" * 100,
     }  # fmt: skip
@@ -114,6 +114,7 @@ def test_writing_json_otherwise_changes_nothing(tmp_path_factory: pytest.TempPat
     files, cache = contents(words), str(base / "cache")
     first = fingerprint(write(base / "model", files), cache)
     files["config.json"]["transformers_version"] = "9.9"  # who wrote it, not what it is
+    files["config.json"]["text_config"] |= {"_name_or_path": "/elsewhere", "transformers_version": "9.9"}
     files["tokenizer.json"]["model"]["merges"] = [" ".join(pair) for pair in files["tokenizer.json"]["model"]["merges"]]
     second = fingerprint(write(base / "model", files, by), cache)
     assert differences(first, second) == []
@@ -196,6 +197,13 @@ def test_older_files_give_the_same_vocabulary_and_merges(tmp_path_factory: pytes
     piece = [dict(fingerprint(write(base / "piece", files | {"spiece.model": b}), cache).tokenizer) for b in (b"\n\1a", b"\n\1b")]
     assert piece[0].keys() == piece[1].keys()
     assert {part for part in piece[0] if piece[0][part] != piece[1][part]} == {"model file"}
+
+
+@pytest.mark.parametrize("beside", ["vocab.json", "vocab.txt", "config.json"])
+@pytest.mark.parametrize("name", ["sentencepiece.model", "source.spm"])
+def test_another_model_file_is_a_difference(beside: str, name: str, tmp_path: Path, cache: str) -> None:
+    one, two = (fingerprint(write(tmp_path / "m", {beside: {"a": 1}, name: b}), cache) for b in (b"one", b"two"))
+    assert differences(one, two) == ["tokenizer: model file"]
 
 
 def test_saved_again_by_transformers(tmp_path: Path, cache: str) -> None:
@@ -395,6 +403,8 @@ def test_wrong_folders(model: Path, cache: str, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "README.md").touch()
+    with pytest.raises(FingerprintError, match="3 is not a folder"):
+        fingerprint(3)  # type: ignore[arg-type]
     with pytest.raises(FingerprintError, match="has no tokenizer, config or weights"):
         fingerprint(empty, cache)
     os.mkfifo(empty / "config.json")  # would be read for ever
@@ -414,10 +424,10 @@ def test_a_file_that_cannot_be_read(model: Path, cache: str) -> None:
     ("data", "message"),
     [
         ([], "a JSON object, not list"),
-        ({}, "schema version None; this LayerZero reads 1"),
-        ({"schema_version": 2}, "schema version 2"),
-        ({"schema_version": 1, "config": {}, "weights": {}}, "'tokenizer' must map names to hashes"),
-        ({"schema_version": 1, "tokenizer": {"merges": "0x1"}, "config": {}, "weights": {}}, "'tokenizer' must map"),
+        ({}, "schema version None; this LayerZero reads 2"),
+        ({"schema_version": 1}, "schema version 1"),
+        ({"schema_version": 2, "config": {}, "weights": {}}, "'tokenizer' must map names to hashes"),
+        ({"schema_version": 2, "tokenizer": {"merges": "0x1"}, "config": {}, "weights": {}}, "'tokenizer' must map"),
     ],
 )
 def test_broken_fingerprints(data: object, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -24,6 +25,7 @@ from machine import PEAKS
 
 import lz_compiler as lz
 from lz_compiler import cache_folder, facts, plan_io
+from lz_compiler.backends import all_backends
 from lz_compiler.deploy import warming
 from lz_compiler.deploy.model_fingerprint import Fingerprint, fingerprint
 from lz_compiler.deploy.offline import ModelPlan, load_plan
@@ -35,7 +37,7 @@ from lz_compiler.timings import FILE_NAME, StoreError, Timing, TimingStore
 from lz_compiler.trust import failures
 from lz_compiler.trust.descriptors import Descriptor, read
 from lz_compiler.trust.policy import Policy, load_policy
-from lz_compiler.trust.verdicts import FAILED, Trust, hardware
+from lz_compiler.trust.verdicts import FAILED, Trust, hardware, last_run, remember
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="owners, links and pipes of POSIX")
 HERE = Path(__file__).parent
@@ -186,7 +188,7 @@ def test_plans_of_many_cells_names_of_many_letters_and_large_files(tmp_path: Pat
         file.truncate(plan_io.MAX_BYTES + 1)
     with pytest.raises(PlanError, match="more than 67108864 bytes"):
         load_plan(tmp_path / "p.json")
-    with pytest.raises(PlanError, match="no such file"):
+    with pytest.raises(PlanError, match="it is a folder"):
         load_plan(tmp_path)
 
 
@@ -206,6 +208,9 @@ def test_verdicts(tmp_path: Path) -> None:
     fuzz()
     for name in ("winner", "times", "plans"):
         assert verdict_or_none({k: v for k, v in good.items() if k != name}) is None
+    assert verdict_or_none({**good, "lossless": [plan]})
+    for wrong in ({"lossless": 5}, {"lossless": [5]}, {"written": ["a"]}, {"times": {"eager": "x"}}):
+        assert verdict_or_none({**good, **wrong}) is None, wrong
 
 
 # --- policies, descriptors, fingerprints ---------------------------------------------------------------------------------------
@@ -263,7 +268,7 @@ def test_descriptors(tmp_path: Path) -> None:
 
 
 def test_fingerprints(tmp_path: Path) -> None:
-    good = {"schema_version": 1, "tokenizer": {"a": "0" * 32}, "config": {}, "weights": {"w": "f" * 32}}
+    good = {"schema_version": 2, "tokenizer": {"a": "0" * 32}, "config": {}, "weights": {"w": "f" * 32}}
     assert isinstance(Fingerprint.from_dict(good), Fingerprint)
 
     @fuzzed
@@ -541,6 +546,13 @@ def test_records_that_are_not_what_they_should_be(tmp_path: Path) -> None:
         store.put_record("peaks", "device=cpu|name=box|torch=2", peaks)
         with pytest.raises(OptionError, match="unknown target 'box'"):
             stored_target(store, "box")
+    aten = all_backends()["aten"]
+    for run in ("x", [1], None):
+        for version in "12":
+            store.put_record("canary", f"aten|{version}|d|name=box", {"capabilities": {}, "run": run})
+        remember(store, aten, ENV, {"capabilities": {}})
+        assert last_run(store, aten, ENV) == {"capabilities": {}, "run": 1}
+        store.clear("canary")
 
 
 # --- exported files ----------------------------------------------------------------------------------------------------------
@@ -569,3 +581,42 @@ def test_exported_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     file.write_text("\n".join(lines))
     with pytest.raises(StoreError, match=r"line 1: .*more than 50 bytes"):
         target.merge(file)
+
+
+FACT = {"key": "k", "kernel": "x", "ns": 1, "spread": 0, "samples": 1, "error": None, "epsilon": 0.0, "detail": ""}
+PASSED = {"capabilities": {"x": {"status": "passed"}}}
+ROWS: list[dict[str, Any]] = [
+    {**FACT, "machine": "m", "measured": math.nan}, {"kind": "peaks", "key": "a", "value": {}, "measured": math.inf},
+    {**FACT, "key": "\ud800"}, {**FACT, "machine": "\ud800"}, {"kind": "peaks", "key": "\ud800", "value": {}},
+    *({"kind": kind, "key": "a", "value": {}} for kind in ("timing", "verdict", "fingerprint", "import", "other")),
+    *({"kind": "canary", "key": "a", "value": {"capabilities": {"x": {"status": status}}}} for status in ([], {}, 5)),
+    {"kind": "canary", "key": "a", "value": {"capabilities": 5}}, {"kind": "canary", "key": "a", "value": {**PASSED, "run": "x"}},
+    {"kind": "canary_failed", "key": "a", "value": {"backends": 5}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
+def test_a_row_that_no_export_writes_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    store, file = TimingStore.open(tmp_path / "a"), tmp_path / "f.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(StoreError, match=r"f\.jsonl, line 1: "):
+        store.merge(file)
+    assert not store.ls().counts
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        ("canary", PASSED, {"capabilities": {"x": {"status": []}}}),
+        ("canary", PASSED, {"capabilities": {"x": 5}}),
+        ("canary_failed", {"backends": ["aten"]}, {"backends": 5}),
+    ],
+)
+def test_a_row_of_a_store_that_is_none_gives_way(tmp_path: Path, ours: bool, kind: str, right: Any, wrong: Any) -> None:
+    here, there = TimingStore.open(tmp_path / "here"), TimingStore.open(tmp_path / "there")
+    here.put_record(kind, "a", wrong if ours else right)
+    there.put_record(kind, "a", right if ours else wrong)
+    assert there.path is not None
+    here.merge(there.path)
+    assert here.get_record(kind, "a") == right

@@ -115,6 +115,9 @@ def test_a_file_a_dict_and_the_environment_are_one_policy(tmp_path: Path, monkey
         "avoid: [{backend: inductor, factor: 3.0}]"
     )
     found = [Options.resolve({"policy": p}) for p in (given, str(tmp_path / "a.json"), tmp_path / "b.yaml")]
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    with pytest.raises(PolicyError, match=r"is empty\. Give a dict of lock, prefer"):
+        load_policy(tmp_path / "empty.yaml", "option 'policy'")
     monkeypatch.setenv("LAYERZERO_POLICY", str(tmp_path / "b.yaml"))
     found.append(Options.resolve())
     assert len(set(found)) == 1
@@ -134,6 +137,9 @@ def test_a_file_a_dict_and_the_environment_are_one_policy(tmp_path: Path, monkey
 WRONG: list[tuple[Any, str]] = [
     ({"denny": []}, "unknown policy key 'denny'. Did you mean 'deny'?"),
     ({"deny": [{"op": "liner"}]}, "unknown op 'liner'. Did you mean 'linear'?"),
+    ({"deny": [{"op": "linear", "dtype": "float33"}]}, "unknown dtype 'float33'. Did you mean 'float32'?"),
+    ({"deny": [{"op": "linear", "dtype": ["float32", "half"]}]}, "unknown dtype 'half'"),
+    ({"deny": [{"op": "linear", "device": "gpu"}]}, "unknown device 'gpu'. Did you mean 'cpu'? Allowed: cpu, cuda."),
     ({"deny": [{"op": "linear", "head": 64}]}, "unknown condition 'head'"),
     ({"deny": [{"kernel": "aten.mm", "row": 1}]}, "Did you mean 'rows'?"),
     ({"deny": [{"kernel": "aten.mm", "factor": 0.5}]}, "unknown condition 'factor'"),
@@ -192,8 +198,8 @@ def test_hostile_files(tmp_path: Path, data: bytes, suffix: str) -> None:
 
 
 def test_a_folder_and_a_device_are_not_policies(tmp_path: Path) -> None:
-    for path in (tmp_path, Path("/dev/zero")):
-        with pytest.raises(PolicyError, match="no such file"):
+    for path, message in ((tmp_path, "it is a folder"), (Path("/dev/zero"), "no such file")):
+        with pytest.raises(PolicyError, match=message):
             load_policy(path, "option 'policy'")
 
 

@@ -115,6 +115,8 @@ def fuzz(
     """
     if not isinstance(model, (nn.Module, type(None))):
         raise OptionError(f"fuzz takes the nn.Module that was baked; given: {type(model).__name__}.")
+    if examples < 1:
+        raise OptionError(f"examples is {examples!r}. Give 1 or more.")
     folder = baked_file(plan_dir).parent
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

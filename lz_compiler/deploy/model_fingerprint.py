@@ -17,7 +17,7 @@ import re
 import stat
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import xxhash
 from ..errors import FingerprintError, PlanError
 from ..timings import TimingStore, user_store
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "fingerprint"
 GROUPS = ("tokenizer", "config", "weights")
 GRAIN_NS = 3_000_000_000  # two seconds on FAT, the coarsest stamps there are, and one for a file server's own clock
@@ -35,7 +35,7 @@ _BLOCK = 1 << 22
 
 _TOKENIZER = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|vocab\.txt"
-    r"|chat_template\.jinja|tekken\.json|.+\.(model|tiktoken)"
+    r"|chat_template\.jinja|tekken\.json|.+\.(model|spm|tiktoken)"
 )
 _CONFIG = re.compile(r"config\.json|generation_config\.json")
 _WEIGHTS = re.compile(r".+\.(safetensors|bin)(\.index\.json)?")
@@ -108,9 +108,11 @@ def differences(a: Fingerprint, b: Fingerprint) -> list[str]:
 def fingerprint(dir: str | os.PathLike[str], cache_dir: str | None = None) -> Fingerprint:
     """The fingerprint of a model folder: of the tokenizer's, config's and weights' files directly in it.
 
-    The vocabulary is that of tokenizer.json, else vocab.json with merges.txt, else vocab.txt, else the tokenizer's model files.
+    The vocabulary is that of tokenizer.json, else vocab.json with merges.txt, else vocab.txt, with the tokenizer's model files.
     `cache_dir` is the folder of the timings store (by default option `cache_dir`). FingerprintError if a file cannot be read.
     """
+    if not isinstance(dir, str | os.PathLike):
+        raise FingerprintError(f"{dir!r:.80} is not a folder. Give the path of a model's folder, with its config.json.")
     folder = Path(os.path.abspath(os.path.expanduser(dir)))
     stats = _listed(folder)
     store = user_store(cache_dir)
@@ -227,17 +229,13 @@ def _made(folder: Path, contents: Mapping[str, bytes], seen: Mapping[str, _Seen]
         if _WEIGHTS.fullmatch(name):
             weights[name] = _digest(files.object(name)) if name.endswith(".json") else seen[name].digest
         elif _CONFIG.fullmatch(name):
-            config[name] = _digest(_without(files.object(name), _ORIGIN))
+            config[name] = _digest(files.object(name, _ORIGIN))
     return Fingerprint(*(tuple(sorted(group.items())) for group in (tokenizer, config, weights)))
 
 
 def _digest(value: object) -> str:
     # Escaped to ASCII, so that a lone surrogate is no error; sorted, so that the order of keys is none of its meaning.
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _without(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +248,12 @@ class _Files:
     def wrong(self, name: str, why: str) -> FingerprintError:
         return FingerprintError(f"{self.folder / name}: {why}. Download the file again, or repair it.")
 
-    def object(self, name: str) -> dict[str, Any]:
-        """A file's JSON object; an empty one if the file is not there."""
+    def object(self, name: str, without: Collection[str] = ()) -> dict[str, Any]:
+        """A file's JSON object, in which no object has the names `without`; an empty one if the file is not there."""
         if name not in self.contents:
             return {}
         try:
-            value = json.loads(self.contents[name])
+            value = json.loads(self.contents[name], object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in without})
         except json.JSONDecodeError as error:
             raise self.wrong(name, f"broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
         except UnicodeDecodeError as error:
@@ -280,7 +278,7 @@ class _Files:
 def _tokenizer_parts(files: _Files) -> dict[str, Any]:
     """The tokenizer by the names of its parts, in a form in which equal meaning is equal JSON."""
     fast = files.object("tokenizer.json")
-    config = _without(files.object("tokenizer_config.json"), _ORIGIN)
+    config = files.object("tokenizer_config.json", _ORIGIN)
     known = _known_tokens(files, fast.get("added_tokens") or [], config.pop("added_tokens_decoder", {}))
     template = config.pop("chat_template", None)
     if "chat_template.jinja" in files.contents:
@@ -305,15 +303,18 @@ def _fast_parts(files: _Files, fast: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slow_parts(files: _Files) -> dict[str, Any]:
-    """Of the older files: the same vocabulary and merges, or a hash for each model file, which holds all of it."""
+    """Of the older files: the same vocabulary and merges, and a hash for each model file, which may hold all of it, or only how text
+    is split beside a vocab.json."""
     names = files.contents
+    others = [name for name in names if name == "tekken.json" or name.endswith((".model", ".spm", ".tiktoken"))]
+    found: dict[str, Any] = {"model file": {name: xxhash.xxh3_128_hexdigest(names[name]) for name in others}}
     if "vocab.json" in names:
         lines = files.lines("merges.txt") if "merges.txt" in names else []
-        return {"vocabulary": files.object("vocab.json"), "merges": [_pair(x) for x in lines if x and not x.startswith("#version")]}
+        merges = [_pair(x) for x in lines if x and not x.startswith("#version")]
+        return {"vocabulary": files.object("vocab.json"), "merges": merges, **found}
     if "vocab.txt" in names:
-        return {"vocabulary": {token: index for index, token in enumerate(files.lines("vocab.txt"))}}
-    others = [name for name in names if name == "tekken.json" or name.endswith((".model", ".tiktoken"))]
-    return {"model file": {name: xxhash.xxh3_128_hexdigest(names[name]) for name in others}}
+        found["vocabulary"] = {token: index for index, token in enumerate(files.lines("vocab.txt"))}
+    return found
 
 
 def _pair(merge: object) -> object:

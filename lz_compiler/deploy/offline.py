@@ -105,7 +105,7 @@ def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
     try:
         data = json.loads(read_limited(Path(path)))
     except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}. Make one: lz.solve(...).save(path).") from error
+        raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}. Make one: lz.solve(...).save(path), or `lz solve`.") from error
     version = data.get("layerzero_model_plan") if isinstance(data, dict) else None
     if version != VERSION:
         raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r:.80}; this LayerZero reads {VERSION}. Solve again.")

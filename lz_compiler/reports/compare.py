@@ -99,13 +99,21 @@ def _components(before: Sequence[Decision], after: Sequence[Decision]) -> Iterat
 
 
 def compare_files(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> Report:
-    """Two plans of `lz.solve(...).save`, or two outputs of `lz explain --json`, graph by graph. PlanError for anything else."""
-    sides = [_plans(path) for path in (before, after)]
-    names = [os.fspath(before), os.fspath(after)]
+    """Two plans of `lz.solve(...).save`, or two outputs of `lz explain --json`, graph by graph; of unlike files only where each has one.
+
+    PlanError for anything else."""
+    (one, first), (two, second) = (_plans(path) for path in (before, after))
+    sides, names = [first, second], [os.fspath(before), os.fspath(after)]
+    if one != two and len(first) == len(second) == 1:
+        label = f"{next(iter(first))} against {next(iter(second))}"
+        sides = [{label: plan} for side in sides for plan in side.values()]
+    elif one != two:
+        raise PlanError(f"{names[0]!r} holds {one}, {names[1]!r} {two}: give two plans, or two outputs of `lz explain --json`.")
     graphs = []
     for label in dict.fromkeys((*sides[0], *sides[1])):
         if label not in sides[0] or label not in sides[1]:
-            graphs.append(_graph(label, [0, 0], ([], []), f"only in {names[0] if label in sides[0] else names[1]}"))
+            held = [side[label]["objective_ns"] if label in side else None for side in sides]
+            graphs.append(_graph(label, held, ([], []), f"only in {names[0] if label in sides[0] else names[1]}"))
             continue
         old, new = sides[0][label], sides[1][label]
         other = old["fingerprint"] != new["fingerprint"]
@@ -122,7 +130,8 @@ def _settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[list[str]]
     for title in ("environment", "options"):
         sides = [plan.get(title) for plan in (old, new)]
         if all(isinstance(side, Mapping) for side in sides):
-            told = [{k: v for k, v in side.items() if v is not None} for side in sides if side is not None]
+            default = Options().as_data() if title == "options" else {}  # `lz explain` tells only what is not
+            told = [{k: v for k, v in {**default, **side}.items() if v is not None} for side in sides if side is not None]
             names = sorted({*told[0], *told[1]})
             rows += [[name, *(_told(side.get(name)) for side in told)] for name in names if told[0].get(name) != told[1].get(name)]
     return rows
@@ -132,7 +141,8 @@ def _told(value: object) -> str:
     return "not said" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _plans(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
+def _plans(path: str | os.PathLike[str]) -> tuple[str, dict[str, Mapping[str, Any]]]:
+    """What a file holds, in words, and its plans."""
     try:
         data = json.loads(read_limited(Path(path)))
     except (OSError, ValueError, RecursionError) as error:
@@ -141,25 +151,26 @@ def _plans(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
         ) from error
     if isinstance(data, dict) and "layerzero_model_plan" in data:
         data = explain_model_plan(offline.load_plan(path)).data
+    if isinstance(data, dict) and "layerzero_problem" in data:
+        raise PlanError(f"{os.fspath(path)!r} is a problem, which has no plan yet: lz explain {os.fspath(path)} --what-if RULE.")
     try:
         if "cells" in data:
-            options = data.get("options")
+            what, options = "cells", data.get("options")
             found = [(ranges_text({s: tuple(e) for s, e in c["ranges"].items()}), c["plans"], options) for c in data["cells"]]
         elif "graphs" in data:
+            what = "compiled graphs"
             found = [(f"graph {i}", graph["plans"], graph.get("options")) for i, graph in enumerate(data["graphs"])]
         else:
-            found = [("the plan", [data], None)]
+            what, found = "one plan", [("the plan", [data], None)]
         plans: dict[str, Mapping[str, Any]] = {
             f"{label}, {p['kind']} {i}" if i else label: {**p, "options": options}
             for label, members, options in found for i, p in enumerate(members)
         }  # fmt: skip
         for plan in plans.values():
             list(_decisions(plan))
-        return plans
+        return what, plans
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise PlanError(
-            f"{os.fspath(path)!r} is neither a plan of `lz solve` nor what `lz explain --json` prints ({type(error).__name__}: {error})."
-        ) from error
+        raise PlanError(f"{os.fspath(path)!r} is neither a plan of `lz solve` nor what `lz explain --json` prints. Give one.") from error
 
 
 def _decisions(plan: Mapping[str, Any]) -> Iterator[Decision]:
@@ -299,7 +310,7 @@ def _filtered(problem: Problem, keep: Callable[[Any], bool]) -> Problem:
 
 
 def _graph(
-    label: str, objectives: list[int], decided: Sequence[Sequence[Decision]], note: str | None,
+    label: str, objectives: Sequence[int | None], decided: Sequence[Sequence[Decision]], note: str | None,
     conversions: Sequence[Conversions] = ({}, {}),
 ) -> dict[str, Any]:  # fmt: skip
     """`prices_ns` and `conversions_ns` are parts of the objectives; what is left is loops, memory traffic and calls."""
@@ -308,7 +319,7 @@ def _graph(
         {"kind": k, "count": [c.get(k, (0, 0))[0] for c in conversions], "ns": [c.get(k, (0, 0))[1] for c in conversions]} for k in kinds
     ]
     return {
-        "label": label, "objective_ns": objectives, "regions": len(decided[0]), "note": note, "changes": changes(*decided),
+        "label": label, "objective_ns": list(objectives), "regions": len(decided[0]), "note": note, "changes": changes(*decided),
         "prices_ns": [sum(d.ns for d in side) for side in decided],
         "conversions_ns": [sum(ns for _, ns in c.values()) for c in conversions],
         "conversions": [m for m in moved if m["count"][0] != m["count"][1]], "settings": [],
@@ -321,12 +332,11 @@ def _report(title: str, names: list[str], graphs: list[dict[str, Any]]) -> Repor
 
 
 def _lines(graph: Mapping[str, Any]) -> Iterator[str]:
-    old, new = graph["objective_ns"]
-    share = f" ({(new - old) / old:+.1%})" if old else ""
-    differ = sum(c["count"] for c in graph["changes"])
-    yield f"{graph['label']}: objective {milliseconds(old)} -> {milliseconds(new)}{share}, {differ} decisions differ"
+    yield headline(graph)
     if graph["note"]:
         yield f"  {graph['note']}"
+    if None in graph["objective_ns"]:
+        return
     yield f"  {parts(graph)}"
     yield from (f"  {line}" for line in settings_lines(graph))
     for c in graph["changes"]:
@@ -334,6 +344,17 @@ def _lines(graph: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {c['count']}x {c['op']} ({c['nodes']}): {sides[0]} -> {sides[1]}  {(c['ns'][1] - c['ns'][0]) / 1e6:+.3f} ms"
     for m in graph["conversions"]:
         yield f"  conversions {m['kind']}: {m['count'][0]} -> {m['count'][1]}  {(m['ns'][1] - m['ns'][0]) / 1e6:+.3f} ms"
+
+
+def headline(graph: Mapping[str, Any]) -> str:
+    """A graph's objectives, `-` for that of a side that lacks it, and how many decisions differ."""
+    old, new = graph["objective_ns"]
+    told = " -> ".join("-" if ns is None else milliseconds(ns) for ns in (old, new))
+    if old is None or new is None:
+        return f"{graph['label']}: objective {told}"
+    share = f" ({(new - old) / old:+.1%})" if old else ""
+    differ = sum(c["count"] for c in graph["changes"])
+    return f"{graph['label']}: objective {told}{share}, {differ} decisions differ, of {plural(graph['regions'], 'region')}"
 
 
 def parts(graph: Mapping[str, Any]) -> str:

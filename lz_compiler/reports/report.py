@@ -299,9 +299,10 @@ def _record_lines(record: GraphRecord) -> Iterator[str]:
         yield from _plan_lines(plan, record.profile)
 
 
-def explain_records(records: Sequence[GraphRecord]) -> Report:
+def explain_records(records: Sequence[GraphRecord], nothing: str = "") -> Report:
+    """`nothing`: what is said where there are none."""
     title = f"LayerZero: {len(records)} graph{'s' if len(records) != 1 else ''}"
-    lines = tuple(line for record in records for line in _record_lines(record))
+    lines = tuple(line for record in records for line in _record_lines(record)) or (nothing,)
     return Report(title, {"graphs": [describe_record(r) for r in records]}, lines)
 
 

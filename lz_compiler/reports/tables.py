@@ -81,14 +81,13 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _difference(graph: Mapping[str, Any], names: Sequence[str]) -> Iterator[RenderableType]:
-    from .compare import both_sides, parts, settings_lines
+    from .compare import both_sides, headline, parts, settings_lines
 
-    old, new = graph["objective_ns"]
-    share = f" ({(new - old) / old:+.1%})" if old else ""
-    differ = sum(c["count"] for c in graph["changes"])
-    yield Text(f"{graph['label']}: objective {_ms(old)} ms -> {_ms(new)} ms{share}, {differ} of {graph['regions']} decisions differ")
+    yield Text(headline(graph))
     if graph["note"]:
         yield Text(graph["note"], "dim")
+    if None in graph["objective_ns"]:
+        return
     yield Text(parts(graph))
     yield from (Text(line) for line in settings_lines(graph))
     table = _table(">", "region", "node", names[0], ">ms", names[1], ">ms", ">change")

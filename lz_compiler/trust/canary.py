@@ -137,12 +137,16 @@ def canary(
     `row_s`, `total_s`: seconds for one kernel on one shape, and for one backend; `jobs`: processes at once, by default one for each core,
     at most 4, and one on a GPU.
     `progress(label, done, regions)` is told as it goes.
-    OptionError for a backend or a device that does not exist. A descriptor that cannot be read is an incomplete run of its backend.
+    OptionError for a backend or a device that does not exist, and for a wrong number. A descriptor that cannot be read is an incomplete
+    run of its backend.
     """
     known = all_backends()
     wanted = list(known) if backends is None else list(backends)
     if jobs is not None and jobs < 1:
         raise OptionError(f"jobs is {jobs!r}. Give 1 or more.")
+    for label, seconds in (("row_s", row_s), ("total_s", total_s)):
+        if not 0 < seconds < float("inf"):
+            raise OptionError(f"{label} is {seconds!r}. Give a number of seconds above 0.")
     for name in wanted:
         if name not in known:
             raise OptionError(unknown("backend", name, known))

@@ -318,4 +318,7 @@ def _one_child(
 
 
 if __name__ == "__main__":
-    watch(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]), (int(sys.argv[5]), int(sys.argv[6])), sys.stdout)
+    try:
+        watch(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]), (int(sys.argv[5]), int(sys.argv[6])), sys.stdout)
+    except BrokenPipeError:  # nobody listens any more; os._exit, since Python would try to flush again
+        os._exit(1)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PolicyError, unknown
+from ..kv_cache import DEVICES
 from ..plan_io import read_limited
 
 if TYPE_CHECKING:
@@ -165,6 +166,8 @@ def load_policy(given: object, where: str) -> Policy:
         inline = text.lstrip().startswith("{")
         where = f"{where} ({text[:MAX_TEXT]!r})"
         given = _parsed(text if inline else Path(os.path.expanduser(text)), where)
+        if given is None:
+            raise PolicyError(f"{where} is empty. Give a dict of {', '.join(FACTORS)} to lists of rules.")
     if not isinstance(given, Mapping):
         raise PolicyError(f"{where} is {reprlib.repr(given)}. Give a path, or a dict of {', '.join(FACTORS)} to lists of rules.")
     try:
@@ -233,6 +236,14 @@ def _listed(action: object, listed: object, where: str) -> Sequence[object]:
     return listed
 
 
+@functools.cache
+def _dtypes() -> frozenset[str]:
+    """Torch's own names: an alias (`half`) is the dtype of no tensor."""
+    import torch
+
+    return frozenset(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype))
+
+
 def _rule(action: str, given: object, index: int, where: str) -> Rule:
     where = f"{where}, {action} rule {index + 1}"
     if not isinstance(given, Mapping):
@@ -241,6 +252,10 @@ def _rule(action: str, given: object, index: int, where: str) -> Rule:
     for op in ops:
         if op not in SIZES:
             raise PolicyError(f"{where}: {unknown('op', op, SIZES)}")
+    for condition, known in (("device", DEVICES), ("dtype", _dtypes() if "dtype" in given else ())):
+        for value in _texts(given.get(condition, ()), f"{where}, {condition!r}"):
+            if value not in known:
+                raise PolicyError(f"{where}: {unknown(condition, value, known)}")
     sizes = {size for op in ops or SIZES for size in SIZES[op]}
     allowed = {*NAMES, *sizes, "name", *(["factor"] if action in ("prefer", "avoid") else [])}
     for key in given:

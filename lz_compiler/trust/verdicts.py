@@ -52,7 +52,7 @@ def remember(store: TimingStore, backend: Backend, environment: Mapping[str, str
     before, index = last_run(store, backend, environment), hardware(environment)
     skipped = bool(value.get("skipped"))
     key = f"{backend.name}|skipped||{index}" if skipped else _key(backend, environment)
-    store.put_record(CANARY, key, {**value, "run": 1 + (before or {}).get("run", 0)})
+    store.put_record(CANARY, key, {**value, "run": 1 + (before["run"] if before else 0)})
     if skipped:
         return
     named = set(_named(store, environment))
@@ -65,10 +65,18 @@ def last_run(store: TimingStore, backend: Backend, environment: Mapping[str, str
     """The newest run of this backend on this device, whatever the versions."""
     name = f"name={environment['name']}"
     runs = [e for e in store.ls().entries if e.kind == CANARY and e.key.startswith(f"{backend.name}|") and name in e.key.split("|")]
-    known = [(value.get("run", 0), e.created or 0.0, value) for e in runs for value in [store.get_record(CANARY, e.key)] if value]
+    known = [(_counted(value), e.created or 0.0, value) for e in runs for value in [store.get_record(CANARY, e.key)] if value]
+    if not known:
+        return None
     # Counted, not dated: a clock may have been set back.
-    found = max(known, key=lambda run: run[:2])[2] if known else None
-    return {**found, "capabilities": dict(_entries(found.get("capabilities")))} if found else None
+    number, _, found = max(known, key=lambda run: run[:2])
+    return {**found, "run": number, "capabilities": dict(_entries(found.get("capabilities")))}
+
+
+def _counted(value: Mapping[str, Any]) -> int:
+    """A run's number, of a row that anyone may have written."""
+    number = value.get("run", 0)
+    return number if type(number) is int else 0
 
 
 def _named(store: TimingStore, environment: Mapping[str, str]) -> list[str]:
