@@ -123,9 +123,7 @@ def bake(
     if taken:
         raise PlanError(f"{os.fspath(out)!r} exists and is not an empty folder. Give a new one.")
     check_environment(plan)
-    named = export.bind(model, args, kwargs)
-    if tuple(named) != plan.arguments:
-        raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(plan.arguments)}.")
+    named = export.bind(model, args, kwargs, plan.arguments)
     export.check_dynamic(named, plan.dynamic, plan.buckets)
     for symbol in plan.buckets:
         _check_name(symbol, "symbol")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +60,11 @@ def cells(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
     return [dict(box) for box in itertools.product(*axes)]
 
 
-def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of a call by name, in the order of the model's signature; those left at a default that is a plain constant, too."""
+def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, planned: Sequence[str] | None = None) -> dict[str, Any]:
+    """The arguments of a call by name, in the order of the model's signature; those left at a default that is a plain constant, too.
+
+    In the order of a plan's arguments where these are given: PlanError for others.
+    """
     signature = inspect.signature(model.forward)
     try:
         given = signature.bind(*args, **(kwargs or {}))
@@ -75,13 +79,52 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
         if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
             raise PlanError(f"argument {name!r} of {type(model).__name__}.forward has no name to plan by. Wrap the model.")
         named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return named
+    if planned is None:
+        return named
+    if named.keys() != set(planned):
+        raise PlanError(f"arguments given: {', '.join(named) or 'none'}; the plan is for: {', '.join(planned)}.")
+    return {name: named[name] for name in planned}
 
 
 def _kept(parameter: inspect.Parameter) -> bool:
     """Whether a parameter that was left at its default is an argument of the plan."""
     by_name = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return by_name and isinstance(parameter.default, (int, float, bool, str, type(None)))
+
+
+def paths(spec: pytree.TreeSpec, path: str = "") -> Iterator[str]:
+    """Where each leaf of the arguments is, as `x`, `pair[0]` or `cache['sum']`."""
+    if spec.is_leaf():
+        yield path
+        return
+    of_dict = spec.type in (dict, OrderedDict)
+    kind = "" if of_dict or spec.type in (list, tuple) else f".{spec.type.__name__}({spec.context!r})"
+    for key, child in zip(spec.context if of_dict else itertools.count(), spec.children(), strict=False):
+        yield from paths(child, f"{path}{kind}[{key!r}]" if path else key)
+
+
+def flattened(named: Mapping[str, Any], planned: Sequence[str]) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a call's arguments in the planned order, whatever the order of a dict's keys is, and their structure. PlanError for
+    another structure."""
+    leaves, spec = pytree.tree_flatten(dict(named))
+    found = tuple(paths(spec))
+    if found == tuple(planned):
+        return leaves, spec
+    given, expected = [[path for path in some if path not in others] for some, others in ((found, planned), (planned, found))]
+    if given or expected:
+        what, planned_here = (", ".join(some) or "less" for some in (given, expected))
+        raise PlanError(f"the arguments hold {what}; the plan is for {planned_here} there. Solve again for another structure.")
+    return pytree.tree_flatten({name: _ordered(value, planned, name) for name, value in named.items()})
+
+
+def _ordered(value: Any, planned: Sequence[str], path: str) -> Any:
+    """The same with the keys of its dicts in the planned order."""
+    if type(value) in (list, tuple):
+        return type(value)(_ordered(part, planned, f"{path}[{i}]") for i, part in enumerate(value))
+    if type(value) not in (dict, OrderedDict):
+        return value
+    place = {key: next((i for i, p in enumerate(planned) if p.startswith(f"{path}[{key!r}]")), 0) for key in value}
+    return type(value)((key, _ordered(value[key], planned, f"{path}[{key!r}]")) for key in sorted(value, key=place.__getitem__))
 
 
 def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[str, Sequence[int]]) -> None:

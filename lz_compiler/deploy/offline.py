@@ -41,7 +41,7 @@ from .model_fingerprint import fingerprint as fingerprint_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 CALLS = 60  # at most, until a race is decided
 UNCOMPILED = "such calls run the model itself, uncompiled"
 BACKGROUND = ThreadPoolExecutor(1, "layerzero")  # its thread starts with the first cell that is compiled there
@@ -72,8 +72,10 @@ class ModelPlan:
     buckets: Mapping[str, tuple[int, ...]]
     arguments: tuple[str, ...]
     tensors: tuple[Argument, ...]
-    constants: tuple[str, ...]  # what is no tensor among the arguments' leaves, as text: compiled in
+    constants: Mapping[str, str]  # what is no tensor among the arguments' leaves, as text: compiled in
     cells: tuple[CellPlan, ...]
+    leaves: tuple[str, ...] = ()  # where each leaf of the arguments is (export.paths), in the order of the graphs' placeholders
+    written: tuple[str, ...] = ()  # the leaves that some cell writes into: never converted
     bundle: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the model's folder: group -> hash (model_fingerprint)
     joint: Joint | None = None  # where the cells were planned together
 
@@ -134,8 +136,8 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         {str(n): {int(d): str(s) for d, s in dims.items()} for n, dims in data["dynamic"].items()},
         {str(s): tuple(int(e) for e in ends) for s, ends in data["buckets"].items()},
         tuple(map(str, data["arguments"])),
-        tuple(map(_argument, data["tensors"])),
-        tuple(map(str, data["constants"])), cells, {str(k): str(v) for k, v in data.get("bundle", {}).items()},
+        tuple(map(_argument, data["tensors"])), {str(p): str(c) for p, c in data["constants"].items()}, cells,
+        tuple(map(str, data["leaves"])), tuple(map(str, data["written"])), {str(k): str(v) for k, v in data.get("bundle", {}).items()},
         _joint(data.get("joint")),
     )  # fmt: skip
     _check_fields(plan)
@@ -161,6 +163,10 @@ def _check_fields(plan: ModelPlan) -> None:
     for name, dim, symbol in dims:
         if name not in plan.arguments or dim < 0 or symbol not in plan.buckets:
             raise ValueError(f"dynamic: dimension {dim} of {name!r:.200} is called {symbol!r:.200}")
+    tensors = [path for path in plan.leaves if path not in plan.constants]
+    known = {*plan.leaves}
+    if len(tensors) != len(plan.tensors) or not {*plan.constants, *plan.written} <= known or len(known) < len(plan.leaves):
+        raise ValueError("leaves, tensors, constants and written do not fit each other")
     sizes = [size for tensor in plan.tensors for size in tensor.shape]
     if sizes.count(-1) != len(dims) or {symbol for _, _, symbol in dims} != plan.buckets.keys() or min(sizes, default=0) < -1:
         raise ValueError("dynamic, buckets and the tensors' sizes do not fit each other")
@@ -214,6 +220,8 @@ def solve(
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
+    leaves = dict(zip(export.paths(pytree.tree_structure(named)), pytree.tree_leaves(named), strict=True))
+    tensors = {path: Argument.of(leaf, dynamic.get(path, ())) for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
     chosen = Options.resolve(options)
     backends.check_names(chosen)
     setup()
@@ -222,7 +230,7 @@ def solve(
         export.check_memory(named, dynamic, ranges)
     for left in reversed(range(1 + TIGHTEN)):
         joint = chosen.freeze and one_format and len(boxes) > 1
-        solved, sessions, state, result = _solved(model, named, dynamic, boxes, chosen, store, dilution, joint)
+        solved, sessions, state, written, result = _solved(model, named, dynamic, boxes, chosen, store, dilution, joint)
         over = [s.dilution for s in sessions if (s.record.error or 0.0) > chosen.error_budget and s.dilution > dilution]
         if not over or not left:
             break
@@ -235,42 +243,41 @@ def solve(
             raise PlanError(f"freeze=True, but {names} is written for some sizes and taken as constant for others. Solve without freeze.")
     return ModelPlan(
         type(model).__qualname__, _environment(sessions[0].device), chosen.as_data(), {n: dict(d) for n, d in dynamic.items()},
-        {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
-        tuple(
-            Argument.of(leaf, dynamic.get(name, ()))
-            for name, v in named.items()
-            for leaf in pytree.tree_leaves(v)
-            if isinstance(leaf, Tensor)
-        ),
-        _constants(pytree.tree_leaves(named)), tuple(solved), folder, result,
+        {s: tuple(ends) for s, ends in buckets.items()}, tuple(named), tuple(tensors.values()),
+        {path: repr(leaf) for path, leaf in leaves.items() if path not in tensors}, tuple(solved), tuple(leaves),
+        tuple(path for i, path in enumerate(leaves) if path in tensors and any(w is None or i in w for w in written)), folder, result,
     )  # fmt: skip
 
 
 def _solved(
     model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, boxes: Sequence[Ranges], options: Options,
     store: TimingStore, dilution: float, joint: bool,
-) -> tuple[list[CellPlan], list[Session], list[tuple[set[str], set[str]]], Joint | None]:  # fmt: skip
-    """Each cell planned and raced; its session; the buffers that it reads, and those of them that it writes into."""
+) -> tuple[list[CellPlan], list[Session], list[tuple[set[str], set[str]]], list[set[int] | None], Joint | None]:  # fmt: skip
+    """Each cell planned and raced; its session; the buffers that it reads, and those of them that it writes into; which of the arguments'
+    leaves it writes into (None: unknown)."""
     plans: list[list[Plan]] = [[] for _ in boxes]
     result = None
     if joint:
         plans, result = _jointly((export.export_program(model, named, dynamic, ranges) for ranges in boxes), options, store, dilution)
     solved, sessions, state = [], [], []
+    changed: list[set[int] | None] = []
     for ranges, decided in zip(boxes, plans, strict=True):
         program = export.export_program(model, named, dynamic, ranges)  # anew: names in a second trace of the same can differ
         traced = fingerprint(program.gm)
         session = session_for(program, options, store, decided, dilution)
         run, written, _ = compile_cell(session, program)
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
+        places = [i for i, weight in enumerate(program.weights) if weight is None]
+        changed.append(None if written is None else {leaf for leaf, i in enumerate(places) if i in written})
         if written is not None:
             state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
         with export.in_memory(ranges):
-            _race(session, run, written, _flat(program, export.resized(named, dynamic, ranges)))
+            _race(session, run, written, _flat(program, pytree.tree_leaves(export.resized(named, dynamic, ranges))))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
         sessions.append(session)
         log.info("solved %s: %s", ranges, record.winner)
-    return solved, sessions, state, result
+    return solved, sessions, state, changed, result
 
 
 def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, dilution: float) -> tuple[list[list[Plan]], Joint | None]:
@@ -290,10 +297,6 @@ def stored_options(plan: ModelPlan) -> dict[str, Any]:
     """The plan's options, to be resolved again. Without a cost model that was an object: it is not in the file, and a plan that is followed
     prices nothing."""
     return {name: value for name, value in plan.options.items() if name != "cost_model" or ":" not in str(value)}
-
-
-def _constants(leaves: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
 
 
 def session_for(program: Program, options: Options, store: TimingStore, plans: Sequence[Plan] = (), dilution: float = DILUTION) -> Session:
@@ -317,16 +320,17 @@ def compile_cell(
         verdict = {"winner": winner or cell.winner, "times": cell.times, "plans": plans, "error": cell.error}
     with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
         run = session.compile(verdict)
-        written = torch_private.written_inputs(len(program.inputs))
+        found = torch_private.written_inputs(len(program.inputs))
+        written = session.written if found is None else found  # an earlier verdict's, where nothing was compiled
         aliased = torch_private.aliased_outputs()
     export.check_sizes(program)
     return run, written, aliased
 
 
-def _flat(program: Program, named: Mapping[str, Any]) -> list[Any]:
+def _flat(program: Program, leaves: Iterable[Any]) -> list[Any]:
     """A call's values in the order of the graph's placeholders."""
-    leaves = iter(pytree.tree_leaves(((), dict(named))))
-    return [next(leaves) if w is None else w for w in program.weights]
+    given = iter(leaves)
+    return [next(given) if w is None else w for w in program.weights]
 
 
 def _race(session: Session, run: Callable[..., Any], written: Sequence[int] | None, inputs: list[Any]) -> None:
@@ -367,20 +371,18 @@ class PlannedModel(nn.Module):
         setup()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        named = export.bind(self.model, args, kwargs)
-        if tuple(named) != self.plan.arguments:
-            raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(self.plan.arguments)}.")
-        index = self._cell(named)
-        fitted = None if index is None else self._fitted(named)
-        if index is None or fitted is None:
+        leaves, spec = export.flattened(export.bind(self.model, args, kwargs, self.plan.arguments), self.plan.leaves)
+        self._check(leaves)
+        index = self._cell(leaves)
+        if index is None or not self._fit(leaves):
             return self.model(*args, **kwargs)
         if self._building:
             self._collect()
-        if index not in self._cells and not self._prepare(index, fitted):
+        if index not in self._cells and not self._prepare(index, pytree.tree_unflatten(leaves, spec)):
             return self.model(*args, **kwargs)
         program, run = self._cells[index]
         with torch.no_grad():
-            outputs = run(*_flat(program, fitted))
+            outputs = run(*_flat(program, leaves))
         return pytree.tree_unflatten(outputs, program.out_spec)
 
     def wait(self) -> None:
@@ -394,13 +396,28 @@ class PlannedModel(nn.Module):
             del self._building[index]
             log.warning("the plan's cell %s is compiled: calls run it from now on", self.plan.cells[index].ranges)
 
-    def _cell(self, named: Mapping[str, Any]) -> int | None:
+    def _check(self, leaves: Sequence[Any]) -> None:
+        """PlanError for another constant, or a tensor with another number of dimensions."""
+        planned = iter(self.plan.tensors)
+        for path, leaf in zip(self.plan.leaves, leaves, strict=True):
+            expected = self.plan.constants.get(path)
+            if expected is None:
+                shape = next(planned).shape
+                if isinstance(leaf, Tensor) and leaf.dim() == len(shape):
+                    continue
+                expected = f"a tensor of sizes {shape} (-1 varies)"
+            elif not isinstance(leaf, Tensor) and repr(leaf) == expected:
+                continue
+            given = f"a tensor of sizes {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"{leaf!r:.200}"
+            raise PlanError(f"{path} is {given}; the plan is for {expected}. Solve again for another.")
+
+    def _cell(self, leaves: Sequence[Any]) -> int | None:
         sizes: dict[str, int] = {}
-        for name, dims in self.plan.dynamic.items():
-            for dim, symbol in dims.items():
-                size = int(named[name].shape[dim])
+        for path, leaf in zip(self.plan.leaves, leaves, strict=True):
+            for dim, symbol in self.plan.dynamic.get(path, {}).items():
+                size = int(leaf.shape[dim])
                 if sizes.setdefault(symbol, size) != size:
-                    raise PlanError(f"{symbol!r} is {sizes[symbol]} in one argument and {size} in {name!r} (dimension {dim}).")
+                    raise PlanError(f"{symbol!r} is {sizes[symbol]} in one argument and {size} in {path!r} (dimension {dim}).")
         found = next(export.covering([c.ranges for c in self.plan.cells], sizes), None)
         if found is None:
             ends = ", ".join(f"{s} 1..{e[-1]}" for s, e in self.plan.buckets.items())
@@ -438,26 +455,23 @@ class PlannedModel(nn.Module):
             session = session_for(program, self.options, open_store(self.options.cache_dir))
             return compile_cell(session, program, cell)[0]
 
-    def _fitted(self, named: Mapping[str, Any]) -> Any:
-        """The arguments in the dtype, device and dimension order in which they were planned; None where a size is another."""
-        leaves, spec = pytree.tree_flatten(dict(named))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if _constants(leaves) != self.plan.constants:
-            raise PlanError(f"the plan is for the constants {', '.join(self.plan.constants)}; given: {', '.join(_constants(leaves))}.")
-        found, expected = [tuple(leaves[i].shape) for i in places], [planned.shape for planned in self.plan.tensors]
-        if len(found) != len(expected) or not all(p.fits(leaves[i]) for i, p in zip(places, self.plan.tensors, strict=True)):
-            what = f"the plan is for tensors of sizes {expected} (-1 varies); given: {found}"
-            if [len(sizes) for sizes in found] != [len(sizes) for sizes in expected]:
-                raise PlanError(f"{what}.")
+    def _fit(self, leaves: list[Any]) -> bool:
+        """Convert leaves to the dtype, device and dimension order in which they were planned; False where a size is another."""
+        places = [i for i, path in enumerate(self.plan.leaves) if path not in self.plan.constants]
+        if not all(p.fits(leaves[i]) for i, p in zip(places, self.plan.tensors, strict=True)):
+            given, expected = [tuple(leaves[i].shape) for i in places], [planned.shape for planned in self.plan.tensors]
+            what = f"the plan is for tensors of sizes {expected} (-1 varies); given: {given}"
             self._adapt(what, UNCOMPILED, "sizes that do not vary in the plan")
-            return None
+            return False
         for i, planned in zip(places, self.plan.tensors, strict=True):
             why = planned.misfit(leaves[i])
             if why:
-                name = [name for name, value in named.items() for _ in pytree.tree_leaves(value)][i]
-                self._adapt(f"{name} {why}", planned.copied(leaves[i]))
+                path = self.plan.leaves[i]
+                if path in self.plan.written:
+                    raise PlanError(f"{path} {why}. The model writes into it, so that it cannot be converted: give it as it was planned.")
+                self._adapt(f"{path} {why}", planned.copied(leaves[i]))
                 leaves[i] = planned.converted(leaves[i])
-        return pytree.tree_unflatten(leaves, spec)
+        return True
 
     def _adapt(self, what: str, effect: str, case: str = "") -> None:
         """An error in strict, else a warning, one for each case (`what` if not given), which is counted."""
