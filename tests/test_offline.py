@@ -247,6 +247,45 @@ def test_arguments_are_known_by_where_they_are() -> None:
             run(*args, **kwargs, u=u, v=v)
 
 
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.linear(q) - 2 * k
+
+
+def test_a_tensor_that_is_given_twice_is_two_arguments(tmp_path: Path) -> None:
+    """In solve, compile and bake alike; also where an argument is a weight."""
+    model = Difference().eval().requires_grad_(False)
+    x, y, weight = torch.randn(8, 8), torch.randn(8, 8), model.linear.weight
+    first, second = ((lz.solve(model, args, **FAST)) for args in ((x, x), (weight, y)))
+    assert first.cells[0].fingerprint == second.cells[0].fingerprint
+    lz.bake(first, tmp_path / "out", model, (x, x))
+    for run in (lz.compile(model, plan=first), lz.load_baked(tmp_path / "out").forward):
+        for args in ((x, x), (x, y), (weight, y)):
+            torch.testing.assert_close(run(*args), model(*args))
+
+
+def test_an_example_of_one_row_has_the_order_that_is_compiled(tmp_path: Path) -> None:
+    """Strides of a dimension of size 1 say nothing of the order; channels_last with one image is channels_last."""
+
+    class Ramp(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * torch.arange(5.0)).softmax(-1)
+
+    model, odd = Ramp().eval(), torch.randn(5, 3)[:, :1].t()
+    plan = lz.solve(model, (odd,), dynamic={"x": {0: "n"}}, buckets={"n": [4]}, **FAST)
+    lz.bake(plan, tmp_path / "out", model, (odd,))
+    baked, run, x = lz.load_baked(tmp_path / "out"), lz.compile(model, plan=plan), torch.randn(4, 5)
+    torch.testing.assert_close(run(x), model(x))
+    torch.testing.assert_close(baked.forward(x), model(x))
+    assert (run.adapted, baked.adapted) == ({}, {})
+    image = torch.randn(1, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert export.Argument.of(image).order == (0, 2, 3, 1)
+
+
 def test_what_the_model_writes_into_is_never_converted(tmp_path: Path) -> None:
     class Cached(nn.Module):
         def forward(self, x: Tensor, cache: Tensor) -> Tensor:

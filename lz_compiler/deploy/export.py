@@ -161,8 +161,10 @@ class Argument:
     @staticmethod
     def of(value: Tensor, dynamic: Container[int] = ()) -> Argument:
         strides, shape = value.stride(), tuple(-1 if dim in dynamic else size for dim, size in enumerate(value.shape))
-        order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
-        return Argument(str(value.dtype).removeprefix("torch."), value.device.type, shape, tuple(order))
+        found, order = None, _by_stride(strides)
+        while order != found:  # with dimensions of size 1, a dense tensor's strides can stand for another order
+            found, order = order, _by_stride(torch.empty_permuted(value.shape, order, device="meta").stride())
+        return Argument(str(value.dtype).removeprefix("torch."), value.device.type, shape, order)
 
     def fits(self, value: Tensor) -> bool:
         return value.dim() == len(self.shape) and all(p in (-1, n) for p, n in zip(self.shape, value.shape, strict=True))
@@ -189,6 +191,10 @@ class Argument:
         if not self.misfit(value):
             return value
         return torch.empty_permuted(value.shape, self.order, dtype=getattr(torch, self.dtype), device=self.device).copy_(value)
+
+
+def _by_stride(strides: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim)))
 
 
 def dense(value: Tensor, order: Sequence[int]) -> bool:
@@ -261,7 +267,7 @@ def export_program(
     from torch.export import Dim, ShapesCollection, export
 
     ranged = {s: Dim.AUTO if high == ENDLESS else Dim(s, min=low, max=high) for s, (low, high) in ranges.items() if low < high}
-    example = resized(named, dynamic, ranges, sizes)
+    example = _apart(model, resized(named, dynamic, ranges, sizes))
     shapes = ShapesCollection()
     for name, dims in dynamic.items():
         shapes[example[name]] = {dim: ranged[s] for dim, s in dims.items() if s in ranged}
@@ -281,6 +287,20 @@ def export_program(
     leaves = [name for name, value in named.items() for _ in pytree.tree_leaves(value)]
     symbols = {(i, dim): symbol for i, name in enumerate(leaves) for dim, symbol in dynamic.get(name, {}).items()}
     return Program(gm, weights, names, inputs, exported.call_spec.in_spec, exported.call_spec.out_spec, symbols, ranges)
+
+
+def _apart(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
+    """The same in memory of its own for each tensor: torch.export takes what is given twice, or is a weight too, for one."""
+    seen = {torch_private.memory_of(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+
+    def own(value: Tensor) -> Tensor:
+        place = torch_private.memory_of(value)
+        if place in seen:
+            return value.clone()
+        seen.add(place)
+        return value
+
+    return pytree.tree_map_only(Tensor, own, example)
 
 
 def check_sizes(program: Program) -> None:
