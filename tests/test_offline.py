@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import lz_compiler as lz
 from lz_compiler import torch_private
 from lz_compiler.deploy import export, offline
+from lz_compiler.deploy.proof import prove
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.zoo import Llama, LlamaConfig
 
@@ -266,6 +267,24 @@ def test_a_tensor_that_is_given_twice_is_two_arguments(tmp_path: Path) -> None:
     for run in (lz.compile(model, plan=first), lz.load_baked(tmp_path / "out").forward):
         for args in ((x, x), (x, y), (weight, y)):
             torch.testing.assert_close(run(*args), model(*args))
+
+
+def test_one_symbol_of_two_arguments(tmp_path: Path) -> None:
+    """torch has a symbol for each; that they are equal is no assumption, within the buckets and beyond. Others are named as declared."""
+    model, x = Difference().eval(), torch.randn(4, 8)
+    both: dict[str, Any] = {"dynamic": {"q": {0: "n"}, "k": {0: "n"}}, "buckets": {"n": [8]}}
+    plan = lz.solve(model, (x, x), **both, **FAST)
+    lz.bake(plan, tmp_path / "out", model, (x, x))
+    baked, run = lz.load_baked(tmp_path / "out"), lz.compile(model, plan=plan)
+    for rows in (1, 2, 7, 8, 9, 30):
+        q, k = torch.randn(rows, 8), torch.randn(rows, 8)
+        torch.testing.assert_close(baked.forward(q, k), model(q, k))
+        if rows <= 8:
+            torch.testing.assert_close(run(q, k), model(q, k))
+    with pytest.raises(ValueError, match="n is 3 and 4"):
+        baked.forward(torch.randn(4, 8), torch.randn(3, 8))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert prove((tmp_path / "out" / "_layerzero_plan.py").read_text(), manifest)[0] == []
 
 
 def test_an_example_of_one_row_has_the_order_that_is_compiled(tmp_path: Path) -> None:

@@ -312,10 +312,10 @@ def check_sizes(program: Program) -> None:
         if low < least or high > most:
             raise PlanError(f"the model can be compiled for {symbol} {least}..{most} only, not for {low}..{high}. Cut its buckets there.")
     names = {name: program.symbols[place] for name, place in first.items()}
-    broken = torch_private.broken_assumption(program.arguments, {name: program.ranges[symbol] for name, symbol in names.items()})
+    broken = torch_private.broken_assumption(program.arguments, names, program.ranges)
     if broken is not None:
         text, sizes = broken
-        at = ", ".join(f"{names[name]}={size}" for name, size in sizes.items())
+        at = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
         raise PlanError(f"compiled for {ranges_text(program.ranges)}, the code assumes {text}, not so for {at}. Cut the buckets there.")
 
 
