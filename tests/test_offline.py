@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
+import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,98 @@ def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.Mode
         lz.compile(wider, plan=plan, compile_in_background=True)(ids(4))
     with pytest.raises(OptionError, match="CUDA graphs belong to the thread"):
         lz.compile(model, plan=dataclasses.replace(plan, options={**plan.options, "cudagraphs": True}), compile_in_background=True)
+
+
+class Slow(nn.Module):
+    """Two threads meet in a trace of it, or one is alone there for a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.meeting: Callable[[], object] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch_private.is_fake(self.linear.weight):
+            self.meeting()
+        return self.linear(x)
+
+
+def test_one_thread_traces_at_a_time() -> None:
+    """torch.export puts fake tensors into the model: another thread's solve, and calls that run the model itself, wait for the end."""
+    model, x = Slow().eval(), torch.randn(4, 8)
+    rows: dict[str, Any] = {"dynamic": {"x": {0: "n"}}, "buckets": {"n": [4]}}
+    plan, expected = lz.solve(model, (x,), **rows, **FAST), model(torch.ones(9, 8))
+    meeting = threading.Barrier(2)
+
+    def meet() -> None:
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait(timeout=1)
+
+    model.meeting = meet
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(lz.solve, model, (x,), **rows, **FAST) for _ in range(2)]:
+            assert done.result().cells[0].fingerprint == plan.cells[0].fingerprint
+    assert meeting.broken
+    assert type(model.linear.weight) is nn.Parameter
+    traced = threading.Event()
+    model.meeting = lambda: traced.set() or time.sleep(0.5)
+    run = lz.compile(model, plan=plan)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run, x)
+        traced.wait()
+        torch.testing.assert_close(run(torch.ones(9, 8)), expected)
+        torch.testing.assert_close(first.result(), model(x))
+
+
+def test_what_compiled_in_the_background_is_taken_over_once(small: tuple[nn.Module, Tensor, offline.ModelPlan]) -> None:
+    model, x, plan = small
+    run = lz.compile(model, plan=plan)
+    run(x)
+    both = threading.Barrier(2)
+
+    class Done(Future[Any]):
+        def done(self) -> bool:
+            return True
+
+        def result(self, timeout: float | None = None) -> Any:
+            both.wait(timeout=5)
+            return run._cells[0][1]
+
+    run._building[0] = os.getpid(), Done()
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(run, x) for _ in range(2)]:
+            assert done.result().shape == x.shape
+    assert run._building == {}
+
+
+def test_a_child_process_compiles_by_itself(small: tuple[nn.Module, Tensor, offline.ModelPlan]) -> None:
+    """What the parent's threads held or had begun when it forked is not waited for."""
+    model, x, plan = small
+    run = lz.compile(model, plan=plan)
+    run(x)
+    stop, holds = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        assert export.begin_tracing()
+        holds.set()
+        stop.wait()
+        torch_private.compile_lock().release()
+        export.TRACING.release()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    holds.wait()
+    with held(offline.BACKGROUND):
+        run._building[0] = os.getpid(), offline.BACKGROUND.submit(lambda: run._cells[0][1])
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # ends it where it hangs
+            run.wait()
+            free = export.begin_tracing(blocking=False)
+            os._exit(0 if free and not run._cells and offline.BACKGROUND.submit(int).result() == 0 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    stop.set()
+    holder.join()
 
 
 def test_a_recompilation_never_blocks_silently(caplog: pytest.LogCaptureFixture) -> None:

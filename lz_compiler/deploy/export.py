@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ..errors import OptionError, PlanError, unknown
 Ranges = dict[str, tuple[int, int]]  # symbol -> lowest and highest size, both included
 ENDLESS = 1 << 62  # a range's upper end where there is none
 Dynamic = Mapping[str, Mapping[int, str]]  # argument -> dimension -> symbol
+TRACING = threading.RLock()  # around torch.export, which puts fake tensors into the model meanwhile, and around calls of a model itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +259,31 @@ def _resized(named: Mapping[str, Any], dynamic: Dynamic, sizes: Mapping[str, int
     return made
 
 
+def begin_tracing(blocking: bool = True) -> bool:
+    """Take TRACING and torch's compile lock, both to be released. Waits for neither while it holds the other: compiling takes long, and a
+    call of a model may compile a part of it."""
+    lock = torch_private.compile_lock()
+    while TRACING.acquire(blocking):
+        if lock.acquire(blocking=False):
+            return True
+        TRACING.release()
+        if not blocking:
+            break
+        with lock:
+            pass
+    return False
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    begin_tracing()
+    try:
+        yield
+    finally:
+        torch_private.compile_lock().release()
+        TRACING.release()
+
+
 def export_program(
     model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges, sizes: Mapping[str, int] | None = None
 ) -> Program:
@@ -272,7 +299,7 @@ def export_program(
     for name, dims in dynamic.items():
         shapes[example[name]] = {dim: ranged[s] for dim, s in dims.items() if s in ranged}
     try:
-        with torch.no_grad():
+        with _tracing(), torch.no_grad():
             declared = shapes.dynamic_shapes(model, (), example) if ranged else None
             # What torch cannot prove for the whole range is asserted in the graph.
             exported = export(model, (), example, dynamic_shapes=declared, strict=False, prefer_deferred_runtime_asserts_over_guards=True)

@@ -44,8 +44,18 @@ log = logging.getLogger(__name__)
 VERSION = 2
 CALLS = 60  # at most, until a race is decided
 UNCOMPILED = "such calls run the model itself, uncompiled"
-BACKGROUND = ThreadPoolExecutor(1, "layerzero")  # its thread starts with the first cell that is compiled there
 WINNERS = (PLANNED, LOSSLESS, INDUCTOR, EAGER)
+BACKGROUND = ThreadPoolExecutor(1, "layerzero")  # its thread starts with the first cell that is compiled there
+
+
+def _forked() -> None:
+    """In a child process there is no thread but the one that forked."""
+    global BACKGROUND
+    BACKGROUND = ThreadPoolExecutor(1, "layerzero")
+    torch_private.free_after_fork(export.TRACING)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +295,7 @@ def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, 
     options = dataclasses.replace(options, any_rows=True)
     posed = []
     for program in programs:
-        with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
+        with torch_private.compile_lock(), torch.no_grad(), torch_private.tracing_like(program.gm.graph):
             posed.append(session_for(program, options, store, dilution=dilution).pose())
     if not all(posed):  # a graph without an operator has nothing to plan
         return [[] for _ in posed], None
@@ -318,7 +328,7 @@ def compile_cell(
     if cell is not None:
         plans = [plan_to_dict(p) for p in cell.plans]
         verdict = {"winner": winner or cell.winner, "times": cell.times, "plans": plans, "error": cell.error}
-    with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
+    with torch_private.compile_lock(), torch.no_grad(), torch_private.tracing_like(program.gm.graph):
         run = session.compile(verdict)
         found = torch_private.written_inputs(len(program.inputs))
         written = session.written if found is None else found  # an earlier verdict's, where nothing was compiled
@@ -365,7 +375,7 @@ class PlannedModel(nn.Module):
         check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")
         self.adapted: dict[str, int] = {}
         self._cells: dict[int, tuple[Program, Callable[..., Any]]] = {}
-        self._building: dict[int, Future[Callable[..., Any]]] = {}
+        self._building: dict[int, tuple[int, Future[Callable[..., Any]]]] = {}  # cell -> process that compiles it, and its result
         if self.options.compile_in_background and self.options.graphs:
             raise OptionError("compile_in_background: CUDA graphs belong to the thread that makes them. Use lz.warmup, or leave them out.")
         setup()
@@ -375,15 +385,19 @@ class PlannedModel(nn.Module):
         self._check(leaves)
         index = self._cell(leaves)
         if index is None or not self._fit(leaves):
-            return self.model(*args, **kwargs)
+            return self._uncompiled(*args, **kwargs)
         if self._building:
             self._collect()
         if index not in self._cells and not self._prepare(index, pytree.tree_unflatten(leaves, spec)):
-            return self.model(*args, **kwargs)
+            return self._uncompiled(*args, **kwargs)
         program, run = self._cells[index]
         with torch.no_grad():
             outputs = run(*_flat(program, leaves))
         return pytree.tree_unflatten(outputs, program.out_spec)
+
+    def _uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        with export.TRACING:  # while another thread traces it, its weights are fake
+            return self.model(*args, **kwargs)
 
     def wait(self) -> None:
         """Wait for the cell that compiles in the background, if there is one; raises what went wrong there."""
@@ -391,10 +405,14 @@ class PlannedModel(nn.Module):
 
     def _collect(self, wait: bool = False) -> None:
         """Take over what was compiled in the background."""
-        for index, building in [(i, f) for i, f in self._building.items() if wait or f.done()]:
-            self._cells[index] = self._cells[index][0], building.result()
-            del self._building[index]
-            log.warning("the plan's cell %s is compiled: calls run it from now on", self.plan.cells[index].ranges)
+        for index, (process, building) in list(self._building.items()):
+            if process != os.getpid():  # forked meanwhile, without the thread that compiles: traced anew
+                self._building.pop(index, None)
+                self._cells.pop(index, None)
+            elif wait or building.done():
+                self._cells[index] = self._cells[index][0], building.result()
+                if self._building.pop(index, None):  # of several threads that come here at once, one tells
+                    log.warning("the plan's cell %s is compiled: calls run it from now on", self.plan.cells[index].ranges)
 
     def _check(self, leaves: Sequence[Any]) -> None:
         """PlanError for another constant, or a tensor with another number of dimensions."""
@@ -431,23 +449,27 @@ class PlannedModel(nn.Module):
 
         False, and nothing is done, where that is to be in the background but something else compiles: torch traces one at a time.
         """
-        cell, background = self.plan.cells[index], self.options.compile_in_background
-        lock, start = torch_private.compile_lock(), time.perf_counter()
+        cell, background, start = self.plan.cells[index], self.options.compile_in_background, time.perf_counter()
         if not background:
             log.warning("compiling the plan's cell %s in this call; lz.warmup does so ahead of time", cell.ranges)
-        if not lock.acquire(blocking=not background):
+        if not export.begin_tracing(blocking=not background):
             return False
         try:
-            program = export.export_program(self.model, named, self.plan.dynamic, cell.ranges)
+            try:
+                if index in self._cells:
+                    return True  # another thread has done it
+                program = export.export_program(self.model, named, self.plan.dynamic, cell.ranges)
+            finally:
+                export.TRACING.release()
             if fingerprint(program.gm) != cell.fingerprint:
                 raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
             self._cells[index] = program, program.gm.forward if background else self._compiled(program, cell)
+            if background:
+                self._building[index] = os.getpid(), BACKGROUND.submit(self._compiled, program, cell)
         finally:
-            lock.release()
+            torch_private.compile_lock().release()
         what = "is traced, and compiles in the background while calls run its graph" if background else "is compiled"
         log.warning("the plan's cell %s %s: this call waited %.1f s", cell.ranges, what, time.perf_counter() - start)
-        if background:
-            self._building[index] = BACKGROUND.submit(self._compiled, program, cell)
         return True
 
     def _compiled(self, program: Program, cell: CellPlan) -> Callable[..., Any]:

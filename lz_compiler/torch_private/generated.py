@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .runtime import compile_lock
+
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +41,8 @@ def generated_code() -> Iterator[Generated]:
     found = Generated()
     token = _generated.set(found)
     try:
-        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        # The lock: configuration is the whole process's, and is put back in the order in which threads end.
+        with compile_lock(), inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
             yield found
     finally:
         _generated.reset(token)
