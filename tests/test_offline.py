@@ -131,8 +131,8 @@ def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.Mode
         expected = model(x)
     lz.compile(model, plan=plan)(x)
     said = [r.message for r in caplog.records if r.name == offline.__name__]
-    assert said[0].startswith("compiling the plan's cell {'seq': (9, 32)} in this call")
-    assert "(9, 32)} is compiled: this call waited" in said[1]
+    assert said[0].startswith("compiling the plan's cell for seq 9..32 in this call")
+    assert "for seq 9..32 is compiled: this call waited" in said[1]
     caplog.clear()
     run = lz.compile(model, plan=plan, compile_in_background=True)
     with torch_private.compile_lock():  # something else compiles: the model itself runs
@@ -148,8 +148,8 @@ def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.Mode
     assert lz.warmup(run, (x,), calls=1) is run
     assert (len(run._cells), run._building) == (3, {})
     said = [r.message for r in caplog.records if r.name == offline.__name__]
-    assert "(9, 32)} is traced, and compiles in the background while calls run its graph: this call waited" in said[0]
-    assert any("(9, 32)} is compiled: calls run it from now on" in line for line in said)
+    assert "for seq 9..32 is traced, and compiles in the background while calls run its graph: this call waited" in said[0]
+    assert any("for seq 9..32 is compiled: calls run it from now on" in line for line in said)
     wider = Llama(LlamaConfig(hidden=64, layers=1, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
     with pytest.raises(PlanError, match="not the one that was planned"):
         lz.compile(wider, plan=plan, compile_in_background=True)(ids(4))
@@ -661,6 +661,61 @@ def test_what_is_no_model_and_no_list(planned: tuple[Llama, offline.ModelPlan], 
     there = dataclasses.replace(plan, environment={**plan.environment, "device": "cuda", "name": "NVIDIA H200"})
     with pytest.raises(PlanError, match="is for the GPU 'NVIDIA H200', and here torch finds no GPU"):
         lz.compile(model, plan=there)
+
+
+def test_what_is_of_another_kind_is_one_clear_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    rows: dict[str, Any] = {"dynamic": {"input": {0: "n"}}, "buckets": {"n": [4]}}
+    for changes, message in (
+        ({"buckets": [1, 2]}, r"buckets is \[1, 2\]\. Give a dict: buckets=\{symbol"), ({"dynamic": [0]}, r"dynamic is \[0\]"),
+        ({"dynamic": {"input": 0}}, r"'input' is 0\. Give its dimensions by name: dynamic=\{'input': \{0: symbol\}\}"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            lz.solve(model, (x,), **{**rows, **changes}, **FAST)
+    plan = lz.solve(model, (x,), **rows, **FAST)
+    run: Any = lz.compile(model, plan=plan)
+    for wrong, words in ((None, "None"), (torch.tensor(1.0), r"a tensor of sizes \(\)"), (3, "3")):
+        with pytest.raises(PlanError, match=rf"input is {words}; the plan is for a tensor of sizes \(-1, 8\) \(-1 varies\)"):
+            run(wrong)
+    with pytest.raises(PlanError, match=r"unexpected keyword argument 'y'\. Call it as the model is called"):
+        run(x, y=x)
+    with pytest.raises(OptionError, match="given: 3"):
+        lz.compile(model, plan=3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="given: 3"):
+        plan.save(3)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="which is a folder"):
+        plan.save(".")
+    for thing in (None, "model"):
+        with pytest.raises(OptionError, match=f"compile takes an nn.Module or a function; given: {thing!r}"):
+            lz.compile(thing)  # type: ignore[type-var]
+    caplog.clear()
+    lz.compile(model, plan=lz.solve(model, (x,), **FAST))(x)
+    assert any("cell for the given shapes in this call" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_written_buffers_that_share_memory_are_refused(rows: int) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("whole", torch.zeros(4, 8))
+            self.register_buffer("part", self.whole[:rows])
+
+        def forward(self, x: Tensor) -> Any:
+            self.whole.add_(x)
+            return self.part * 2
+
+    with pytest.raises(PlanError, match="whole and part share memory, and the model writes into it"):
+        lz.solve(Shared(), (torch.randn(4, 8),), **FAST)
+
+
+def test_what_inductor_cannot_compile_is_a_plan_error() -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.softmax(-1), x.shape[0] * 2.5, x.shape[0]
+
+    with pytest.raises(PlanError, match=r"TorchInductor cannot compile the graph for n 1\.\.1: \w+Error"):
+        lz.solve(Sized(), (torch.randn(4, 8),), dynamic={"x": {0: "n"}}, buckets={"n": [4]}, **FAST)
 
 
 def test_a_model_that_does_not_allow_the_range() -> None:

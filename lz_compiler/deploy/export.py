@@ -71,7 +71,8 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
     try:
         given = signature.bind(*args, **(kwargs or {}))
     except TypeError as error:
-        raise PlanError(f"the arguments do not fit {type(model).__name__}.forward: {error}. Give example arguments.") from error
+        what = "Give example arguments" if planned is None else "Call it as the model is called"
+        raise PlanError(f"the arguments do not fit {type(model).__name__}.forward: {error}. {what}.") from error
     explicit = set(given.arguments)
     given.apply_defaults()
     bound = {name: v for name, v in given.arguments.items() if name in explicit or _kept(signature.parameters[name])}
@@ -134,6 +135,8 @@ def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[s
     for name, dims in dynamic.items():
         if not isinstance(named.get(name), Tensor):
             raise PlanError("dynamic: " + unknown("tensor argument", name, [n for n, v in named.items() if isinstance(v, Tensor)]))
+        if not isinstance(dims, Mapping):
+            raise OptionError(f"dynamic: {name!r} is {dims!r:.200}. Give its dimensions by name: dynamic={{{name!r}: {{0: symbol}}}}.")
         for dim, symbol in dims.items():
             if not isinstance(dim, int) or not 0 <= dim < named[name].dim():
                 raise PlanError(f"dynamic: {name!r} has dimensions 0 to {named[name].dim() - 1}, given: {dim!r}.")

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from .. import __version__, backends, torch_private
 from ..backend import TIGHTEN, Session, setup
 from ..capture import fingerprint
-from ..errors import OptionError, PlanError, unknown
+from ..errors import OptionError, PlanError, told, unknown
 from ..options import Options
 from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited, write_whole
 from ..planning import DILUTION
@@ -91,6 +91,8 @@ class ModelPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON: whole or not at all."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise OptionError(f"save takes a file's path; given: {path!r:.200}.")
         data = {"layerzero_model_plan": VERSION, "layerzero": __version__, **dataclasses.asdict(self)}
         data["cells"] = [
             {**dataclasses.asdict(cell), "plans": [plan_to_dict(p) for p in cell.plans]} for cell in self.cells
@@ -99,6 +101,8 @@ class ModelPlan:
         target = Path(path)
         if not target.parent.is_dir():
             raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}. Make it.")
+        if target.is_dir():
+            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}, which is a folder. Give a file in it.")
         try:
             write_whole(target, json.dumps(data, indent=1).encode())
         except OSError as error:
@@ -114,6 +118,8 @@ def _checksum(data: Mapping[str, Any]) -> str:
 
 def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
     """Read what `ModelPlan.save` wrote. PlanError for a file that is not one, is damaged, or is of another schema."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"a plan is what lz.solve returned, or the path of a file that its save wrote; given: {path!r:.200}.")
     try:
         data = json.loads(read_limited(Path(path)))
     except (OSError, ValueError, RecursionError) as error:
@@ -227,6 +233,9 @@ def solve(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"solve takes an nn.Module; given: {type(model).__name__}. Wrap it in a module whose forward calls it.")
+    for name, given, form in (("buckets", buckets, "{symbol: [upper ends]}"), ("dynamic", dynamic, "{argument: {dimension: symbol}}")):
+        if given is not None and not isinstance(given, Mapping):
+            raise OptionError(f"{name} is {given!r:.200}. Give a dict: {name}={form}.")
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
@@ -277,6 +286,7 @@ def _solved(
         session = session_for(program, options, store, decided, dilution)
         run, written, _ = compile_cell(session, program)
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
+        _check_memory_of_its_own(program, written)
         places = [i for i, weight in enumerate(program.weights) if weight is None]
         changed.append(None if written is None else {leaf for leaf, i in enumerate(places) if i in written})
         if written is not None:
@@ -288,6 +298,17 @@ def _solved(
         sessions.append(session)
         log.info("solved %s: %s", ranges, record.winner)
     return solved, sessions, state, changed, result
+
+
+def _check_memory_of_its_own(program: Program, written: Sequence[int] | None) -> None:
+    """PlanError where the model writes into memory that two of its tensors share: AOTAutograd merges these into one input."""
+    names: dict[int, dict[int, str]] = {}
+    for i, weight in enumerate(program.weights):
+        if weight is not None:
+            names.setdefault(torch_private.memory_of(weight), {})[i] = program.names[i]
+    for shared in names.values():
+        if len(shared) > 1 and (written is None or shared.keys() & {*written}):
+            raise PlanError(f"{' and '.join(shared.values())} share memory, and the model writes into it. Give each its own (clone).")
 
 
 def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, dilution: float) -> tuple[list[list[Plan]], Joint | None]:
@@ -329,7 +350,10 @@ def compile_cell(
         plans = [plan_to_dict(p) for p in cell.plans]
         verdict = {"winner": winner or cell.winner, "times": cell.times, "plans": plans, "error": cell.error}
     with torch_private.compile_lock(), torch.no_grad(), torch_private.tracing_like(program.gm.graph):
-        run = session.compile(verdict)
+        try:
+            run = session.compile(verdict)
+        except torch_private.lowering_errors() as error:
+            raise PlanError(f"TorchInductor cannot compile the graph for {export.ranges_text(program.ranges)}: {told(error)}") from error
         found = torch_private.written_inputs(len(program.inputs))
         written = session.written if found is None else found  # an earlier verdict's, where nothing was compiled
         aliased = torch_private.aliased_outputs()
@@ -412,7 +436,8 @@ class PlannedModel(nn.Module):
             elif wait or building.done():
                 self._cells[index] = self._cells[index][0], building.result()
                 if self._building.pop(index, None):  # of several threads that come here at once, one tells
-                    log.warning("the plan's cell %s is compiled: calls run it from now on", self.plan.cells[index].ranges)
+                    sizes = export.ranges_text(self.plan.cells[index].ranges)
+                    log.warning("the plan's cell for %s is compiled: calls run it from now on", sizes)
 
     def _check(self, leaves: Sequence[Any]) -> None:
         """PlanError for another constant, or a tensor with another number of dimensions."""
@@ -423,7 +448,7 @@ class PlannedModel(nn.Module):
                 shape = next(planned).shape
                 if isinstance(leaf, Tensor) and leaf.dim() == len(shape):
                     continue
-                expected = f"a tensor of sizes {shape} (-1 varies)"
+                expected = f"a tensor of sizes {shape}{' (-1 varies)' if -1 in shape else ''}"
             elif not isinstance(leaf, Tensor) and repr(leaf) == expected:
                 continue
             given = f"a tensor of sizes {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"{leaf!r:.200}"
@@ -450,8 +475,9 @@ class PlannedModel(nn.Module):
         False, and nothing is done, where that is to be in the background but something else compiles: torch traces one at a time.
         """
         cell, background, start = self.plan.cells[index], self.options.compile_in_background, time.perf_counter()
+        sizes = export.ranges_text(cell.ranges)
         if not background:
-            log.warning("compiling the plan's cell %s in this call; lz.warmup does so ahead of time", cell.ranges)
+            log.warning("compiling the plan's cell for %s in this call; lz.warmup does so ahead of time", sizes)
         if not export.begin_tracing(blocking=not background):
             return False
         try:
@@ -469,7 +495,7 @@ class PlannedModel(nn.Module):
         finally:
             torch_private.compile_lock().release()
         what = "is traced, and compiles in the background while calls run its graph" if background else "is compiled"
-        log.warning("the plan's cell %s %s: this call waited %.1f s", cell.ranges, what, time.perf_counter() - start)
+        log.warning("the plan's cell for %s %s: this call waited %.1f s", sizes, what, time.perf_counter() - start)
         return True
 
     def _compiled(self, program: Program, cell: CellPlan) -> Callable[..., Any]:
