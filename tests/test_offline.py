@@ -548,12 +548,14 @@ def test_broken_plan_files(planned: tuple[Llama, offline.ModelPlan], tmp_path: P
     candidate = cell["plans"][0]["choices"][0]["candidate"]
     region = candidate["region"]
     broken = {
-        "cannot read": text[: len(text) // 2], "schema None": "{}", "schema 99": json.dumps({**data, "layerzero_model_plan": 99}),
+        "cannot read": text[: len(text) // 2], "is not a plan of lz solve: it has no": "[]",
+        "schema 99": json.dumps({**data, "layerzero_model_plan": 99}),
         "damaged": json.dumps({**data, "cells": [{k: v for k, v in cell.items() if k != "plans"}]}),
         "not those of its buckets": json.dumps({**data, "cells": data["cells"][1:]}),
         "unknown winner": json.dumps({**data, "cells": [{**cell, "winner": "__import__('os')"}, *data["cells"][1:]]}),
         "contents do not fit its checksum": text.replace('"ns": ', '"ns": 1', 1),
         "unknown option 'freezes'.* Did you mean 'freeze'": json.dumps({**data, "options": {**data["options"], "freezes": True}}),
+        r"is 'yes'\. Give True or False": json.dumps({**data, "options": {**data["options"], "freeze": "yes"}}),
         "some are missing": json.dumps({**data, "options": {}}),
         "dimension 1 of 'input_ids' is called 'length'": json.dumps({**data, "dynamic": {"input_ids": {"1": "length"}}}),
         "dimension 1 of 'ids' is called 'seq'": json.dumps({**data, "dynamic": {"ids": {"1": "seq"}}}),
@@ -581,7 +583,7 @@ def test_a_plan_with_a_kernel_exchanged_is_refused(planned: tuple[Llama, offline
     for choice in (c for cell in data["cells"] for p in cell["plans"] for c in p["choices"]):
         choice["candidate"]["kernel"] = "os.system"
     (tmp_path / "p.json").write_text(json.dumps(data))
-    with pytest.raises(PlanError, match=r"unknown kernel 'os\.system'"):
+    with pytest.raises(PlanError, match=r"p\.json' names kernel 'os\.system', which is not installed .* Install its package"):
         lz.compile(model, plan=tmp_path / "p.json")
 
 
@@ -661,6 +663,26 @@ def test_what_is_no_model_and_no_list(planned: tuple[Llama, offline.ModelPlan], 
     there = dataclasses.replace(plan, environment={**plan.environment, "device": "cuda", "name": "NVIDIA H200"})
     with pytest.raises(PlanError, match="is for the GPU 'NVIDIA H200', and here torch finds no GPU"):
         lz.compile(model, plan=there)
+
+
+def test_autocast_is_part_of_a_plan(tmp_path: Path) -> None:
+    """A call where it is otherwise runs the model itself, first or later; strict and bake refuse."""
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = lz.solve(model, (x,), **FAST)
+    cast.save(tmp_path / "p.json")
+    for plan, planned in ((lz.solve(model, (x,), **FAST), False), (lz.load_plan(tmp_path / "p.json"), True)):
+        run, strict = lz.compile(model, plan=plan), lz.compile(model, plan=plan, layout_mode="strict")
+        for on in (not planned, planned, not planned):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on), warnings.catch_warnings(record=True):
+                found, expected = run(x), model(x)
+                assert found.dtype is expected.dtype
+                torch.testing.assert_close(found, expected)
+        assert list(run.adapted.values()) == [2]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not planned):
+            for refused in (lambda: strict(x), lambda: lz.bake(plan, tmp_path / "out", model, (x,))):  # noqa: B023
+                with pytest.raises(PlanError, match=r"autocast is \w+, and the plan was solved with it \w+\. "):
+                    refused()
 
 
 def test_what_is_of_another_kind_is_one_clear_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,7 +40,7 @@ from ..trust import circuit
 from ..types import EAGER, PLANNED
 from . import export, general, writing
 from .export import Program, Ranges
-from .offline import CellPlan, ModelPlan, check_environment, compile_cell, session_for, stored_options
+from .offline import CellPlan, ModelPlan, check_environment, compile_cell, other_autocast, session_for, stored_options
 from .warming import FILE, MANIFEST, sha256
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,9 @@ def bake(
     if taken:
         raise PlanError(f"{os.fspath(out)!r} exists and is not an empty folder. Give a new one.")
     check_environment(plan)
+    other = other_autocast(plan)
+    if other:
+        raise PlanError(f"{other}. Bake as it was solved.")
     named = export.bind(model, args, kwargs, plan.arguments)
     export.check_dynamic(named, plan.dynamic, plan.buckets)
     for symbol in plan.buckets:

@@ -88,6 +88,7 @@ class ModelPlan:
     written: tuple[str, ...] = ()  # the leaves that some cell writes into: never converted
     bundle: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the model's folder: group -> hash (model_fingerprint)
     joint: Joint | None = None  # where the cells were planned together
+    autocast: str = ""  # its dtype, if it was on where the model was traced
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON: whole or not at all."""
@@ -124,7 +125,10 @@ def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
         data = json.loads(read_limited(Path(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}. Make one: lz.solve(...).save(path).") from error
-    version = data.get("layerzero_model_plan") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or "layerzero_model_plan" not in data:
+        what = "is not a plan of lz solve: it has no layerzero_model_plan"
+        raise PlanError(f"{os.fspath(path)!r} {what}. Make one: lz.solve(...).save(path).")
+    version = data["layerzero_model_plan"]
     if version != VERSION:
         raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r:.80}; this LayerZero reads {VERSION}. Solve again.")
     try:
@@ -135,6 +139,10 @@ def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
         raise PlanError(f"the plan {os.fspath(path)!r} is damaged ({what}). Solve again.") from error
     if plan is None:
         raise PlanError(f"{os.fspath(path)!r} was changed after it was saved: its contents do not fit its checksum. Solve again.")
+    known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
+    for kernel in sorted({c.candidate.kernel for cell in plan.cells for p in cell.plans for c in p.choices} - known):
+        what = f"names kernel {kernel!r:.200}, which is not installed here (lz doctor lists kernels)"
+        raise PlanError(f"{os.fspath(path)!r} {what}. Install its package, or solve again.")
     return plan
 
 
@@ -154,12 +162,9 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         tuple(map(str, data["arguments"])),
         tuple(map(_argument, data["tensors"])), {str(p): str(c) for p, c in data["constants"].items()}, cells,
         tuple(map(str, data["leaves"])), tuple(map(str, data["written"])), {str(k): str(v) for k, v in data.get("bundle", {}).items()},
-        _joint(data.get("joint")),
+        _joint(data.get("joint")), str(data["autocast"]),
     )  # fmt: skip
     _check_fields(plan)
-    known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
-    for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
-        raise PlanError(unknown("kernel", kernel, known))
     # Counted first: a few lines of buckets can stand for billions of cells.
     most = math.prod(1 + len(ends) for ends in plan.buckets.values())
     least = math.prod(len(ends) for ends in plan.buckets.values())
@@ -175,6 +180,7 @@ def _check_fields(plan: ModelPlan) -> None:
         raise PlanError(unknown("option", name, fields))
     if {"mode", "layout_mode", "error_budget", "cudagraphs"} - plan.options.keys():
         raise ValueError(f"options are {reprlib.repr(sorted(plan.options))}, and some are missing")
+    Options(**{name: value for name, value in plan.options.items() if name != "cost_model"})  # whose package need not be here to read it
     dims = [(name, dim, symbol) for name, named in plan.dynamic.items() for dim, symbol in named.items()]
     for name, dim, symbol in dims:
         if name not in plan.arguments or dim < 0 or symbol not in plan.buckets:
@@ -264,7 +270,8 @@ def solve(
         type(model).__qualname__, _environment(sessions[0].device), chosen.as_data(), {n: dict(d) for n, d in dynamic.items()},
         {s: tuple(ends) for s, ends in buckets.items()}, tuple(named), tuple(tensors.values()),
         {path: repr(leaf) for path, leaf in leaves.items() if path not in tensors}, tuple(solved), tuple(leaves),
-        tuple(path for i, path in enumerate(leaves) if path in tensors and any(w is None or i in w for w in written)), folder, result,
+        tuple(path for i, path in enumerate(leaves) if path in tensors and any(w is None or i in w for w in written)),
+        folder, result, _autocast(sessions[0].device),
     )  # fmt: skip
 
 
@@ -407,7 +414,10 @@ class PlannedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = export.flattened(export.bind(self.model, args, kwargs, self.plan.arguments), self.plan.leaves)
         self._check(leaves)
-        index = self._cell(leaves)
+        other = other_autocast(self.plan)
+        if other:
+            self._adapt(other, UNCOMPILED)
+        index = None if other else self._cell(leaves)
         if index is None or not self._fit(leaves):
             return self._uncompiled(*args, **kwargs)
         if self._building:
@@ -529,6 +539,16 @@ class PlannedModel(nn.Module):
         if case not in self.adapted:
             warnings.warn(f"LayerZero: {what}: {effect}", stacklevel=6)
         self.adapted[case] = self.adapted.get(case, 0) + 1
+
+
+def _autocast(device: str) -> str:
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else ""
+
+
+def other_autocast(plan: ModelPlan) -> str:
+    """How autocast differs from when the plan was solved, which decides what the model computes; empty if it does not."""
+    here = _autocast(plan.environment["device"])
+    return "" if here == plan.autocast else f"autocast is {here or 'off'}, and the plan was solved with it {plan.autocast or 'off'}"
 
 
 def _environment(device: str) -> dict[str, str]:
