@@ -37,6 +37,8 @@ def compile(
     OptionError for a wrong option, or what does not go with `plan`. PlanError for a plan that cannot be read, or is not for this machine,
     these options or, with layout_mode="strict", this bundle (else a warning); FingerprintError for a bundle that has no fingerprint.
     """
+    if not callable(model):
+        raise OptionError(f"compile takes an nn.Module or a function; given: {model!r:.200}.")
     if plan is not None:
         from .deploy import offline
 

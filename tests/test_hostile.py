@@ -142,9 +142,10 @@ def plan_text() -> str:
     cells = [{"ranges": {"seq": r}, "fingerprint": "f", "winner": "layerzero", "times": {"eager": 1.0}, "error": None, "plans": [plan]}
              for r in ([1, 1], [2, 8], [9, 32])]  # fmt: skip
     return json.dumps({
-        "layerzero_model_plan": 1, "layerzero": "0.1.0", "model": "M", "environment": ENV,
+        "layerzero_model_plan": 2, "layerzero": "0.1.0", "model": "M", "environment": ENV,
         "options": {"mode": "default", "layout_mode": "adapt", "error_budget": 0.0, "cudagraphs": False},
-        "dynamic": {"x": {"1": "seq"}}, "buckets": {"seq": [8, 32]}, "arguments": ["x"], "cells": cells, "constants": ["3"],
+        "dynamic": {"x": {"1": "seq"}}, "buckets": {"seq": [8, 32]}, "arguments": ["x"], "cells": cells, "constants": {"n": "3"},
+        "leaves": ["x", "n"], "written": ["x"], "autocast": "",
         "tensors": [{"dtype": "float32", "device": "cpu", "shape": [2, -1], "order": [0, 1]}],
     })  # fmt: skip
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
+import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 import lz_compiler as lz
 from lz_compiler import torch_private
 from lz_compiler.deploy import export, offline
+from lz_compiler.deploy.proof import prove
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.zoo import Llama, LlamaConfig
 
@@ -127,8 +131,8 @@ def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.Mode
         expected = model(x)
     lz.compile(model, plan=plan)(x)
     said = [r.message for r in caplog.records if r.name == offline.__name__]
-    assert said[0].startswith("compiling the plan's cell {'seq': (9, 32)} in this call")
-    assert "(9, 32)} is compiled: this call waited" in said[1]
+    assert said[0].startswith("compiling the plan's cell for seq 9..32 in this call")
+    assert "for seq 9..32 is compiled: this call waited" in said[1]
     caplog.clear()
     run = lz.compile(model, plan=plan, compile_in_background=True)
     with torch_private.compile_lock():  # something else compiles: the model itself runs
@@ -144,13 +148,105 @@ def test_a_missing_cell_never_blocks_silently(planned: tuple[Llama, offline.Mode
     assert lz.warmup(run, (x,), calls=1) is run
     assert (len(run._cells), run._building) == (3, {})
     said = [r.message for r in caplog.records if r.name == offline.__name__]
-    assert "(9, 32)} is traced, and compiles in the background while calls run its graph: this call waited" in said[0]
-    assert any("(9, 32)} is compiled: calls run it from now on" in line for line in said)
+    assert "for seq 9..32 is traced, and compiles in the background while calls run its graph: this call waited" in said[0]
+    assert any("for seq 9..32 is compiled: calls run it from now on" in line for line in said)
     wider = Llama(LlamaConfig(hidden=64, layers=1, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
     with pytest.raises(PlanError, match="not the one that was planned"):
         lz.compile(wider, plan=plan, compile_in_background=True)(ids(4))
     with pytest.raises(OptionError, match="CUDA graphs belong to the thread"):
         lz.compile(model, plan=dataclasses.replace(plan, options={**plan.options, "cudagraphs": True}), compile_in_background=True)
+
+
+class Slow(nn.Module):
+    """Two threads meet in a trace of it, or one is alone there for a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.meeting: Callable[[], object] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch_private.is_fake(self.linear.weight):
+            self.meeting()
+        return self.linear(x)
+
+
+def test_one_thread_traces_at_a_time() -> None:
+    """torch.export puts fake tensors into the model: another thread's solve, and calls that run the model itself, wait for the end."""
+    model, x = Slow().eval(), torch.randn(4, 8)
+    rows: dict[str, Any] = {"dynamic": {"x": {0: "n"}}, "buckets": {"n": [4]}}
+    plan, expected = lz.solve(model, (x,), **rows, **FAST), model(torch.ones(9, 8))
+    meeting = threading.Barrier(2)
+
+    def meet() -> None:
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait(timeout=1)
+
+    model.meeting = meet
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(lz.solve, model, (x,), **rows, **FAST) for _ in range(2)]:
+            assert done.result().cells[0].fingerprint == plan.cells[0].fingerprint
+    assert meeting.broken
+    assert type(model.linear.weight) is nn.Parameter
+    traced = threading.Event()
+    model.meeting = lambda: traced.set() or time.sleep(0.5)
+    run = lz.compile(model, plan=plan)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run, x)
+        traced.wait()
+        torch.testing.assert_close(run(torch.ones(9, 8)), expected)
+        torch.testing.assert_close(first.result(), model(x))
+
+
+def test_what_compiled_in_the_background_is_taken_over_once(small: tuple[nn.Module, Tensor, offline.ModelPlan]) -> None:
+    model, x, plan = small
+    run = lz.compile(model, plan=plan)
+    run(x)
+    both = threading.Barrier(2)
+
+    class Done(Future[Any]):
+        def done(self) -> bool:
+            return True
+
+        def result(self, timeout: float | None = None) -> Any:
+            both.wait(timeout=5)
+            return run._cells[0][1]
+
+    run._building[0] = os.getpid(), Done()
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(run, x) for _ in range(2)]:
+            assert done.result().shape == x.shape
+    assert run._building == {}
+
+
+def test_a_child_process_compiles_by_itself(small: tuple[nn.Module, Tensor, offline.ModelPlan]) -> None:
+    """What the parent's threads held or had begun when it forked is not waited for."""
+    model, x, plan = small
+    run = lz.compile(model, plan=plan)
+    run(x)
+    stop, holds = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        assert export.begin_tracing()
+        holds.set()
+        stop.wait()
+        torch_private.compile_lock().release()
+        export.TRACING.release()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    holds.wait()
+    with held(offline.BACKGROUND):
+        run._building[0] = os.getpid(), offline.BACKGROUND.submit(lambda: run._cells[0][1])
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # ends it where it hangs
+            run.wait()
+            free = export.begin_tracing(blocking=False)
+            os._exit(0 if free and not run._cells and offline.BACKGROUND.submit(int).result() == 0 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    stop.set()
+    holder.join()
 
 
 def test_a_recompilation_never_blocks_silently(caplog: pytest.LogCaptureFixture) -> None:
@@ -214,8 +310,111 @@ def test_written_buffers_and_arguments() -> None:
         assert found["view"].data_ptr() == found["y"].data_ptr()
         torch.testing.assert_close(mine, theirs)
     assert model.calls == other.calls == 3
-    with pytest.raises(PlanError, match=r"constants 3\.0; given: 2\.0"):
+    with pytest.raises(PlanError, match=r"scale is 2\.0; the plan is for 3\.0"):
         run(torch.randn(8, 16), {"sum": mine}, scale=2.0)
+
+
+class Structured(nn.Module):
+    """Tensors in a dict and a tuple, tensors that may be left out, and keywords of any name."""
+
+    def forward(self, d: dict[str, Tensor], pair: Any, mul: Tensor | None = None, add: Tensor | None = None, **more: Tensor) -> Tensor:
+        y = d["a"] - 2 * d["b"] + pair[0] * (2 if mul is None else mul) + (more["u"] - 3 * more["v"])
+        return y if add is None else y + add
+
+
+def test_arguments_are_known_by_where_they_are() -> None:
+    """The order of keys and keywords is free; what is elsewhere, or a constant in place of a tensor, is an error."""
+    model = Structured().eval()
+    a, b, c, z, u, v = (torch.randn(4, 8) for _ in range(6))
+    plan = lz.solve(model, ({"a": a, "b": b}, (c, 1)), {"mul": z, "u": u, "v": v}, **FAST)
+    assert plan.leaves == ("d['a']", "d['b']", "pair[0]", "pair[1]", "mul", "add", "u", "v")
+    for first in ({"b": b, "a": a}, {"a": a, "b": b}):
+        run = lz.compile(model, plan=plan)
+        for d in (first, {"b": b, "a": a}, {"a": a, "b": b}):
+            torch.testing.assert_close(run(d, (c, 1), mul=z, v=v, u=u), model(d, (c, 1), mul=z, u=u, v=v))
+    cases: dict[str, Any] = {
+        r"mul is None; the plan is for a tensor of sizes \(4, 8\)": (({"a": a, "b": b}, (c, 1)), {"add": z}),
+        r"hold d\['c'\]; the plan is for d\['b'\] there": (({"a": a, "c": b}, (c, 1)), {"mul": z}),
+        r"hold pair\[0\]\[0\]; the plan is for pair\[0\] there": (({"a": a, "b": b}, ((c,), 1)), {"mul": z}),
+        r"pair\[1\] is 2; the plan is for 1\.": (({"a": a, "b": b}, (c, 2)), {"mul": z}),
+    }
+    for message, (args, kwargs) in cases.items():
+        with pytest.raises(PlanError, match=message):
+            run(*args, **kwargs, u=u, v=v)
+
+
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.linear(q) - 2 * k
+
+
+def test_a_tensor_that_is_given_twice_is_two_arguments(tmp_path: Path) -> None:
+    """In solve, compile and bake alike; also where an argument is a weight."""
+    model = Difference().eval().requires_grad_(False)
+    x, y, weight = torch.randn(8, 8), torch.randn(8, 8), model.linear.weight
+    first, second = ((lz.solve(model, args, **FAST)) for args in ((x, x), (weight, y)))
+    assert first.cells[0].fingerprint == second.cells[0].fingerprint
+    lz.bake(first, tmp_path / "out", model, (x, x))
+    for run in (lz.compile(model, plan=first), lz.load_baked(tmp_path / "out").forward):
+        for args in ((x, x), (x, y), (weight, y)):
+            torch.testing.assert_close(run(*args), model(*args))
+
+
+def test_one_symbol_of_two_arguments(tmp_path: Path) -> None:
+    """torch has a symbol for each; that they are equal is no assumption, within the buckets and beyond. Others are named as declared."""
+    model, x = Difference().eval(), torch.randn(4, 8)
+    both: dict[str, Any] = {"dynamic": {"q": {0: "n"}, "k": {0: "n"}}, "buckets": {"n": [8]}}
+    plan = lz.solve(model, (x, x), **both, **FAST)
+    lz.bake(plan, tmp_path / "out", model, (x, x))
+    baked, run = lz.load_baked(tmp_path / "out"), lz.compile(model, plan=plan)
+    for rows in (1, 2, 7, 8, 9, 30):
+        q, k = torch.randn(rows, 8), torch.randn(rows, 8)
+        torch.testing.assert_close(baked.forward(q, k), model(q, k))
+        if rows <= 8:
+            torch.testing.assert_close(run(q, k), model(q, k))
+    with pytest.raises(ValueError, match="n is 3 and 4"):
+        baked.forward(torch.randn(4, 8), torch.randn(3, 8))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert prove((tmp_path / "out" / "_layerzero_plan.py").read_text(), manifest)[0] == []
+
+
+def test_an_example_of_one_row_has_the_order_that_is_compiled(tmp_path: Path) -> None:
+    """Strides of a dimension of size 1 say nothing of the order; channels_last with one image is channels_last."""
+
+    class Ramp(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * torch.arange(5.0)).softmax(-1)
+
+    model, odd = Ramp().eval(), torch.randn(5, 3)[:, :1].t()
+    plan = lz.solve(model, (odd,), dynamic={"x": {0: "n"}}, buckets={"n": [4]}, **FAST)
+    lz.bake(plan, tmp_path / "out", model, (odd,))
+    baked, run, x = lz.load_baked(tmp_path / "out"), lz.compile(model, plan=plan), torch.randn(4, 5)
+    torch.testing.assert_close(run(x), model(x))
+    torch.testing.assert_close(baked.forward(x), model(x))
+    assert (run.adapted, baked.adapted) == ({}, {})
+    image = torch.randn(1, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert export.Argument.of(image).order == (0, 2, 3, 1)
+
+
+def test_what_the_model_writes_into_is_never_converted(tmp_path: Path) -> None:
+    class Cached(nn.Module):
+        def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+            cache.add_(x)
+            return x * 2
+
+    plan = lz.solve(Cached(), (torch.randn(8, 8), torch.zeros(8, 8)), **FAST)
+    plan.save(tmp_path / "p.json")
+    run = lz.compile(Cached(), plan=tmp_path / "p.json")
+    for cache in (torch.zeros(8, 8).t(), torch.zeros(8, 8, dtype=torch.float64)):
+        with pytest.raises(PlanError, match=r"cache .*planned as .*The model writes into it"):
+            run(torch.randn(8, 8), cache)
+    with pytest.warns(UserWarning, match="x is torch.float64"):
+        run(torch.ones(8, 8).double(), cache := torch.zeros(8, 8))
+    assert torch.equal(cache, torch.ones(8, 8))
 
 
 @pytest.mark.slow
@@ -239,7 +438,7 @@ def test_inputs_that_were_not_planned(planned: tuple[Llama, offline.ModelPlan]) 
     with pytest.raises(PlanError, match="arguments given"):
         lz.compile(Counting(), plan=plan)(ids(8), {})
     for called, x in ((run, ids(8)[None]), (strict, ids(8, batch=2))):
-        with pytest.raises(PlanError, match=r"sizes \[\(1, -1\)\] \(-1 varies\); given"):
+        with pytest.raises(PlanError, match=r"sizes .*\(1, -1\)\]? \(-1 varies\)"):
             called(x)
 
 
@@ -349,12 +548,14 @@ def test_broken_plan_files(planned: tuple[Llama, offline.ModelPlan], tmp_path: P
     candidate = cell["plans"][0]["choices"][0]["candidate"]
     region = candidate["region"]
     broken = {
-        "cannot read": text[: len(text) // 2], "schema None": "{}", "schema 99": json.dumps({**data, "layerzero_model_plan": 99}),
+        "cannot read": text[: len(text) // 2], "is not a plan of lz solve: it has no": "[]",
+        "schema 99": json.dumps({**data, "layerzero_model_plan": 99}),
         "damaged": json.dumps({**data, "cells": [{k: v for k, v in cell.items() if k != "plans"}]}),
         "not those of its buckets": json.dumps({**data, "cells": data["cells"][1:]}),
         "unknown winner": json.dumps({**data, "cells": [{**cell, "winner": "__import__('os')"}, *data["cells"][1:]]}),
         "contents do not fit its checksum": text.replace('"ns": ', '"ns": 1', 1),
         "unknown option 'freezes'.* Did you mean 'freeze'": json.dumps({**data, "options": {**data["options"], "freezes": True}}),
+        r"is 'yes'\. Give True or False": json.dumps({**data, "options": {**data["options"], "freeze": "yes"}}),
         "some are missing": json.dumps({**data, "options": {}}),
         "dimension 1 of 'input_ids' is called 'length'": json.dumps({**data, "dynamic": {"input_ids": {"1": "length"}}}),
         "dimension 1 of 'ids' is called 'seq'": json.dumps({**data, "dynamic": {"ids": {"1": "seq"}}}),
@@ -382,7 +583,7 @@ def test_a_plan_with_a_kernel_exchanged_is_refused(planned: tuple[Llama, offline
     for choice in (c for cell in data["cells"] for p in cell["plans"] for c in p["choices"]):
         choice["candidate"]["kernel"] = "os.system"
     (tmp_path / "p.json").write_text(json.dumps(data))
-    with pytest.raises(PlanError, match=r"unknown kernel 'os\.system'"):
+    with pytest.raises(PlanError, match=r"p\.json' names kernel 'os\.system', which is not installed .* Install its package"):
         lz.compile(model, plan=tmp_path / "p.json")
 
 
@@ -462,6 +663,81 @@ def test_what_is_no_model_and_no_list(planned: tuple[Llama, offline.ModelPlan], 
     there = dataclasses.replace(plan, environment={**plan.environment, "device": "cuda", "name": "NVIDIA H200"})
     with pytest.raises(PlanError, match="is for the GPU 'NVIDIA H200', and here torch finds no GPU"):
         lz.compile(model, plan=there)
+
+
+def test_autocast_is_part_of_a_plan(tmp_path: Path) -> None:
+    """A call where it is otherwise runs the model itself, first or later; strict and bake refuse."""
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = lz.solve(model, (x,), **FAST)
+    cast.save(tmp_path / "p.json")
+    for plan, planned in ((lz.solve(model, (x,), **FAST), False), (lz.load_plan(tmp_path / "p.json"), True)):
+        run, strict = lz.compile(model, plan=plan), lz.compile(model, plan=plan, layout_mode="strict")
+        for on in (not planned, planned, not planned):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on), warnings.catch_warnings(record=True):
+                found, expected = run(x), model(x)
+                assert found.dtype is expected.dtype
+                torch.testing.assert_close(found, expected)
+        assert list(run.adapted.values()) == [2]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not planned):
+            for refused in (lambda: strict(x), lambda: lz.bake(plan, tmp_path / "out", model, (x,))):  # noqa: B023
+                with pytest.raises(PlanError, match=r"autocast is \w+, and the plan was solved with it \w+\. "):
+                    refused()
+
+
+def test_what_is_of_another_kind_is_one_clear_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    rows: dict[str, Any] = {"dynamic": {"input": {0: "n"}}, "buckets": {"n": [4]}}
+    for changes, message in (
+        ({"buckets": [1, 2]}, r"buckets is \[1, 2\]\. Give a dict: buckets=\{symbol"), ({"dynamic": [0]}, r"dynamic is \[0\]"),
+        ({"dynamic": {"input": 0}}, r"'input' is 0\. Give its dimensions by name: dynamic=\{'input': \{0: symbol\}\}"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            lz.solve(model, (x,), **{**rows, **changes}, **FAST)
+    plan = lz.solve(model, (x,), **rows, **FAST)
+    run: Any = lz.compile(model, plan=plan)
+    for wrong, words in ((None, "None"), (torch.tensor(1.0), r"a tensor of sizes \(\)"), (3, "3")):
+        with pytest.raises(PlanError, match=rf"input is {words}; the plan is for a tensor of sizes \(-1, 8\) \(-1 varies\)"):
+            run(wrong)
+    with pytest.raises(PlanError, match=r"unexpected keyword argument 'y'\. Call it as the model is called"):
+        run(x, y=x)
+    with pytest.raises(OptionError, match="given: 3"):
+        lz.compile(model, plan=3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="given: 3"):
+        plan.save(3)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="which is a folder"):
+        plan.save(".")
+    for thing in (None, "model"):
+        with pytest.raises(OptionError, match=f"compile takes an nn.Module or a function; given: {thing!r}"):
+            lz.compile(thing)  # type: ignore[type-var]
+    caplog.clear()
+    lz.compile(model, plan=lz.solve(model, (x,), **FAST))(x)
+    assert any("cell for the given shapes in this call" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_written_buffers_that_share_memory_are_refused(rows: int) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("whole", torch.zeros(4, 8))
+            self.register_buffer("part", self.whole[:rows])
+
+        def forward(self, x: Tensor) -> Any:
+            self.whole.add_(x)
+            return self.part * 2
+
+    with pytest.raises(PlanError, match="whole and part share memory, and the model writes into it"):
+        lz.solve(Shared(), (torch.randn(4, 8),), **FAST)
+
+
+def test_what_inductor_cannot_compile_is_a_plan_error() -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.softmax(-1), x.shape[0] * 2.5, x.shape[0]
+
+    with pytest.raises(PlanError, match=r"TorchInductor cannot compile the graph for n 1\.\.1: \w+Error"):
+        lz.solve(Sized(), (torch.randn(4, 8),), dynamic={"x": {0: "n"}}, buckets={"n": [4]}, **FAST)
 
 
 def test_a_model_that_does_not_allow_the_range() -> None:

@@ -40,7 +40,7 @@ from ..trust import circuit
 from ..types import EAGER, PLANNED
 from . import export, general, writing
 from .export import Program, Ranges
-from .offline import CellPlan, ModelPlan, check_environment, compile_cell, load_plan, session_for, stored_options
+from .offline import CellPlan, ModelPlan, check_environment, compile_cell, load_plan, other_autocast, session_for, stored_options
 from .warming import FILE, MANIFEST, sha256
 
 log = logging.getLogger(__name__)
@@ -131,9 +131,10 @@ def bake(
         raise OptionError(f"bake takes a plan of lz.solve, or the path of its file; given: {type(plan).__name__}.")
     out = _free_folder(out_dir)
     check_environment(plan)
-    named = export.bind(model, args, kwargs)
-    if tuple(named) != plan.arguments:
-        raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(plan.arguments)}.")
+    other = other_autocast(plan)
+    if other:
+        raise PlanError(f"{other}. Bake as it was solved.")
+    named = export.bind(model, args, kwargs, plan.arguments)
     export.check_dynamic(named, plan.dynamic, plan.buckets)
     export.check_mode(model)
     for what, names in (("argument", named), ("symbol", plan.buckets)):

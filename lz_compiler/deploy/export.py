@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from ..errors import OptionError, PlanError, unknown
 Ranges = dict[str, tuple[int, int]]  # symbol -> lowest and highest size, both included
 ENDLESS = 1 << 62  # a range's upper end where there is none
 Dynamic = Mapping[str, Mapping[int, str]]  # argument -> dimension -> symbol
+TRACING = threading.RLock()  # around torch.export, which puts fake tensors into the model meanwhile, and around calls of a model itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +63,17 @@ def cells(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
     return [dict(box) for box in itertools.product(*axes)]
 
 
-def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of a call by name, in the order of the model's signature; those left at a default that is a plain constant, too."""
+def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, planned: Sequence[str] | None = None) -> dict[str, Any]:
+    """The arguments of a call by name, in the order of the model's signature; those left at a default that is a plain constant, too.
+
+    In the order of a plan's arguments where these are given: PlanError for others.
+    """
     signature = inspect.signature(model.forward)
     try:
         given = signature.bind(*args, **(kwargs or {}))
     except TypeError as error:
-        raise PlanError(f"the arguments do not fit {type(model).__name__}.forward: {error}. Give example arguments.") from error
+        what = "Give example arguments" if planned is None else "Call it as the model is called"
+        raise PlanError(f"the arguments do not fit {type(model).__name__}.forward: {error}. {what}.") from error
     explicit = set(given.arguments)
     given.apply_defaults()
     bound = {name: v for name, v in given.arguments.items() if name in explicit or _kept(signature.parameters[name])}
@@ -76,7 +83,11 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
         if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
             raise PlanError(f"argument {name!r} of {type(model).__name__}.forward has no name to plan by. Wrap the model.")
         named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return named
+    if planned is None:
+        return named
+    if named.keys() != set(planned):
+        raise PlanError(f"arguments given: {', '.join(named) or 'none'}; the plan is for: {', '.join(planned)}.")
+    return {name: named[name] for name in planned}
 
 
 def _kept(parameter: inspect.Parameter) -> bool:
@@ -92,11 +103,48 @@ def check_mode(model: nn.Module) -> None:
         warnings.warn(f"LayerZero: {what}. Call model.eval() first, unless that is what you want", stacklevel=3)
 
 
+def paths(spec: pytree.TreeSpec, path: str = "") -> Iterator[str]:
+    """Where each leaf of the arguments is, as `x`, `pair[0]` or `cache['sum']`."""
+    if spec.is_leaf():
+        yield path
+        return
+    of_dict = spec.type in (dict, OrderedDict)
+    kind = "" if of_dict or spec.type in (list, tuple) else f".{spec.type.__name__}({spec.context!r})"
+    for key, child in zip(spec.context if of_dict else itertools.count(), spec.children(), strict=False):
+        yield from paths(child, f"{path}{kind}[{key!r}]" if path else key)
+
+
+def flattened(named: Mapping[str, Any], planned: Sequence[str]) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a call's arguments in the planned order, whatever the order of a dict's keys is, and their structure. PlanError for
+    another structure."""
+    leaves, spec = pytree.tree_flatten(dict(named))
+    found = tuple(paths(spec))
+    if found == tuple(planned):
+        return leaves, spec
+    given, expected = [[path for path in some if path not in others] for some, others in ((found, planned), (planned, found))]
+    if given or expected:
+        what, planned_here = (", ".join(some) or "less" for some in (given, expected))
+        raise PlanError(f"the arguments hold {what}; the plan is for {planned_here} there. Solve again for another structure.")
+    return pytree.tree_flatten({name: _ordered(value, planned, name) for name, value in named.items()})
+
+
+def _ordered(value: Any, planned: Sequence[str], path: str) -> Any:
+    """The same with the keys of its dicts in the planned order."""
+    if type(value) in (list, tuple):
+        return type(value)(_ordered(part, planned, f"{path}[{i}]") for i, part in enumerate(value))
+    if type(value) not in (dict, OrderedDict):
+        return value
+    place = {key: next((i for i, p in enumerate(planned) if p.startswith(f"{path}[{key!r}]")), 0) for key in value}
+    return type(value)((key, _ordered(value[key], planned, f"{path}[{key!r}]")) for key in sorted(value, key=place.__getitem__))
+
+
 def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[str, Sequence[int]]) -> None:
     """PlanError for a declaration that does not fit the arguments or itself."""
     for name, dims in dynamic.items():
         if not isinstance(named.get(name), Tensor):
             raise PlanError("dynamic: " + unknown("tensor argument", name, [n for n, v in named.items() if isinstance(v, Tensor)]))
+        if not isinstance(dims, Mapping):
+            raise OptionError(f"dynamic: {name!r} is {dims!r:.200}. Give its dimensions by name: dynamic={{{name!r}: {{0: symbol}}}}.")
         for dim, symbol in dims.items():
             if not isinstance(dim, int) or not 0 <= dim < named[name].dim():
                 raise PlanError(f"dynamic: {name!r} has dimensions 0 to {named[name].dim() - 1}, given: {dim!r}.")
@@ -126,8 +174,10 @@ class Argument:
     @staticmethod
     def of(value: Tensor, dynamic: Container[int] = ()) -> Argument:
         strides, shape = value.stride(), tuple(-1 if dim in dynamic else size for dim, size in enumerate(value.shape))
-        order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
-        return Argument(str(value.dtype).removeprefix("torch."), value.device.type, shape, tuple(order))
+        found, order = None, _by_stride(strides)
+        while order != found:  # with dimensions of size 1, a dense tensor's strides can stand for another order
+            found, order = order, _by_stride(torch.empty_permuted(value.shape, order, device="meta").stride())
+        return Argument(str(value.dtype).removeprefix("torch."), value.device.type, shape, order)
 
     def fits(self, value: Tensor) -> bool:
         return value.dim() == len(self.shape) and all(p in (-1, n) for p, n in zip(self.shape, value.shape, strict=True))
@@ -154,6 +204,10 @@ class Argument:
         if not self.misfit(value):
             return value
         return torch.empty_permuted(value.shape, self.order, dtype=getattr(torch, self.dtype), device=self.device).copy_(value)
+
+
+def _by_stride(strides: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim)))
 
 
 def dense(value: Tensor, order: Sequence[int]) -> bool:
@@ -216,6 +270,31 @@ def _resized(named: Mapping[str, Any], dynamic: Dynamic, sizes: Mapping[str, int
     return made
 
 
+def begin_tracing(blocking: bool = True) -> bool:
+    """Take TRACING and torch's compile lock, both to be released. Waits for neither while it holds the other: compiling takes long, and a
+    call of a model may compile a part of it."""
+    lock = torch_private.compile_lock()
+    while TRACING.acquire(blocking):
+        if lock.acquire(blocking=False):
+            return True
+        TRACING.release()
+        if not blocking:
+            break
+        with lock:
+            pass
+    return False
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    begin_tracing()
+    try:
+        yield
+    finally:
+        torch_private.compile_lock().release()
+        TRACING.release()
+
+
 def export_program(
     model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges, sizes: Mapping[str, int] | None = None
 ) -> Program:
@@ -226,12 +305,12 @@ def export_program(
     from torch.export import Dim, ShapesCollection, export
 
     ranged = {s: Dim.AUTO if high == ENDLESS else Dim(s, min=low, max=high) for s, (low, high) in ranges.items() if low < high}
-    example = resized(named, dynamic, ranges, sizes)
+    example = _apart(model, resized(named, dynamic, ranges, sizes))
     shapes = ShapesCollection()
     for name, dims in dynamic.items():
         shapes[example[name]] = {dim: ranged[s] for dim, s in dims.items() if s in ranged}
     try:
-        with torch.no_grad():
+        with _tracing(), torch.no_grad():
             declared = shapes.dynamic_shapes(model, (), example) if ranged else None
             # What torch cannot prove for the whole range is asserted in the graph.
             exported = export(model, (), example, dynamic_shapes=declared, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
@@ -248,6 +327,20 @@ def export_program(
     return Program(gm, weights, names, inputs, exported.call_spec.in_spec, exported.call_spec.out_spec, symbols, ranges)
 
 
+def _apart(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
+    """The same in memory of its own for each tensor: torch.export takes what is given twice, or is a weight too, for one."""
+    seen = {torch_private.memory_of(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+
+    def own(value: Tensor) -> Tensor:
+        place = torch_private.memory_of(value)
+        if place in seen:
+            return value.clone()
+        seen.add(place)
+        return value
+
+    return pytree.tree_map_only(Tensor, own, example)
+
+
 def check_sizes(program: Program) -> None:
     """PlanError where the code that was just compiled is for a part of the declared sizes only: torch.export narrowed a range, or
     Inductor assumed something of a size which is not true of all."""
@@ -257,10 +350,10 @@ def check_sizes(program: Program) -> None:
         if low < least or high > most:
             raise PlanError(f"the model can be compiled for {symbol} {least}..{most} only, not for {low}..{high}. Cut its buckets there.")
     names = {name: program.symbols[place] for name, place in first.items()}
-    broken = torch_private.broken_assumption(program.arguments, {name: program.ranges[symbol] for name, symbol in names.items()})
+    broken = torch_private.broken_assumption(program.arguments, names, program.ranges)
     if broken is not None:
         text, sizes = broken
-        at = ", ".join(f"{names[name]}={size}" for name, size in sizes.items())
+        at = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
         raise PlanError(f"compiled for {ranges_text(program.ranges)}, the code assumes {text}, not so for {at}. Cut the buckets there.")
 
 

@@ -48,7 +48,8 @@ def program(
             raise PlanError(f"{type(model).__name__} is for {name}={size} only, or ties it to another size")
         if not fixed and symbols.setdefault(str(size), name) != name:
             raise PlanError(f"{type(model).__name__} needs {symbols[str(size)]} and {name} to be equal")
-    found, _, assumed = torch_private.compiled_sizes(values)
+    found, first, assumed = torch_private.compiled_sizes(values)
+    symbols |= {text: made.symbols[place] for text, place in first.items()}  # also of a size that torch replaced by an equal one
     ranges = dict(box)
     for (position, dim), name in made.symbols.items():
         low, high = found[position][dim]

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from .. import __version__, backends, torch_private
 from ..backend import TIGHTEN, Session, setup
 from ..capture import fingerprint
-from ..errors import OptionError, PlanError, unknown
+from ..errors import OptionError, PlanError, told, unknown
 from ..options import Options
 from ..plan_io import DAMAGE, plan_from_dict, plan_to_dict, read_limited, write_whole
 from ..planning import DILUTION
@@ -41,11 +41,21 @@ from .model_fingerprint import fingerprint as fingerprint_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 CALLS = 60  # at most, until a race is decided
 UNCOMPILED = "such calls run the model itself, uncompiled"
-BACKGROUND = ThreadPoolExecutor(1, "layerzero")  # its thread starts with the first cell that is compiled there
 WINNERS = (PLANNED, LOSSLESS, INDUCTOR, EAGER)
+BACKGROUND = ThreadPoolExecutor(1, "layerzero")  # its thread starts with the first cell that is compiled there
+
+
+def _forked() -> None:
+    """In a child process there is no thread but the one that forked."""
+    global BACKGROUND
+    BACKGROUND = ThreadPoolExecutor(1, "layerzero")
+    torch_private.free_after_fork(export.TRACING)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +82,18 @@ class ModelPlan:
     buckets: Mapping[str, tuple[int, ...]]
     arguments: tuple[str, ...]
     tensors: tuple[Argument, ...]
-    constants: tuple[str, ...]  # what is no tensor among the arguments' leaves, as text: compiled in
+    constants: Mapping[str, str]  # what is no tensor among the arguments' leaves, as text: compiled in
     cells: tuple[CellPlan, ...]
+    leaves: tuple[str, ...] = ()  # where each leaf of the arguments is (export.paths), in the order of the graphs' placeholders
+    written: tuple[str, ...] = ()  # the leaves that some cell writes into: never converted
     bundle: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the model's folder: group -> hash (model_fingerprint)
     joint: Joint | None = None  # where the cells were planned together
+    autocast: str = ""  # its dtype, if it was on where the model was traced
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON: whole or not at all."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise OptionError(f"save takes a file's path; given: {path!r:.200}.")
         data = {"layerzero_model_plan": VERSION, "layerzero": __version__, **dataclasses.asdict(self)}
         data["cells"] = [
             {**dataclasses.asdict(cell), "plans": [plan_to_dict(p) for p in cell.plans]} for cell in self.cells
@@ -87,6 +102,8 @@ class ModelPlan:
         target = Path(path)
         if not target.parent.is_dir():
             raise PlanError(f"cannot write the plan to {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}. Make it.")
+        if target.is_dir():
+            raise PlanError(f"cannot write the plan to {os.fspath(path)!r}, which is a folder. Give a file in it.")
         try:
             write_whole(target, json.dumps(data, indent=1).encode())
         except OSError as error:
@@ -102,11 +119,16 @@ def _checksum(data: Mapping[str, Any]) -> str:
 
 def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
     """Read what `ModelPlan.save` wrote. PlanError for a file that is not one, is damaged, or is of another schema."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"a plan is what lz.solve returned, or the path of a file that its save wrote; given: {path!r:.200}.")
     try:
         data = json.loads(read_limited(Path(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}. Make one: lz.solve(...).save(path), or `lz solve`.") from error
-    version = data.get("layerzero_model_plan") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or "layerzero_model_plan" not in data:
+        what = "is not a plan of lz solve: it has no layerzero_model_plan"
+        raise PlanError(f"{os.fspath(path)!r} {what}. Make one: lz.solve(...).save(path), or `lz solve`.")
+    version = data["layerzero_model_plan"]
     if version != VERSION:
         raise PlanError(f"{os.fspath(path)!r} is a plan of schema {version!r:.80}; this LayerZero reads {VERSION}. Solve again.")
     try:
@@ -117,6 +139,10 @@ def load_plan(path: str | os.PathLike[str]) -> ModelPlan:
         raise PlanError(f"the plan {os.fspath(path)!r} is damaged ({what}). Solve again.") from error
     if plan is None:
         raise PlanError(f"{os.fspath(path)!r} was changed after it was saved: its contents do not fit its checksum. Solve again.")
+    known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
+    for kernel in sorted({c.candidate.kernel for cell in plan.cells for p in cell.plans for c in p.choices} - known):
+        what = f"names kernel {kernel!r:.200}, which is not installed here (lz doctor lists kernels)"
+        raise PlanError(f"{os.fspath(path)!r} {what}. Install its package, or solve again.")
     return plan
 
 
@@ -134,14 +160,11 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
         {str(n): {int(d): str(s) for d, s in dims.items()} for n, dims in data["dynamic"].items()},
         {str(s): tuple(int(e) for e in ends) for s, ends in data["buckets"].items()},
         tuple(map(str, data["arguments"])),
-        tuple(map(_argument, data["tensors"])),
-        tuple(map(str, data["constants"])), cells, {str(k): str(v) for k, v in data.get("bundle", {}).items()},
-        _joint(data.get("joint")),
+        tuple(map(_argument, data["tensors"])), {str(p): str(c) for p, c in data["constants"].items()}, cells,
+        tuple(map(str, data["leaves"])), tuple(map(str, data["written"])), {str(k): str(v) for k, v in data.get("bundle", {}).items()},
+        _joint(data.get("joint")), str(data["autocast"]),
     )  # fmt: skip
     _check_fields(plan)
-    known = {CALL, LOOP, VIEW, *(name for library in backends.all_backends().values() for name in library.kernels)}
-    for kernel in {c.candidate.kernel for cell in cells for p in cell.plans for c in p.choices} - known:
-        raise PlanError(unknown("kernel", kernel, known))
     # Counted first: a few lines of buckets can stand for billions of cells.
     most = math.prod(1 + len(ends) for ends in plan.buckets.values())
     least = math.prod(len(ends) for ends in plan.buckets.values())
@@ -157,10 +180,15 @@ def _check_fields(plan: ModelPlan) -> None:
         raise PlanError(unknown("option", name, fields))
     if {"mode", "layout_mode", "error_budget", "cudagraphs"} - plan.options.keys():
         raise ValueError(f"options are {reprlib.repr(sorted(plan.options))}, and some are missing")
+    Options(**{name: value for name, value in plan.options.items() if name != "cost_model"})  # whose package need not be here to read it
     dims = [(name, dim, symbol) for name, named in plan.dynamic.items() for dim, symbol in named.items()]
     for name, dim, symbol in dims:
         if name not in plan.arguments or dim < 0 or symbol not in plan.buckets:
             raise ValueError(f"dynamic: dimension {dim} of {name!r:.200} is called {symbol!r:.200}")
+    tensors = [path for path in plan.leaves if path not in plan.constants]
+    known = {*plan.leaves}
+    if len(tensors) != len(plan.tensors) or not {*plan.constants, *plan.written} <= known or len(known) < len(plan.leaves):
+        raise ValueError("leaves, tensors, constants and written do not fit each other")
     sizes = [size for tensor in plan.tensors for size in tensor.shape]
     if sizes.count(-1) != len(dims) or {symbol for _, _, symbol in dims} != plan.buckets.keys() or min(sizes, default=0) < -1:
         raise ValueError("dynamic, buckets and the tensors' sizes do not fit each other")
@@ -211,10 +239,15 @@ def solve(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"solve takes an nn.Module; given: {type(model).__name__}. Wrap it in a module whose forward calls it.")
+    for name, given, form in (("buckets", buckets, "{symbol: [upper ends]}"), ("dynamic", dynamic, "{argument: {dimension: symbol}}")):
+        if given is not None and not isinstance(given, Mapping):
+            raise OptionError(f"{name} is {given!r:.200}. Give a dict: {name}={form}.")
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     export.check_dynamic(named, dynamic, buckets)
     export.check_mode(model)
+    leaves = dict(zip(export.paths(pytree.tree_structure(named)), pytree.tree_leaves(named), strict=True))
+    tensors = {path: Argument.of(leaf, dynamic.get(path, ())) for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
     chosen = Options.resolve(options)
     backends.check_names(chosen)
     setup()
@@ -223,7 +256,7 @@ def solve(
         export.check_memory(named, dynamic, ranges)
     for left in reversed(range(1 + TIGHTEN)):
         joint = chosen.freeze and one_format and len(boxes) > 1
-        solved, sessions, state, result = _solved(model, named, dynamic, boxes, chosen, store, dilution, joint)
+        solved, sessions, state, written, result = _solved(model, named, dynamic, boxes, chosen, store, dilution, joint)
         over = [s.dilution for s in sessions if (s.record.error or 0.0) > chosen.error_budget and s.dilution > dilution]
         if not over or not left:
             break
@@ -236,42 +269,54 @@ def solve(
             raise PlanError(f"freeze=True, but {names} is written for some sizes and taken as constant for others. Solve without freeze.")
     return ModelPlan(
         type(model).__qualname__, _environment(sessions[0].device), chosen.as_data(), {n: dict(d) for n, d in dynamic.items()},
-        {s: tuple(ends) for s, ends in buckets.items()}, tuple(named),
-        tuple(
-            Argument.of(leaf, dynamic.get(name, ()))
-            for name, v in named.items()
-            for leaf in pytree.tree_leaves(v)
-            if isinstance(leaf, Tensor)
-        ),
-        _constants(pytree.tree_leaves(named)), tuple(solved), folder, result,
+        {s: tuple(ends) for s, ends in buckets.items()}, tuple(named), tuple(tensors.values()),
+        {path: repr(leaf) for path, leaf in leaves.items() if path not in tensors}, tuple(solved), tuple(leaves),
+        tuple(path for i, path in enumerate(leaves) if path in tensors and any(w is None or i in w for w in written)),
+        folder, result, _autocast(sessions[0].device),
     )  # fmt: skip
 
 
 def _solved(
     model: nn.Module, named: Mapping[str, Any], dynamic: Dynamic, boxes: Sequence[Ranges], options: Options,
     store: TimingStore, dilution: float, joint: bool,
-) -> tuple[list[CellPlan], list[Session], list[tuple[set[str], set[str]]], Joint | None]:  # fmt: skip
-    """Each cell planned and raced; its session; the buffers that it reads, and those of them that it writes into."""
+) -> tuple[list[CellPlan], list[Session], list[tuple[set[str], set[str]]], list[set[int] | None], Joint | None]:  # fmt: skip
+    """Each cell planned and raced; its session; the buffers that it reads, and those of them that it writes into; which of the arguments'
+    leaves it writes into (None: unknown)."""
     plans: list[list[Plan]] = [[] for _ in boxes]
     result = None
     if joint:
         plans, result = _jointly((export.export_program(model, named, dynamic, ranges) for ranges in boxes), options, store, dilution)
     solved, sessions, state = [], [], []
+    changed: list[set[int] | None] = []
     for ranges, decided in zip(boxes, plans, strict=True):
         program = export.export_program(model, named, dynamic, ranges)  # anew: names in a second trace of the same can differ
         traced = fingerprint(program.gm)
         session = session_for(program, options, store, decided, dilution)
         run, written, _ = compile_cell(session, program)
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
+        _check_memory_of_its_own(program, written)
+        places = [i for i, weight in enumerate(program.weights) if weight is None]
+        changed.append(None if written is None else {leaf for leaf, i in enumerate(places) if i in written})
         if written is not None:
             state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
         with export.in_memory(ranges):
-            _race(session, run, written, _flat(program, export.resized(named, dynamic, ranges)))
+            _race(session, run, written, _flat(program, pytree.tree_leaves(export.resized(named, dynamic, ranges))))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
         sessions.append(session)
         log.info("solved %s: %s", ranges, record.winner)
-    return solved, sessions, state, result
+    return solved, sessions, state, changed, result
+
+
+def _check_memory_of_its_own(program: Program, written: Sequence[int] | None) -> None:
+    """PlanError where the model writes into memory that two of its tensors share: AOTAutograd merges these into one input."""
+    names: dict[int, dict[int, str]] = {}
+    for i, weight in enumerate(program.weights):
+        if weight is not None:
+            names.setdefault(torch_private.memory_of(weight), {})[i] = program.names[i]
+    for shared in names.values():
+        if len(shared) > 1 and (written is None or shared.keys() & {*written}):
+            raise PlanError(f"{' and '.join(shared.values())} share memory, and the model writes into it. Give each its own (clone).")
 
 
 def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, dilution: float) -> tuple[list[list[Plan]], Joint | None]:
@@ -279,7 +324,7 @@ def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, 
     options = dataclasses.replace(options, any_rows=True)
     posed = []
     for program in programs:
-        with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
+        with torch_private.compile_lock(), torch.no_grad(), torch_private.tracing_like(program.gm.graph):
             posed.append(session_for(program, options, store, dilution=dilution).pose())
     if not all(posed):  # a graph without an operator has nothing to plan
         return [[] for _ in posed], None
@@ -291,10 +336,6 @@ def stored_options(plan: ModelPlan) -> dict[str, Any]:
     """The plan's options, to be resolved again. Without a cost model that was an object: it is not in the file, and a plan that is followed
     prices nothing."""
     return {name: value for name, value in plan.options.items() if name != "cost_model" or ":" not in str(value)}
-
-
-def _constants(leaves: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
 
 
 def session_for(program: Program, options: Options, store: TimingStore, plans: Sequence[Plan] = (), dilution: float = DILUTION) -> Session:
@@ -316,18 +357,22 @@ def compile_cell(
     if cell is not None:
         plans = [plan_to_dict(p) for p in cell.plans]
         verdict = {"winner": winner or cell.winner, "times": cell.times, "plans": plans, "error": cell.error}
-    with torch.no_grad(), torch_private.tracing_like(program.gm.graph):
-        run = session.compile(verdict)
-        written = torch_private.written_inputs(len(program.inputs))
+    with torch_private.compile_lock(), torch.no_grad(), torch_private.tracing_like(program.gm.graph):
+        try:
+            run = session.compile(verdict)
+        except torch_private.lowering_errors() as error:
+            raise PlanError(f"TorchInductor cannot compile the graph for {export.ranges_text(program.ranges)}: {told(error)}") from error
+        found = torch_private.written_inputs(len(program.inputs))
+        written = session.written if found is None else found  # an earlier verdict's, where nothing was compiled
         aliased = torch_private.aliased_outputs()
     export.check_sizes(program)
     return run, written, aliased
 
 
-def _flat(program: Program, named: Mapping[str, Any]) -> list[Any]:
+def _flat(program: Program, leaves: Iterable[Any]) -> list[Any]:
     """A call's values in the order of the graph's placeholders."""
-    leaves = iter(pytree.tree_leaves(((), dict(named))))
-    return [next(leaves) if w is None else w for w in program.weights]
+    given = iter(leaves)
+    return [next(given) if w is None else w for w in program.weights]
 
 
 def _race(session: Session, run: Callable[..., Any], written: Sequence[int] | None, inputs: list[Any]) -> None:
@@ -362,27 +407,32 @@ class PlannedModel(nn.Module):
         check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")
         self.adapted: dict[str, int] = {}
         self._cells: dict[int, tuple[Program, Callable[..., Any]]] = {}
-        self._building: dict[int, Future[Callable[..., Any]]] = {}
+        self._building: dict[int, tuple[int, Future[Callable[..., Any]]]] = {}  # cell -> process that compiles it, and its result
         if self.options.compile_in_background and self.options.graphs:
             raise OptionError("compile_in_background: CUDA graphs belong to the thread that makes them. Use lz.warmup, or leave them out.")
         setup()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        named = export.bind(self.model, args, kwargs)
-        if tuple(named) != self.plan.arguments:
-            raise PlanError(f"arguments given: {', '.join(named)}; the plan is for: {', '.join(self.plan.arguments)}.")
-        index = self._cell(named)
-        fitted = None if index is None else self._fitted(named)
-        if index is None or fitted is None:
-            return self.model(*args, **kwargs)
+        leaves, spec = export.flattened(export.bind(self.model, args, kwargs, self.plan.arguments), self.plan.leaves)
+        self._check(leaves)
+        other = other_autocast(self.plan)
+        if other:
+            self._adapt(other, UNCOMPILED)
+        index = None if other else self._cell(leaves)
+        if index is None or not self._fit(leaves):
+            return self._uncompiled(*args, **kwargs)
         if self._building:
             self._collect()
-        if index not in self._cells and not self._prepare(index, fitted):
-            return self.model(*args, **kwargs)
+        if index not in self._cells and not self._prepare(index, pytree.tree_unflatten(leaves, spec)):
+            return self._uncompiled(*args, **kwargs)
         program, run = self._cells[index]
         with torch.no_grad():
-            outputs = run(*_flat(program, fitted))
+            outputs = run(*_flat(program, leaves))
         return pytree.tree_unflatten(outputs, program.out_spec)
+
+    def _uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        with export.TRACING:  # while another thread traces it, its weights are fake
+            return self.model(*args, **kwargs)
 
     def wait(self) -> None:
         """Wait for the cell that compiles in the background, if there is one; raises what went wrong there."""
@@ -390,18 +440,38 @@ class PlannedModel(nn.Module):
 
     def _collect(self, wait: bool = False) -> None:
         """Take over what was compiled in the background."""
-        for index, building in [(i, f) for i, f in self._building.items() if wait or f.done()]:
-            self._cells[index] = self._cells[index][0], building.result()
-            del self._building[index]
-            log.warning("the plan's cell %s is compiled: calls run it from now on", self.plan.cells[index].ranges)
+        for index, (process, building) in list(self._building.items()):
+            if process != os.getpid():  # forked meanwhile, without the thread that compiles: traced anew
+                self._building.pop(index, None)
+                self._cells.pop(index, None)
+            elif wait or building.done():
+                self._cells[index] = self._cells[index][0], building.result()
+                if self._building.pop(index, None):  # of several threads that come here at once, one tells
+                    sizes = export.ranges_text(self.plan.cells[index].ranges)
+                    log.warning("the plan's cell for %s is compiled: calls run it from now on", sizes)
 
-    def _cell(self, named: Mapping[str, Any]) -> int | None:
+    def _check(self, leaves: Sequence[Any]) -> None:
+        """PlanError for another constant, or a tensor with another number of dimensions."""
+        planned = iter(self.plan.tensors)
+        for path, leaf in zip(self.plan.leaves, leaves, strict=True):
+            expected = self.plan.constants.get(path)
+            if expected is None:
+                shape = next(planned).shape
+                if isinstance(leaf, Tensor) and leaf.dim() == len(shape):
+                    continue
+                expected = f"a tensor of sizes {shape}{' (-1 varies)' if -1 in shape else ''}"
+            elif not isinstance(leaf, Tensor) and repr(leaf) == expected:
+                continue
+            given = f"a tensor of sizes {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"{leaf!r:.200}"
+            raise PlanError(f"{path} is {given}; the plan is for {expected}. Solve again for another.")
+
+    def _cell(self, leaves: Sequence[Any]) -> int | None:
         sizes: dict[str, int] = {}
-        for name, dims in self.plan.dynamic.items():
-            for dim, symbol in dims.items():
-                size = int(named[name].shape[dim])
+        for path, leaf in zip(self.plan.leaves, leaves, strict=True):
+            for dim, symbol in self.plan.dynamic.get(path, {}).items():
+                size = int(leaf.shape[dim])
                 if sizes.setdefault(symbol, size) != size:
-                    raise PlanError(f"{symbol!r} is {sizes[symbol]} in one argument and {size} in {name!r} (dimension {dim}).")
+                    raise PlanError(f"{symbol!r} is {sizes[symbol]} in one argument and {size} in {path!r} (dimension {dim}).")
         found = next(export.covering([c.ranges for c in self.plan.cells], sizes), None)
         if found is None:
             ends = ", ".join(f"{s} 1..{e[-1]}" for s, e in self.plan.buckets.items())
@@ -415,23 +485,28 @@ class PlannedModel(nn.Module):
 
         False, and nothing is done, where that is to be in the background but something else compiles: torch traces one at a time.
         """
-        cell, background = self.plan.cells[index], self.options.compile_in_background
-        lock, start = torch_private.compile_lock(), time.perf_counter()
+        cell, background, start = self.plan.cells[index], self.options.compile_in_background, time.perf_counter()
+        sizes = export.ranges_text(cell.ranges)
         if not background:
-            log.warning("compiling the plan's cell %s in this call; lz.warmup does so ahead of time", cell.ranges)
-        if not lock.acquire(blocking=not background):
+            log.warning("compiling the plan's cell for %s in this call; lz.warmup does so ahead of time", sizes)
+        if not export.begin_tracing(blocking=not background):
             return False
         try:
-            program = export.export_program(self.model, named, self.plan.dynamic, cell.ranges)
+            try:
+                if index in self._cells:
+                    return True  # another thread has done it
+                program = export.export_program(self.model, named, self.plan.dynamic, cell.ranges)
+            finally:
+                export.TRACING.release()
             if fingerprint(program.gm) != cell.fingerprint:
                 raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
             self._cells[index] = program, program.gm.forward if background else self._compiled(program, cell)
+            if background:
+                self._building[index] = os.getpid(), BACKGROUND.submit(self._compiled, program, cell)
         finally:
-            lock.release()
+            torch_private.compile_lock().release()
         what = "is traced, and compiles in the background while calls run its graph" if background else "is compiled"
-        log.warning("the plan's cell %s %s: this call waited %.1f s", cell.ranges, what, time.perf_counter() - start)
-        if background:
-            self._building[index] = BACKGROUND.submit(self._compiled, program, cell)
+        log.warning("the plan's cell for %s %s: this call waited %.1f s", sizes, what, time.perf_counter() - start)
         return True
 
     def _compiled(self, program: Program, cell: CellPlan) -> Callable[..., Any]:
@@ -439,26 +514,23 @@ class PlannedModel(nn.Module):
             session = session_for(program, self.options, open_store(self.options.cache_dir))
             return compile_cell(session, program, cell)[0]
 
-    def _fitted(self, named: Mapping[str, Any]) -> Any:
-        """The arguments in the dtype, device and dimension order in which they were planned; None where a size is another."""
-        leaves, spec = pytree.tree_flatten(dict(named))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if _constants(leaves) != self.plan.constants:
-            raise PlanError(f"the plan is for the constants {', '.join(self.plan.constants)}; given: {', '.join(_constants(leaves))}.")
-        found, expected = [tuple(leaves[i].shape) for i in places], [planned.shape for planned in self.plan.tensors]
-        if len(found) != len(expected) or not all(p.fits(leaves[i]) for i, p in zip(places, self.plan.tensors, strict=True)):
-            what = f"the plan is for tensors of sizes {expected} (-1 varies); given: {found}"
-            if [len(sizes) for sizes in found] != [len(sizes) for sizes in expected]:
-                raise PlanError(f"{what}.")
+    def _fit(self, leaves: list[Any]) -> bool:
+        """Convert leaves to the dtype, device and dimension order in which they were planned; False where a size is another."""
+        places = [i for i, path in enumerate(self.plan.leaves) if path not in self.plan.constants]
+        if not all(p.fits(leaves[i]) for i, p in zip(places, self.plan.tensors, strict=True)):
+            given, expected = [tuple(leaves[i].shape) for i in places], [planned.shape for planned in self.plan.tensors]
+            what = f"the plan is for tensors of sizes {expected} (-1 varies); given: {given}"
             self._adapt(what, UNCOMPILED, "sizes that do not vary in the plan")
-            return None
+            return False
         for i, planned in zip(places, self.plan.tensors, strict=True):
             why = planned.misfit(leaves[i])
             if why:
-                name = [name for name, value in named.items() for _ in pytree.tree_leaves(value)][i]
-                self._adapt(f"{name} {why}", planned.copied(leaves[i]))
+                path = self.plan.leaves[i]
+                if path in self.plan.written:
+                    raise PlanError(f"{path} {why}. The model writes into it, so that it cannot be converted: give it as it was planned.")
+                self._adapt(f"{path} {why}", planned.copied(leaves[i]))
                 leaves[i] = planned.converted(leaves[i])
-        return pytree.tree_unflatten(leaves, spec)
+        return True
 
     def _adapt(self, what: str, effect: str, case: str = "") -> None:
         """An error in strict, else a warning, one for each case (`what` if not given), which is counted."""
@@ -468,6 +540,16 @@ class PlannedModel(nn.Module):
         if case not in self.adapted:
             warnings.warn(f"LayerZero: {what}: {effect}", stacklevel=6)
         self.adapted[case] = self.adapted.get(case, 0) + 1
+
+
+def _autocast(device: str) -> str:
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else ""
+
+
+def other_autocast(plan: ModelPlan) -> str:
+    """How autocast differs from when the plan was solved, which decides what the model computes; empty if it does not."""
+    here = _autocast(plan.environment["device"])
+    return "" if here == plan.autocast else f"autocast is {here or 'off'}, and the plan was solved with it {plan.autocast or 'off'}"
 
 
 def _environment(device: str) -> dict[str, str]:

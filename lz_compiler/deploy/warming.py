@@ -139,9 +139,7 @@ def _planned(target: PlannedModel, args: Sequence[Any], kwargs: Mapping[str, Any
 
     from . import export
 
-    named = export.bind(target.model, args, kwargs)
-    if tuple(named) != target.plan.arguments:
-        raise PlanError(f"example arguments given: {', '.join(named) or 'none'}; the plan is for: {', '.join(target.plan.arguments)}.")
+    named = export.bind(target.model, args, kwargs, target.plan.arguments)
     plan, kept = target.plan, [buffer.clone() for buffer in target.model.buffers()]
     with torch.no_grad():
         for index, cell in enumerate(plan.cells, 1):

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .runtime import compile_lock
+
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +41,8 @@ def generated_code() -> Iterator[Generated]:
     found = Generated()
     token = _generated.set(found)
     try:
-        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        # The lock: configuration is the whole process's, and is put back in the order in which threads end.
+        with compile_lock(), inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
             yield found
     finally:
         _generated.reset(token)
@@ -76,10 +79,13 @@ def _assumed(env: Any) -> list[Any]:
     return [g.expr for g in env.guards] + [a.expr for late in env.deferred_runtime_asserts.values() for a in late]
 
 
-def broken_assumption(values: Sequence[Any], ranges: Mapping[str, tuple[int, int]]) -> tuple[str, dict[str, int]] | None:
+def broken_assumption(
+    values: Sequence[Any], names: Mapping[str, str], ranges: Mapping[str, tuple[int, int]]
+) -> tuple[str, dict[str, int]] | None:
     """What was assumed of the symbolic sizes of `values` while they were compiled, and sizes in `ranges` for which it is not so.
 
-    Up to 512 sizes of a single symbol are tried, of several the ends, their neighbours and the middle.
+    `names`: what each of torch's symbols was declared as; several can be one. Up to 512 sizes of a single symbol are tried, of several
+    the ends, their neighbours and the middle.
     """
     import sympy
 
@@ -87,10 +93,12 @@ def broken_assumption(values: Sequence[Any], ranges: Mapping[str, tuple[int, int
     if not sizes:
         return None
     env = sizes[0].node.shape_env
-    for expr in _assumed(env):
-        free = sorted(expr.free_symbols, key=str)
-        if any(str(symbol) not in ranges for symbol in free):
+    for assumed in _assumed(env):
+        if any(str(symbol) not in names for symbol in assumed.free_symbols):
             continue
+        declared = {symbol: sympy.Symbol(names[str(symbol)], integer=True, positive=True) for symbol in assumed.free_symbols}
+        expr = assumed.xreplace(declared)
+        free = sorted(set(declared.values()), key=str)
         axes = []
         for low, high in (ranges[str(symbol)] for symbol in free):
             all_of_it = len(free) == 1 and high - low < 512

@@ -233,6 +233,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(select_decomp_table())
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """What is the same for tensors that share memory, also for those without an address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def is_wrapper(tensor: torch.Tensor) -> bool:
     """Whether a tensor stands for others (a DTensor for this rank's part), which AOTAutograd puts in its place."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +167,14 @@ def compile_lock() -> Any:
     from torch._dynamo.convert_frame import compile_lock as lock
 
     return lock
+
+
+def free_after_fork(*locks: Any) -> None:
+    """In a child process: these locks and the compile lock are free, unless the thread that forked holds them. No other is here."""
+    module = sys.modules.get("torch._dynamo.convert_frame")
+    for lock in (*locks, *([] if module is None else [module.compile_lock])):
+        if not lock._is_owned():
+            lock._at_fork_reinit()
 
 
 def compile_id() -> str:
