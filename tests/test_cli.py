@@ -397,7 +397,7 @@ def test_wrong_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     file = tmp_path / "p.json"
     assert "cannot read the plan" in fails(capsys, monkeypatch, "explain", str(file))
     file.write_text("{}")
-    assert "is a plan of schema None" in fails(capsys, monkeypatch, "explain", str(file))
+    assert "is not a plan of lz solve" in fails(capsys, monkeypatch, "explain", str(file))
     assert "give no --option" in fails(capsys, monkeypatch, "explain", str(file), "-o", "freeze=1")
     assert "give no --calls" in fails(capsys, monkeypatch, "explain", str(file), "--calls", "3")
     assert "--problems is for --what-if" in fails(capsys, monkeypatch, "explain", "m:f", "--problems", "x")
