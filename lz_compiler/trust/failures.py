@@ -82,11 +82,11 @@ def take(store: TimingStore) -> None:
         return
     try:
         cache_folder.check_plain(folder)
+        with os.scandir(folder) as entries:
+            names = sorted(itertools.islice((e.name for e in entries if e.name.endswith(SUFFIX) and e.name[0] != "."), MAX_FILES))
     except OSError as error:
         warnings.warn(f"reports of baked files in {folder} are not read: {error}.", stacklevel=2)
         return
-    with os.scandir(folder) as entries:
-        names = sorted(itertools.islice((e.name for e in entries if e.name.endswith(SUFFIX) and e.name[0] != "."), MAX_FILES))
     for path in map(folder.joinpath, names):
         try:
             report = read(path)
