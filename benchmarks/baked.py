@@ -95,8 +95,9 @@ def selection(folder: Path) -> dict[str, float]:
     ends = {"rows": [4, 8, 16, 32], "columns": [4, 8, 16, 32]}
     x = torch.randn(20, 20)
     dynamic: Any = {"x": {0: "rows", 1: "columns"}}
-    plan = lz.solve(Added(), (x,), dynamic=dynamic, buckets=ends, race=False, cost_model="roofline")
-    lz.bake(plan, folder, Added(), (x,))
+    model = Added().eval()
+    plan = lz.solve(model, (x,), dynamic=dynamic, buckets=ends, race=False, cost_model="roofline")
+    lz.bake(plan, folder, model, (x,))
     module, out = load(folder), (x,)
 
     def cell(x: Any) -> Any:
