@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted(ROOT.glob("benchmarks/results/*.md"), reverse=True)
@@ -20,7 +20,8 @@ LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)#]+)(#[^)]*|)\)")
 
 def on_files(files: Any, config: Any) -> Any:
     for uri, path in PAGES.items():
-        files.append(File.generated(config, uri, content=path.read_text(encoding="utf-8")))
+        level = InclusionLevel.NOT_IN_NAV if path in RESULTS else InclusionLevel.UNDEFINED  # their index is
+        files.append(File.generated(config, uri, content=path.read_text(encoding="utf-8"), inclusion=level))
     rows = [f"- [{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}]({path.name})" for path in RESULTS]
     text = "# Benchmarks\n\nEach page has its date, versions and command; the scripts are in `benchmarks/`.\n\n"
     files.append(File.generated(config, "benchmarks/results/index.md", content=text + "\n".join(rows) + "\n"))

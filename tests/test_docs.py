@@ -178,11 +178,11 @@ def test_names_of_the_package_exist(page: Path) -> None:
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=120, check=False
     )
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert done.returncode == 0, done.stdout + done.stderr  # not --quiet, with which warnings do not count
     assert (tmp_path / "index.html").exists()
     assert "LayerZero chooses" in (tmp_path / "index.html").read_text()
     for page in tmp_path.rglob("*.html"):  # nothing is loaded from a network; links may lead there
