@@ -114,9 +114,9 @@ class Hybrid:
     decide, `checked` those measured because the plan uses them."""
 
     def __init__(self, learned: Learned, known: CostModel, exact: CostModel, identify: Callable[[SelectionContext, Candidate], str],
-                 tolerance: float = TOLERANCE, checks: bool = True) -> None:  # fmt: skip
+                 tolerance: float = TOLERANCE) -> None:  # fmt: skip
         self.learned, self.known, self.exact, self.identify = learned, known, exact, identify
-        self.tolerance, self.checks = tolerance, checks
+        self.tolerance = tolerance
         self.measured = self.checked = 0
         self.least = learned.target.least_ns
         self._guesses: dict[str, Guess] = {}
@@ -145,7 +145,7 @@ class Hybrid:
     def refine(self, problem: Problem, solve: Solve) -> tuple[Problem, Solution]:
         """Measure until the plan's expected regret is within the tolerance.
 
-        What the plan then uses unmeasured is measured too if `checks`, since a measurement is also the numerical check; the plan may
+        What the plan then uses unmeasured is measured too, since a measurement is also the numerical check; the plan may
         change by it, and then it is asked again. Solving takes longer than measuring, so that several kernels are measured at a time.
         """
         belief = Belief(self._guesses, self._answers, self.least)
@@ -189,8 +189,6 @@ class Hybrid:
     def _unchecked(self, problem: Problem, solution: Solution, belief: Belief) -> list[int]:
         """What the plan uses unmeasured. The graph as it stands needs no check, but where its price may be more than the tolerance
         it must be known: of a kernel that is far from its estimate no other measurement may tell."""
-        if not self.checks:
-            return []
         needed = [problem.candidates[k] for k in solution.chosen]
         unsure = {belief.index[c.key] for c in needed if c.key in belief.index and np.isnan(belief.exact[belief.index[c.key]])}
         at_most = belief.pessimistic() * _plan(problem, solution, belief).uses
