@@ -25,11 +25,13 @@ mkldnn = torch.ops.mkldnn
 aten = torch.ops.aten
 
 _lib = torch.library.Library("lz", "DEF")
+RUNS: dict[str, Callable[..., Any]] = {}  # operator -> the Python function that it runs
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], layout: torch.Tag = torch.Tag.flexible_layout) -> Any:
     """`flexible_layout`: the operator's lowering says which layouts it needs (Inductor would copy for any other tag first)."""
     name = schema.split("(")[0]
+    RUNS[name] = run
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))
     # Every backend key: a packed weight is an opaque oneDNN tensor and dispatches on its own key.
     _lib.impl(name, run, "CompositeExplicitAutograd")

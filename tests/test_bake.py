@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +23,13 @@ from test_offline import FAST, SEQ, Counting, ids, llama, unsigned
 from torch import Tensor, nn
 
 import lz_compiler as lz
-from lz_compiler import torch_private
+from lz_compiler import backends, ops, torch_private
+from lz_compiler.backends.base import Kernel, SelectionContext, by_name
+from lz_compiler.backends.library import Library, LibraryBackend
 from lz_compiler.deploy import baking, export, general, writing
 from lz_compiler.deploy.baking import Loop, read_generated
 from lz_compiler.errors import OptionError, PlanError
+from lz_compiler.types import Candidate
 
 BLOCKED = "import sys; [sys.modules.__setitem__(m, None) for m in ('lz_compiler', 'networkx', 'ortools')]; "
 
@@ -560,6 +563,59 @@ def test_attention_over_a_paged_cache_is_written_out(layout: str, tmp_path: Path
     (out,), _ = run_baked(tmp_path / "out", [dict(zip(names, given, strict=True))])
     assert torch.equal(out["out"], model(*given))
     torch.testing.assert_close(out["out"].double(), pool.expected(given[0] * 2, 0.2) + 1, atol=1e-5, rtol=0)
+
+
+NUMPY = Library("numpy", "numpy", "pip install numpy")
+BY_NUMPY = 3  # what stands in the file as a number
+
+
+def _scaled(y: Any, by: int) -> Tensor:
+    return torch.from_numpy(y * by) / by
+
+
+def _numpy_run(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """x w^T + bias."""
+    aten = NUMPY.load().add  # not torch's
+    return _scaled(aten(NUMPY.load("numpy.linalg").matmul(x.numpy(), w.numpy().T), bias.numpy()), BY_NUMPY)
+
+
+class Numpy(LibraryBackend):
+    name, devices, library = "numpy", ("cpu",), NUMPY
+    kernels = by_name(
+        Kernel("numpy.linear", lambda emit, t, p: emit.call(torch.ops.lz.numpy_linear.default, *(t[n] for n in ("x", "w", "bias"))))
+    )
+
+    def candidates(self, ctx: SelectionContext) -> Iterator[Candidate]:
+        if ctx.region.op == "linear" and ctx.default and not ctx.params["transposed"] and "bias" in ctx.roles:
+            yield ctx.candidate(self.kernels["numpy.linear"])
+
+
+def test_the_kernel_of_an_optional_package_is_written_out_and_its_version_asked_for(tmp_path: Path) -> None:
+    if "numpy_linear" not in ops.RUNS:
+        ops.define(
+            "numpy_linear(Tensor x, Tensor w, Tensor bias) -> Tensor",
+            _numpy_run, lambda x, w, bias: x.new_empty((x.shape[0], w.shape[0])), torch.Tag.needs_exact_strides,
+        )  # fmt: skip
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).eval(), torch.randn(5, 16)
+    backends.register(Numpy())
+    try:
+        plan = lz.solve(model, (x,), **{**FAST, "policy": {"prefer": [{"kernel": "numpy.linear", "factor": 0.001}]}})
+        lz.bake(plan, tmp_path / "out", model, (x,))
+    finally:
+        del backends.all_backends()["numpy"]
+        backends.owners.cache_clear()
+        backends.kernel.cache_clear()
+    path = tmp_path / "out" / "_layerzero_plan.py"
+    text = path.read_text()
+    assert "= _numpy_linear(" in text
+    assert "return _scaled(aten(importlib.import_module('numpy.linalg').matmul(x.numpy(), w.numpy().T), bias.numpy()), 3)" in text
+    assert r"'called': '(?<![\\w.])_numpy_linear" in text
+    (out,), _ = run_baked(tmp_path / "out", [{"input": x}])
+    torch.testing.assert_close(out["out"], model(x))
+    assert f"PACKAGES = {{'numpy': '{NUMPY.version()}'}}" in text
+    path.write_text(text.replace(f"'numpy': '{NUMPY.version()}'", "'numpy': '0.9', 'nowhere': '1'"))
+    said = baked_process(tmp_path / "out", "").stderr
+    assert f"runs kernels of numpy 0.9; here it is {NUMPY.version()}. Install that one, or solve and bake again here." in said
 
 
 def test_a_process_that_runs_a_baked_folder_loads_no_planner(baked: tuple[nn.Module, Path]) -> None:

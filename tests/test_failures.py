@@ -87,6 +87,13 @@ def process(out: Path, code: str, **env: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
+def test_a_file_whose_operator_nobody_registered_says_so_when_it_is_loaded(tmp_path: Path) -> None:
+    baked(tmp_path / "out", linear(16, 16), torch.randn(5, 16))
+    command = [sys.executable, "-c", "import _layerzero_plan"]
+    ran = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True, timeout=300, check=False)
+    assert "calls torch.ops.acme.linear, which nothing here registers. Import its package before this file." in ran.stderr
+
+
 ROWS: dict[str, Any] = {"dynamic": {"input": {0: "rows"}}, "buckets": {"rows": [8, 32]}}
 EAGER = """
 weight, bias = (p._stored.get_tensor(name) for name in ("0.weight", "0.bias"))

@@ -346,7 +346,8 @@ def test_baked_triton_kernels_need_no_inductor(cudagraphs: bool, tmp_path: Path)
     model = model.eval().to(DEVICE, torch.bfloat16)
     args = (given[0].to(DEVICE),)
     dynamic: Any = {"input_ids": {1: "seq"}}
-    plan = lz.solve(model, args, buckets={"seq": [1, 64]}, dynamic=dynamic, freeze=True, race=False, cudagraphs=cudagraphs, **FAST)
+    own: Any = {**FAST, "policy": {"deny": [{"backend": name} for name in ("flashinfer", "liger", "xformers")]}}  # they need what they need
+    plan = lz.solve(model, args, buckets={"seq": [1, 64]}, dynamic=dynamic, freeze=True, race=False, cudagraphs=cudagraphs, **own)
     folder = lz.bake(plan, tmp_path / "baked", model, args).parent
     cubins = sorted((folder / "kernels").glob("*.cubin"))
     text = (folder / "_layerzero_plan.py").read_text()
@@ -364,6 +365,26 @@ def test_baked_triton_kernels_need_no_inductor(cudagraphs: bool, tmp_path: Path)
         found = torch.load(tmp_path / "outputs.pt")
         assert all(torch.equal(x, expected[i // 3]) for i, x in enumerate(found))
         cubins[0].unlink(missing_ok=True)
+
+
+def test_a_baked_file_calls_a_library_that_was_chosen(tmp_path: Path) -> None:
+    """Bit for bit as `lz.compile` with the plan; the package is the only thing that the process must have."""
+    pytest.importorskip("flashinfer", reason="pip install 'lz-compiler[flashinfer]'")
+    model, given, _ = zoo.llama(length=64)
+    model, args = model.eval().to(DEVICE, torch.bfloat16), (given[0].to(DEVICE),)
+    policy: Any = {"prefer": [{"kernel": "flashinfer.single", "factor": 0.001}]}
+    plan = lz.solve(model, args, race=False, **{**FAST, "policy": policy})
+    folder = lz.bake(plan, tmp_path / "baked", model, args).parent
+    text = (folder / "_layerzero_plan.py").read_text()
+    assert "= _flashinfer_single(" in text
+    assert "torch.ops.lz." not in text
+    x = torch.randint(8000, (1, 64))
+    torch.save([x], tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}){BAKED}"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    with torch.no_grad():
+        expected = lz.compile(model, plan=plan)(x.to(DEVICE)).cpu()
+    assert all(torch.equal(y, expected) for y in torch.load(tmp_path / "outputs.pt"))
 
 
 # --- a kernel that ends CUDA in its process -------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from .. import __version__, ops, torch_private
 from ..backend import setup
+from ..backends import all_backends, owners
+from ..backends.library import LibraryBackend
 from ..capture import fingerprint
 from ..errors import OptionError, PlanError
 from ..options import Options
@@ -196,7 +198,9 @@ class _Writer:
         self.cuda = plan.environment["device"] == "cuda"
         self.graphs = self.cuda and (plan.options["cudagraphs"] or plan.options["mode"] in WITHOUT_GRAPHS)
         self.written: set[str] = set()  # arguments that some cell writes into
-        self.brgemm = self.paged = False
+        self.brgemm = False
+        self.operators: set[str] = set()  # that the cells call, beside ATen's
+        self.functions: dict[str, str] = {}  # written out, by their names in the file
         self.returns = ""
         self.planned: dict[str, dict[str, Any]] = {}  # of each cell: what to blame for an error in it
         self.references: dict[str, str] = {}  # of each cell that may run twice: the function that repeats it
@@ -331,12 +335,14 @@ class _Writer:
         text, program = "\n".join(made.body.lines), made.program
         for call, plain in PLAIN.items():
             text = text.replace(call, plain)
-        self.brgemm |= "torch.ops.lz.attention_brgemm" in text
-        self.paged |= writing.CALLED in text
-        text = text.replace(writing.CALLED, f"{writing.PAGED}(")
-        other = re.search(r"torch\.ops\.lz\.(?!attention_brgemm)\w+|extern_kernels\.\w+", text)
+        for operator in writing.CALLED.findall(text):
+            self.functions |= writing.functions(operator)
+        text = writing.CALLED.sub(r"_\1", text)
+        other = re.search(r"extern_kernels\.\w+", text)
         if other:
-            raise PlanError(f"{other[0]} has no form without LayerZero yet. Solve with a policy that denies it, or lz.compile(plan=...).")
+            raise writing.no_form(other[0])
+        self.brgemm |= "torch.ops.lz.attention_brgemm" in text
+        self.operators |= set(re.findall(r"torch\.ops\.((?!aten\.)\w+\.\w+)", text))
         read = writing.variables(text)
         names, given, leaves, arguments = {}, {}, iter(self.named), set()
         loads: dict[str, str] = {}
@@ -364,7 +370,7 @@ class _Writer:
         self.written |= arguments
         lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
         function = "\n".join([*graphed, f"def {name}({', '.join(inner.values())}):", *lines])
-        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late", writing.PAGED}
+        missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late", *self.functions}
         assert not missing, f"the generated code reads {missing}"
         return function
 
@@ -416,7 +422,8 @@ class _Writer:
             "WRITTEN": repr(tuple(sorted(self.written))),
             "STATE": repr(tuple(sorted(n for n, e in self.globals.items() if e in {f"_weight({s!r})" for s in self.state}))),
             "CUDA": Path(__file__).with_name("baked_cuda.txt").read_text().strip() if self.cuda else "",
-            "LIBRARIES": "\n\n\n".join([*([library] if self.brgemm else []), *([writing.paged_attention()] if self.paged else [])]),
+            "LIBRARIES": "\n\n\n".join([*([library] if self.brgemm else []), *self.functions.values()]),
+            "PACKAGES": repr(self._packages()), "OPERATORS": repr(tuple(sorted(self.operators))),
             "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
             "SIGNATURE": self._signature(),
@@ -428,6 +435,11 @@ class _Writer:
         }  # fmt: skip
         template = Path(__file__).with_name("baked_template.txt").read_text()
         return re.sub(r"# <(\w+)>|__([A-Z_]+)__", lambda m: replaced[m[1] or m[2]], template)
+
+    def _packages(self) -> dict[str, str]:
+        """The optional packages whose kernels the cells run, and their versions."""
+        backends = {owners()[kernel]: all_backends()[owners()[kernel]] for cell in self.planned.values() for kernel in cell}
+        return {b.library.distribution: b.version() for b in backends.values() if isinstance(b, LibraryBackend)}
 
     def _signature(self) -> str:
         """The parameters of `forward`, as the model has them: what it takes by name alone comes last."""
@@ -607,10 +619,16 @@ def _blame(cell: CellPlan, made: CompiledCell) -> dict[str, Any]:
     for kernel, names in made.calls.items():
         chosen = [c.candidate for p in cell.plans for c in p.choices if c.candidate.kernel == kernel]
         subjects = dict.fromkeys(circuit.subject(c) for c in chosen if not c.as_is)
-        called = "|".join(circuit.pattern(PLAIN.get(f"{name}(", f"{name}(")[:-1]) for name in sorted(names))
+        called = "|".join(circuit.pattern(_name_inside(name)) for name in sorted(names))
         if subjects:
             found[kernel] = {"called": called, "failed": [asdict(s) for s in subjects]}
     return found
+
+
+def _name_inside(called: str) -> str:
+    """What a cell calls that Inductor's code calls by this name."""
+    written_out = writing.CALLED.fullmatch(f"{called}.default")
+    return f"_{written_out[1]}" if written_out else PLAIN.get(f"{called}(", f"{called}(")[:-1]
 
 
 def _plan_hash(plan: ModelPlan) -> str:

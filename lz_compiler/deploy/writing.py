@@ -8,7 +8,8 @@ import io
 import re
 import textwrap
 import tokenize
-from collections.abc import Callable, Collection, Mapping
+import types
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from .. import ops
+from ..backends.library import Library
 from ..errors import PlanError
 
 WIDTH = 140
-CALLED = "torch.ops.lz.paged_attention.default("  # how generated code calls the reference of paged attention
-PAGED = "_paged_attention"  # its name in the file
+CALLED = re.compile(r"torch\.ops\.lz\.(?!attention_brgemm\b)(\w+)\.default\b")  # how generated code calls an operator of LayerZero
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:
@@ -44,21 +45,68 @@ def free(name: str, taken: Collection[str]) -> str:
     return name
 
 
-def paged_attention() -> str:
-    """The reference of paged attention, and what it calls, as functions of the file. Shapes were checked when the file was made."""
-    return "\n\n\n".join([_source(ops._gathered, "_gathered"), _source(ops._paged_run, PAGED)])
+def functions(operator: str) -> dict[str, str]:
+    """What an operator of LayerZero runs in Python, and what that calls, as functions of the file by their names there; the operator's
+    own is `_operator`. PlanError where there is no such form."""
+    found: dict[str, str] = {}
+    _write(ops.RUNS.get(operator), f"_{operator}", found)
+    return found
 
 
-def _source(function: Callable[..., Any], name: str) -> str:
-    """A function without its types, which the file has no names for, and without its checks."""
-    (made,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    assert isinstance(made, ast.FunctionDef)
-    made.name, made.returns = name, None
-    for argument in made.args.args:
-        argument.annotation = None
-    made.body = [statement for statement in made.body if not ast.unparse(statement).startswith("_paged_check(")]
-    text = re.sub(r"(?<![\w.])F\.", "torch.nn.functional.", ast.unparse(made))
-    return "\n".join(part for line in text.splitlines() for part in wrapped(line))
+def _write(function: Any, name: str, found: dict[str, str]) -> None:
+    if inspect.isfunction(function) and function.__name__ != "<lambda>" and name not in found:
+        (made,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        assert isinstance(made, ast.FunctionDef)
+        made.name, found[name] = name, ""
+        text = ast.unparse(_Apart(function, found).visit(made))
+        found[name] = "\n".join(part for line in text.splitlines() for part in wrapped(line))
+    elif name not in found:
+        raise no_form(f"{name.removeprefix('_')}, which an operator calls,")
+
+
+def no_form(what: str) -> PlanError:
+    return PlanError(f"{what} has no form without LayerZero yet. Solve with a policy that denies it, or lz.compile(plan=...).")
+
+
+class _Apart(ast.NodeTransformer):
+    """A function apart from its module: without types, which the file has no names for, and checks, since shapes were checked when the
+    file was made; what it calls is written to `found`."""
+
+    def __init__(self, function: types.FunctionType, found: dict[str, str]) -> None:
+        self.found = found
+        self.known = {n: v for n, v in function.__globals__.items() if n not in function.__code__.co_varnames}
+
+    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
+        for argument in node.args:
+            argument.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        node.body = [statement for statement in node.body if not ast.unparse(statement).startswith("_paged_check(")]
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        owner, _, method = ast.unparse(node.func).rpartition(".")
+        library = self.known.get(owner)
+        if isinstance(library, Library) and method == "load":
+            module = ast.unparse(node.args[0]) if node.args else repr(library.module)
+            return ast.parse(f"importlib.import_module({module})", mode="eval").body
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id not in self.known:
+            return node
+        value = self.known[node.id]
+        home = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", "")
+        if isinstance(value, int | float | str):
+            text = repr(value)
+        elif home.partition(".")[0] in ("torch", "importlib"):
+            text = home if isinstance(value, types.ModuleType) else f"{home}.{node.id}"
+        else:
+            text = node.id
+            _write(value, text, self.found)
+        return ast.parse(text, mode="eval").body
 
 
 def wrapped(line: str) -> list[str]:
