@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 
 from . import backends, planner, torch_private
+from .backends.base import SelectionContext
 from .capture import GraphView
 from .cost_models import CostModel, RefiningCostModel, cost_model
 from .cost_models.measured import Measured
@@ -78,6 +79,7 @@ def pose(
         view, options, model,
         lambda ctx, candidate: (
             trust.refusal(ctx, candidate) or broken.refusal(candidate) or small(ctx, candidate) or _unknown_link(target, candidate)
+            or _unbuilt(options, trust, ctx, candidate)
         ),
     )  # fmt: skip
     add_defaults(view, found, roofline, lossy=options.error_budget > 0)
@@ -90,6 +92,20 @@ def _unknown_link(target: Target, candidate: Candidate) -> Rejection | None:
     """Why another all-reduce than the graph's own may not be used, or None."""
     known = candidate.region.op != "all_reduce" or candidate.as_is or candidate.kernel in target.links
     return None if known else Rejection(candidate.kernel, "not_measured", "the ranks of this job have not measured it, or found it wrong")
+
+
+def _unbuilt(options: Options, trust: Trust, ctx: SelectionContext, candidate: Candidate) -> Rejection | None:
+    """Why a kernel that its library would compile meanwhile, for minutes, may not be used, or None: where the canary had it compiled, or
+    the user names it."""
+    name = backends.owners()[candidate.kernel]
+    library = getattr(backends.all_backends()[name], "library", None)
+    if library is None or not library.builds or name in (options.backends or ()):
+        return None
+    rules = [r for r in (options.policy.rules if options.policy else ()) if r.action in ("lock", "prefer")]
+    if any(r.names(candidate.kernel, name) and {"kernel", "backend"} & dict(r.where).keys() for r in rules) or trust.passed(ctx, candidate):
+        return None
+    ahead = f"`lz canary --backend {name}` does so ahead; or name it in the option 'backends' or in a policy"
+    return Rejection(candidate.kernel, "not_built", f"{library.distribution} compiles it in its first call, for minutes: {ahead}")
 
 
 def solved(posed: Posed) -> tuple[Posed, Solution]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,9 @@ from lz_compiler.backends.library import Library, LibraryBackend
 from lz_compiler.deploy import baking, export, general, writing
 from lz_compiler.deploy.baking import Loop, read_generated
 from lz_compiler.errors import OptionError, PlanError
+from lz_compiler.target import environment
+from lz_compiler.timings import open_store
+from lz_compiler.trust import canary_regions, verdicts
 from lz_compiler.types import Candidate
 
 BLOCKED = "import sys; [sys.modules.__setitem__(m, None) for m in ('lz_compiler', 'networkx', 'ortools')]; "
@@ -590,21 +594,24 @@ class Numpy(LibraryBackend):
             yield ctx.candidate(self.kernels["numpy.linear"])
 
 
-def test_the_kernel_of_an_optional_package_is_written_out_and_its_version_asked_for(tmp_path: Path) -> None:
+@pytest.fixture
+def numpy_backend() -> Iterator[Numpy]:
     if "numpy_linear" not in ops.RUNS:
         ops.define(
             "numpy_linear(Tensor x, Tensor w, Tensor bias) -> Tensor",
             _numpy_run, lambda x, w, bias: x.new_empty((x.shape[0], w.shape[0])), torch.Tag.needs_exact_strides,
         )  # fmt: skip
-    model, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).eval(), torch.randn(5, 16)
     backends.register(Numpy())
-    try:
-        plan = lz.solve(model, (x,), **{**FAST, "policy": {"prefer": [{"kernel": "numpy.linear", "factor": 0.001}]}})
-        lz.bake(plan, tmp_path / "out", model, (x,))
-    finally:
-        del backends.all_backends()["numpy"]
-        backends.owners.cache_clear()
-        backends.kernel.cache_clear()
+    yield Numpy()
+    del backends.all_backends()["numpy"]
+    backends.owners.cache_clear()
+    backends.kernel.cache_clear()
+
+
+def test_the_kernel_of_an_optional_package_is_written_out_and_its_version_asked_for(tmp_path: Path, numpy_backend: Numpy) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).eval(), torch.randn(5, 16)
+    plan = lz.solve(model, (x,), **{**FAST, "policy": {"prefer": [{"kernel": "numpy.linear", "factor": 0.001}]}})
+    lz.bake(plan, tmp_path / "out", model, (x,))
     path = tmp_path / "out" / "_layerzero_plan.py"
     text = path.read_text()
     assert "= _numpy_linear(" in text
@@ -616,6 +623,32 @@ def test_the_kernel_of_an_optional_package_is_written_out_and_its_version_asked_
     path.write_text(text.replace(f"'numpy': '{NUMPY.version()}'", "'numpy': '0.9', 'nowhere': '1'"))
     said = baked_process(tmp_path / "out", "").stderr
     assert f"runs kernels of numpy 0.9; here it is {NUMPY.version()}. Install that one, or solve and bake again here." in said
+
+
+def test_what_a_library_would_build_for_minutes_waits_for_the_canary_or_for_being_named(
+    tmp_path: Path, numpy_backend: Numpy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).eval(), torch.randn(5, 16)
+
+    def answers(**options: Any) -> set[str]:
+        """What became of numpy's kernel."""
+        plan = lz.solve(model, (x,), **{**FAST, "cache_dir": str(tmp_path), **options})
+        choices = [c for cell in plan.cells for p in cell.plans for c in p.choices]
+        planned = {"planned" for c in choices if c.candidate.kernel == "numpy.linear"}
+        return planned | {r.code for c in choices for r in c.rejections if r.kernel == "numpy.linear"}
+
+    assert answers() == set()  # a candidate that loses
+    monkeypatch.setattr(Numpy, "library", replace(NUMPY, builds=True))
+    assert answers() == {"not_built"}
+    assert answers(policy={"avoid": [{"kernel": "numpy.linear"}], "prefer": [{"op": "linear"}]}) == {"not_built"}
+    assert answers(backends=["numpy"]) == {"planned"}
+    assert answers(policy={"lock": [{"backend": "numpy"}]}) == {"planned"}
+    capabilities = {
+        f"numpy.linear|linear|float32|contiguous|{canary_regions.feature_of(ctx)}": {"status": "passed"}
+        for _, ctx in canary_regions.contexts("linear", "float32", "cpu")
+    }
+    verdicts.remember(open_store(str(tmp_path)), numpy_backend, environment("cpu"), {"capabilities": capabilities})
+    assert answers() == set()
 
 
 def test_a_process_that_runs_a_baked_folder_loads_no_planner(baked: tuple[nn.Module, Path]) -> None:

@@ -17,7 +17,7 @@ from ..types import Candidate, Rejection
 from .base import Emitter, Kernel, SelectionContext, Values, by_name
 from .library import Library, LibraryBackend, at_last_key, like_query
 
-LIBRARY = Library("flashinfer-python", "flashinfer", "pip install 'lz-compiler[flashinfer]'")
+LIBRARY = Library("flashinfer-python", "flashinfer", "pip install 'lz-compiler[flashinfer]'", builds=True)  # with nvcc
 WORKSPACE = 128 << 20  # bytes, what the library's documentation recommends
 SEMAPHORES = 8 << 20  # the first bytes of it, which must be zero
 
