@@ -151,7 +151,7 @@ def forward(shape: Shape) -> None:
     visible = shape.visible()
     keys = torch.arange(shape.length, device="cuda").expand(shape.batch, -1) < shape.length * 3 // 4 if shape.padded else None
     first = flash.parameters(shape.queries, shape.head, 2)
-    others = [(128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)]
+    others = [(128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)]
     others += [(128, 64, 4, 2), (128, 64, 4, 3)] if shape.head <= 64 else [(128, 64, 8, 2), (128, 64, 8, 3)]
     calls: dict[str, Callable[..., Tensor]] = {}
     for variant in variants(FORWARD_KEYS, first, others):

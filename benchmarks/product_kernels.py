@@ -119,7 +119,7 @@ def convolution(images: int, channels: int, size: int) -> None:
     calls: dict[str, Callable[..., torch.Tensor]] = {
         "torch": lambda x, bias: torch.nn.functional.conv2d(x, weight, bias, padding=3, groups=channels),
     }
-    for variant in depthwise.variants(size):
+    for variant in depthwise.variants(size, 1):
         calls[label(variant)] = lambda x, bias, v=variant: depthwise.depthwise_conv(x, packed, bias, 1, 3, **v)
     report(calls, inputs, 4 * x.numel(), exact)
 

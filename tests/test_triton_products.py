@@ -96,9 +96,10 @@ def _every_variant(m: int, n: int, weight_bytes: int) -> None:
 
 def _every_depthwise_variant(width: int) -> None:
     x, w = torch.randn(1, 70, 3, width).contiguous(memory_format=torch.channels_last), torch.randn(70, 1, 3, 3)
-    for variant in depthwise.variants(width):
-        y = depthwise_conv(x, w, None, 1, 1, **variant)
-        _check(y, torch.nn.functional.conv2d(x.double(), w.double(), None, 1, 1, groups=70), 1e-6)
+    for stride in (1, 2):
+        for variant in depthwise.variants((width - 1) // stride + 1, stride):
+            y = depthwise_conv(x, w, None, stride, 1, **variant)
+            _check(y, torch.nn.functional.conv2d(x.double(), w.double(), None, stride, 1, groups=70), 1e-6)
 
 
 def _relu_keeps_nan(splits: int) -> None:

@@ -122,7 +122,7 @@ class Triton(Described):
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:
         match name:
             case "triton.depthwise_conv":
-                for variant in _kernels("depthwise_conv").variants(ctx.outputs[0].shape[3]):
+                for variant in _kernels("depthwise_conv").variants(ctx.outputs[0].shape[3], ctx.params["stride"][0]):
                     weight = {"layouts": {"w": natural_layout(ctx.spec("w"))}}
                     yield folding_candidate(ctx, self.kernels[name], variant=tuple(variant.items()), **weight)
             case "triton.attention":
@@ -136,11 +136,8 @@ class Triton(Described):
 
     def _attention(self, ctx: SelectionContext) -> Iterable[Candidate]:
         q = ctx.spec("q")
-        size = 4 if q.dtype == "float32" else 2
-        first = _kernels("attention").parameters(q.shape[2], q.shape[3], size)
-        narrow = {"block_n": 64, "warps": 4 if q.shape[3] <= 64 else 8, "stages": 3}
-        for variant in (first, {**first, **narrow}) if size == 2 and q.shape[2] > 64 else (first,):
-            yield ctx.candidate(self.kernels["triton.attention"], variant=tuple(variant.items()), head=q.shape[3])
+        variant = _kernels("attention").parameters(q.shape[2], q.shape[3], 4 if q.dtype == "float32" else 2)
+        yield ctx.candidate(self.kernels["triton.attention"], variant=tuple(variant.items()), head=q.shape[3])
 
     def _decode(self, ctx: SelectionContext) -> Iterable[Candidate | Rejection]:
         name, q, (batch, heads, length, head) = "triton.decode_attention", ctx.spec("q"), ctx.spec("k").shape

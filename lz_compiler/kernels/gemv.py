@@ -223,7 +223,6 @@ def variants(m: int, n: int, k: int, weight_bytes: int = 2) -> list[dict[str, An
     if m == 1:
         choices += [
             {"block_n": 2, "block_k": wide, "splits": 1, "warps": 4, "stages": 1},
-            {"block_n": 4, "block_k": wide, "splits": splits, "warps": 4, "stages": 4},
             {"block_n": 4, "block_k": 2 * wide, "splits": splits, "warps": 8, "stages": 1},
         ]
     else:
