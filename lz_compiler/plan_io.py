@@ -146,7 +146,7 @@ def verdict_or_none(data: Mapping[str, Any] | None) -> Verdict | None:
     try:
         if data is None or data["winner"] not in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
             return None
-        plans, lossless = (tuple(map(plan_from_dict, _is(data.get(name, []), list))) for name in ("plans", "lossless"))
+        plans, lossless = (tuple(map(plan_from_dict, _is(some, list))) for some in (data["plans"], data.get("lossless", [])))
         written, dilution = _is(data.get("written"), list, type(None)), _is(data.get("dilution"), float, int, type(None))
         if dilution is not None and not 0 < dilution < float("inf"):
             return None
