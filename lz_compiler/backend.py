@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from . import __version__, collectives, ops, race, ranks, semantics, torch_private
 from .backends import allowed_backends, check_names, set_up
-from .capture import GraphView, fingerprint, tensors_in
+from .capture import GraphView, fingerprint, plan_key, tensors_in
 from .cost_models.roofline import Roofline
 from .errors import PlanError, first_line
 from .options import Options
@@ -34,7 +34,7 @@ from .passes.keep_attention import keep_attention_pass
 from .passes.output_strides import Output, output_strides, restore_output_strides_pass
 from .passes.verify import interface, verify
 from .patterns import Recogniser
-from .plan_io import plan_from_dict, plan_to_dict, verdict_or_none
+from .plan_io import plan_to_dict, verdict_or_none, verdict_to_dict
 from .planning import DILUTION, Posed, make_plan, pose
 from .problem import edited, narrower
 from .reports.profiling import Profile
@@ -42,7 +42,7 @@ from .target import detect, environment
 from .timings import TimingStore, open_store
 from .trust.circuit import Breaker, Quarantine, called_as, guarded
 from .trust.verdicts import Trust
-from .types import EAGER, INDUCTOR, LOSSLESS, PLANNED, Plan, Target
+from .types import EAGER, INDUCTOR, LOSSLESS, PLANNED, Plan, Target, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Session:
         )
         self.finalists: tuple[str, ...] = (PLANNED,)
         self.lossless: list[Plan] = []  # instead of the record's, should its error be over the budget
-        self.written: list[int] | None = None
+        self.written: tuple[int, ...] | None = None
         self.given = list(plans)
         self.known: list[Plan] = self.given  # or of an earlier verdict: applied where they fit, so that nothing is planned again
         self.follows = False  # a stored plan: nothing may be planned
@@ -164,7 +164,7 @@ class Session:
         self.record.calls = self.breaker.calls
         torch_private.counters()["graphs"] += 1
 
-    def compile(self, verdict: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    def compile(self, verdict: Verdict | None = None) -> Callable[..., Any]:
         """Finalists in a race, or the one that is known to win; with frozen weights, Dynamo guards that they are the same.
 
         `verdict`: of a stored plan. It is followed as it is, and PlanError where its plans are not for this graph.
@@ -212,11 +212,11 @@ class Session:
         if team.leads:
             run = self._compile(self._stored_verdict())
             together = self._in_step() and not self.record.decided
-            lossless = [plan_to_dict(p) for p in self.lossless]
-            team.say("verdict", self._verdict(self.record.winner, self.record.times) | {"lossless": lossless, "race": together})
+            verdict = replace(self._verdict(self.record.winner, self.record.times), lossless=tuple(self.lossless), race=together)
+            team.say("verdict", verdict_to_dict(verdict))
         else:
-            verdict = team.verdict()
-            run, together = self._compile(verdict), verdict["race"]
+            told = team.verdict()
+            run, together = self._compile(told), told is not None and told.race
         if together:
             run = self._race_in_step(run, team)
         plans, candidates = self.record.plans, self.finalists if together else (self.record.winner,)
@@ -237,21 +237,22 @@ class Session:
         together = self.team is not None and len(self.team.members) == self.team.size
         return together and self.may_race and self.collective and INDUCTOR not in self._barred()
 
-    def _stored_verdict(self) -> Mapping[str, Any] | None:
+    def _stored_verdict(self) -> Verdict | None:
         """The verdict of an earlier process, unless what it would run has failed since, or its plan was over the budget."""
         verdict = None if self.options.problems else verdict_or_none(self.store.get_record("verdict", self.key))
-        if verdict is not None:
-            self.dilution, self.tightened = verdict.get("dilution", DILUTION), verdict.get("tightened", 0)
-            if verdict.get("over"):
-                self.record.notes.append(f"planned anew: measured errors were {self.dilution / DILUTION:.1f} times the estimate")
-                return None
-        if verdict is None or verdict["winner"] not in (PLANNED, LOSSLESS):
+        if verdict is None:
+            return None
+        self.dilution, self.tightened = verdict.dilution or DILUTION, verdict.tightened
+        if verdict.over:
+            self.record.notes.append(f"planned anew: measured errors were {self.dilution / DILUTION:.1f} times the estimate")
+            return None
+        failed = None
+        if verdict.winner in (PLANNED, LOSSLESS):
+            failed = Quarantine(self.store, self.device).of_plans(verdict.plans) or collectives.missing(verdict.plans, self.links)
+        if failed is None:
             return verdict
-        plans = [plan_from_dict(p) for p in verdict["plans"]]
-        failed = Quarantine(self.store, self.device).of_plans(plans) or collectives.missing(plans, self.links)
-        if failed is not None:
-            self.record.notes.append(f"planned anew: {failed}")
-        return verdict if failed is None else None
+        self.record.notes.append(f"planned anew: {failed}")
+        return None
 
     def _watched(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """What Dynamo calls; a race watches by itself, and eager needs no watching."""
@@ -294,8 +295,8 @@ class Session:
             record.winner = EAGER
         return out
 
-    def _compile(self, verdict: Mapping[str, Any] | None) -> Callable[..., Any]:
-        if verdict is not None and verdict["winner"] in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
+    def _compile(self, verdict: Verdict | None) -> Callable[..., Any]:
+        if verdict is not None:
             return self._from_verdict(verdict)
         planned = self._planned(self.options, self.record.plans)
         barred = self._barred()
@@ -343,22 +344,19 @@ class Session:
             finalists, finish or self._finish, PLANNED, check, rounds, rescue=self._rescue, reference=self._reference(), agree=agree
         )
 
-    def _from_verdict(self, verdict: Mapping[str, Any]) -> Callable[..., Any]:
+    def _from_verdict(self, verdict: Verdict) -> Callable[..., Any]:
         """The race was run before: compile its winner only."""
-        winner = verdict["winner"]
-        self.record.times, self.record.winner, self.record.decided = dict(verdict["times"]), winner, True
-        self.record.error = verdict.get("error")
-        stored = [plan_from_dict(p) for p in verdict["plans"]]
-        self.known = [*stored, *map(plan_from_dict, verdict.get("lossless", ())), *self.given]
-        self.collective, self.random = bool(verdict.get("collective")), bool(verdict.get("random"))
-        self.written = verdict.get("written")
-        self.record.notes += [f"an earlier process: {verdict['why']}"] if verdict.get("why") else []
-        self.record.calls = self.breaker.calls = {kernel: dict(names) for kernel, names in verdict.get("calls", {}).items()}
-        self.record.plans = stored
-        failed = Quarantine(self.store, self.device).of_plans(stored) if self.follows and winner in (PLANNED, LOSSLESS) else None
+        winner, record = verdict.winner, self.record
+        record.times, record.winner, record.decided = dict(verdict.times), winner, True
+        record.error, record.plans = verdict.error, list(verdict.plans)
+        record.notes += [f"an earlier process: {verdict.why}"] if verdict.why else []
+        record.calls = self.breaker.calls = {kernel: dict(names) for kernel, names in verdict.calls.items()}
+        self.known = [*verdict.plans, *verdict.lossless, *self.given]
+        self.collective, self.random, self.written = verdict.collective, verdict.random, verdict.written
+        failed = Quarantine(self.store, self.device).of_plans(verdict.plans) if self.follows and winner in (PLANNED, LOSSLESS) else None
         if failed is not None:
             raise PlanError(f"the stored plan uses what failed here: {failed}. Solve again.")
-        set_up({c.candidate.kernel for plan in stored for c in plan.choices})
+        set_up({c.candidate.kernel for plan in verdict.plans for c in plan.choices})
         if winner == EAGER:
             return self.gm.forward
         if winner == INDUCTOR:
@@ -367,15 +365,15 @@ class Session:
         options = self.options
         if winner == LOSSLESS:
             options = replace(options, error_budget=0.0)
-        compiled = self._planned(options, fresh, cached=verdict.get("digest"))
+        compiled = self._planned(options, fresh, cached="" if self.follows else _digest(verdict.plans))
         if fresh:  # empty when Inductor's cache had the graph
-            self.record.plans = fresh
-        if self.follows or winner == LOSSLESS or not any(plan.epsilon > 0 for plan in self.record.plans):
+            record.plans = fresh
+        if self.follows or winner == LOSSLESS or not any(plan.epsilon > 0 for plan in record.plans):
             return compiled  # a plan that is followed was checked when it was solved
         # The verdict's error was that of the weights and inputs of its time: the budget is kept for these too.
         lossless, check = self._within_budget(compiled)
         finalists = {PLANNED: compiled, LOSSLESS: lossless}
-        return self._race(finalists, check, 0, lambda _, name, measured: self._finish(dict(verdict["times"]), name))
+        return self._race(finalists, check, 0, lambda _, name, measured: self._finish(dict(verdict.times), name))
 
     def _within_budget(self, planned: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[tuple[Any, ...]], list[str]]]:
         """The lossless plan, compiled, and the check that tells whether it is needed."""
@@ -410,17 +408,15 @@ class Session:
         if self.breaker.tripped is None:  # else the next process plans anew, without what failed
             self._store(winner, times)
 
-    def _verdict(self, winner: str, times: Mapping[str, float]) -> dict[str, Any]:
-        plans = [plan_to_dict(p) for p in self.record.plans]
-        return {
-            "winner": winner, "times": times, "plans": plans, "error": self.record.error, "written": self.written,
-            "digest": _digest(self.record.plans), "calls": self.breaker.calls,
-            "why": self.breaker.tripped, "collective": self.collective, "random": self.random, "dilution": self.dilution,
-            "tightened": self.tightened, "over": self.over,
-        }  # fmt: skip
+    def _verdict(self, winner: str, times: Mapping[str, float]) -> Verdict:
+        record, breaker = self.record, self.breaker
+        return Verdict(
+            winner, tuple(record.plans), times, record.error, written=self.written, calls=breaker.calls, why=breaker.tripped,
+            collective=self.collective, random=self.random, dilution=self.dilution, tightened=self.tightened, over=self.over,
+        )  # fmt: skip
 
     def _store(self, winner: str, times: Mapping[str, float]) -> None:
-        self.store.put_record("verdict", self.key, self._verdict(winner, times))
+        self.store.put_record("verdict", self.key, verdict_to_dict(self._verdict(winner, times)))
 
     def _rival(self) -> dict[str, race.Finalist]:
         """TorchInductor alone, where it compiles the graph."""
@@ -460,7 +456,7 @@ class Session:
             frozen, target = self._frozen(graph, is_inference), detect(self.device, self.store, self.options.graphs)
             for budget in dict.fromkeys((self.options.error_budget, 0.0)):
                 options = replace(self.options, error_budget=0.0 if has_collectives(graph) else budget)
-                key = _identity(graph, frozen)
+                key = plan_key(graph, frozen)
                 view = GraphView(graph, frozen)
                 found.append(pose(view, options, target, self.store, fingerprint=key, kind="inference", dilution=self.dilution))
             raise _Posed
@@ -469,7 +465,7 @@ class Session:
             self._lowered(torch_private.graph_pass(stop, lambda: None))
         return found
 
-    def _planned(self, options: Options, plans: list[Plan], cached: str | None = None) -> Callable[..., Any]:
+    def _planned(self, options: Options, plans: list[Plan], cached: str = "") -> Callable[..., Any]:
         """TorchInductor with LayerZero's passes inside; appends a Plan for each graph (forward, backward, inference)."""
         target = replace(detect(self.device, self.store, options.graphs), links=self.links)
         known = [p for p in self.known if p.epsilon <= options.error_budget]
@@ -488,7 +484,7 @@ class Session:
                 self._store(self.record.winner, self.record.times)
 
         # Frozen constants are values of this model's weights, and Inductor's key does not know them: never cached.
-        uuid = None if options.freeze or cached is None else f"{__version__}:{self.key}:{options.error_budget}:{cached}"
+        uuid = None if options.freeze or not cached else f"{__version__}:{self.key}:{options.error_budget}:{cached}"
         compiled = self._lowered(torch_private.graph_pass(run, lambda: uuid))
         told = torch_private.written_inputs(len(self.inputs))
         self.written = self.written if told is None else told
@@ -558,7 +554,7 @@ def plan_and_apply(
         options = replace(options, error_budget=0.0)
     view = GraphView(graph, frozen)
     before = interface(graph)
-    key = _identity(graph, frozen)
+    key = plan_key(graph, frozen)
     plan = next((p for p in known if p.fingerprint == key and p.kind == kind), None)
     if follow and plan is None:
         raise PlanError("the stored plan is not for this graph: the model or torch has changed since. Solve again.")
@@ -579,33 +575,6 @@ def plan_and_apply(
     verify(graph, before)
     torch_private.trace_artifact(f"layerzero_plan_{kind}", lambda: repr(plan))
     return plan
-
-
-def _identity(graph: fx.Graph, frozen: Mapping[fx.Node, Tensor]) -> str:
-    """A plan speaks of nodes by name, of weights as frozen or not, and of masks by what the weights say that they are made of."""
-    module = graph.owning_module
-    assert module is not None
-    values = (f"mask {n.name} {_hash(frozen[n])}" for n in frozen.keys() & _behind_masks(graph))
-    return fingerprint(module, [*(n.name for n in graph.nodes), *(f"frozen {n.name}" for n in frozen), *sorted(values)])
-
-
-def _behind_masks(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes from which masks are computed."""
-    found: set[fx.Node] = set()
-    waiting = [n.args[3] for n in graph.nodes if n.target is ops.sdpa and isinstance(n.args[3], fx.Node)]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
-
-
-def _hash(value: Tensor) -> str:
-    import xxhash
-
-    with torch_private.real_tensors():
-        return xxhash.xxh3_64_hexdigest(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _changes(plan: Plan) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from . import torch_private
+from . import ops, torch_private
 from .types import TensorSpec
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -189,6 +189,34 @@ def fingerprint(gm: fx.GraphModule, extra: Sequence[str] = ()) -> str:
     for text in extra:
         digest.update(b"\x1e" + text.encode())
     return digest.hexdigest()
+
+
+def plan_key(graph: fx.Graph, frozen: Mapping[fx.Node, Tensor]) -> str:
+    """By what a plan is found again: it speaks of nodes by name, of weights as frozen or not, and of masks by what the weights say that
+    they are made of."""
+    module = graph.owning_module
+    assert module is not None
+    values = (f"mask {n.name} {_hash(frozen[n])}" for n in frozen.keys() & _behind_masks(graph))
+    return fingerprint(module, [*(n.name for n in graph.nodes), *(f"frozen {n.name}" for n in frozen), *sorted(values)])
+
+
+def _behind_masks(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes from which masks are computed."""
+    found: set[fx.Node] = set()
+    waiting = [n.args[3] for n in graph.nodes if n.target is ops.sdpa and isinstance(n.args[3], fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _hash(value: Tensor) -> str:
+    import xxhash
+
+    with torch_private.real_tensors():
+        return xxhash.xxh3_64_hexdigest(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _attribute(gm: fx.GraphModule, name: str) -> str:

@@ -11,7 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .types import Candidate, Choice, Conversion, Cost, Format, Plan, Problem, Region, Rejection, Status
+from .types import (
+    EAGER,
+    INDUCTOR,
+    LOSSLESS,
+    PLANNED,
+    Candidate,
+    Choice,
+    Conversion,
+    Cost,
+    Format,
+    Plan,
+    Problem,
+    Region,
+    Rejection,
+    Status,
+    Verdict,
+)  # fmt: skip
 
 VERSION = 1
 
@@ -120,23 +136,30 @@ def plan_from_dict(d: Mapping[str, Any]) -> Plan:
     return Plan(**fields)
 
 
-def verdict_or_none(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """A stored verdict if it can be followed; None for one that is damaged, or of another version."""
+def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
+    data = {f.name: getattr(verdict, f.name) for f in dataclasses.fields(verdict)}
+    return data | {name: [plan_to_dict(p) for p in data[name]] for name in ("plans", "lossless")}
+
+
+def verdict_or_none(data: Mapping[str, Any] | None) -> Verdict | None:
+    """A stored verdict; None for one that is damaged, or of another version."""
     try:
-        if value is not None:
-            _is(value["winner"], str)
-            [_is(seconds, float, int) for seconds in _is(value["times"], dict).values()]
-            [plan_from_dict(p) for p in (*value["plans"], *_is(value.get("lossless", []), list))]
-            _is(value.get("error"), float, int, type(None))
-            [_is(index, int) for index in _is(value.get("written"), list, type(None)) or ()]
-            for names in value.get("calls", {}).values():
-                [(_is(name, str), _is(n, int)) for name, n in _is(names, dict).items()]
-            if not 0 < _is(value.get("dilution", 1.0), float, int) < float("inf"):
-                return None
-            _is(value.get("tightened", 0), int)
+        if data is None or data["winner"] not in (PLANNED, LOSSLESS, INDUCTOR, EAGER):
+            return None
+        plans, lossless = (tuple(map(plan_from_dict, _is(some, list))) for some in (data["plans"], data.get("lossless", [])))
+        written, dilution = _is(data.get("written"), list, type(None)), _is(data.get("dilution"), float, int, type(None))
+        if dilution is not None and not 0 < dilution < float("inf"):
+            return None
+        calls = {k: {_is(name, str): _is(n, int) for name, n in _is(v, dict).items()} for k, v in _is(data.get("calls", {}), dict).items()}
+        flags = {name: _is(data.get(name, False), bool) for name in ("collective", "random", "over", "race")}
+        return Verdict(
+            data["winner"], plans, {k: _is(v, float, int) for k, v in _is(data["times"], dict).items()},
+            error=_is(data.get("error"), float, int, type(None)), written=None if written is None else tuple(_is(i, int) for i in written),
+            calls=calls, why=_is(data.get("why"), str, type(None)), dilution=dilution, tightened=_is(data.get("tightened", 0), int),
+            lossless=lossless, **flags,
+        )  # fmt: skip
     except DAMAGE:
         return None
-    return value
 
 
 PROBLEM_VERSION = 1

@@ -29,9 +29,10 @@ from .backends.base import Backend
 from .collectives import Curves, joined
 from .errors import CapabilityError, RankError
 from .options import Options
-from .plan_io import digest
+from .plan_io import digest, verdict_or_none
 from .trust.capabilities import descriptor
 from .trust.verdicts import driver
+from .types import Verdict
 
 HARDWARE = ("device", "name", "cpu_capability", "threads")  # of target.environment; everything else there is a version
 
@@ -120,9 +121,9 @@ class Team:
         heard = self.hear("links", range(self.size), self.timeout_s)
         return joined([heard[rank]["curves"] for rank in range(self.size)])
 
-    def verdict(self) -> dict[str, Any]:
+    def verdict(self) -> Verdict | None:
         """What the group's leader decided."""
-        return self.hear("verdict", self.members[:1], self.work_s)[self.members[0]]
+        return verdict_or_none(self.hear("verdict", self.members[:1], self.work_s)[self.members[0]])
 
     def confirm(self, winner: str, plans: Sequence[Mapping[str, Any]], sums: Sequence[str] = ()) -> str:
         """Agree on what each member made of the verdict: one line that says so, for `explain`. `sums`: the kernels of its all-reduces, in

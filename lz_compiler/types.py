@@ -237,3 +237,30 @@ class Plan:
     @property
     def gap(self) -> float:
         return 0.0 if self.objective == 0 else (self.objective - self.bound) / self.objective
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was decided for a graph: the finalist that runs, and the plans that stand behind it. Kept for the next process, told to other
+    ranks, made of a stored plan.
+
+    `times`: seconds a call, of each finalist that raced. `error`: the plan's measured one, with an error budget; its estimate was the
+    dilution times that of its kernels (None: the usual one), mended `tightened` times, and `over` the budget still. `written`: into
+    which of its inputs the graph writes, None if that is not known. `calls`: kernel -> how often Inductor's code calls what for it.
+    `why`: what failed. `lossless`: the plans of a finalist that keeps any budget. `race`: whether ranks race in step.
+    """
+
+    winner: str
+    plans: tuple[Plan, ...]
+    times: Mapping[str, float]
+    error: float | None = None
+    written: tuple[int, ...] | None = None
+    calls: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    why: str | None = None
+    collective: bool = False
+    random: bool = False
+    dilution: float | None = None
+    tightened: int = 0
+    over: bool = False
+    lossless: tuple[Plan, ...] = ()
+    race: bool = False

@@ -31,7 +31,7 @@ from lz_compiler.deploy.model_fingerprint import Fingerprint, fingerprint
 from lz_compiler.deploy.offline import ModelPlan, load_plan
 from lz_compiler.deploy.warming import check_manifest
 from lz_compiler.errors import CapabilityError, FingerprintError, LayerZeroError, OptionError, PlanError, PolicyError
-from lz_compiler.plan_io import verdict_or_none
+from lz_compiler.plan_io import verdict_or_none, verdict_to_dict
 from lz_compiler.target import stored_target
 from lz_compiler.timings import FILE_NAME, StoreError, Timing, TimingStore
 from lz_compiler.trust import failures
@@ -197,7 +197,13 @@ def test_verdicts(tmp_path: Path) -> None:
     """A record that was damaged after its checksum was made, or written by another version, is no verdict."""
     plan = json.loads(plan_text())["cells"][0]["plans"][0]
     good = {"winner": "layerzero", "times": {"eager": 1.0}, "plans": [plan], "error": None, "written": [1], "calls": {"k": {"f": 2}}}
-    assert verdict_or_none(good) is good
+    read = verdict_or_none(good)
+    assert read is not None
+    assert (read.winner, read.times, read.written, read.calls) == ("layerzero", {"eager": 1.0}, (1,), {"k": {"f": 2}})
+    text = json.dumps(verdict_to_dict(read))
+    again = verdict_or_none(json.loads(text))
+    assert again is not None
+    assert json.dumps(verdict_to_dict(again)) == text
     assert verdict_or_none(None) is None
 
     @fuzzed
@@ -210,7 +216,15 @@ def test_verdicts(tmp_path: Path) -> None:
     for name in ("winner", "times", "plans"):
         assert verdict_or_none({k: v for k, v in good.items() if k != name}) is None
     assert verdict_or_none({**good, "lossless": [plan]})
-    for wrong in ({"lossless": 5}, {"lossless": [5]}, {"written": ["a"]}, {"times": {"eager": "x"}}):
+    for wrong in (
+        {"lossless": 5},
+        {"lossless": [5]},
+        {"written": ["a"]},
+        {"times": {"eager": "x"}},
+        {"winner": "nobody"},
+        {"dilution": 0},
+        {"over": 1},
+    ):
         assert verdict_or_none({**good, **wrong}) is None, wrong
 
 

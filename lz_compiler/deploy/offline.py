@@ -32,7 +32,7 @@ from ..problem import CALL, LOOP, VIEW
 from ..target import environment
 from ..timings import TimingStore, open_store
 from ..trust.capabilities import descriptor
-from ..types import EAGER, INDUCTOR, LOSSLESS, PLANNED, Plan, Status
+from ..types import EAGER, INDUCTOR, LOSSLESS, PLANNED, Plan, Status, Verdict
 from . import export
 from .export import Argument, Dynamic, Program, Ranges
 from .joint import Joint, plan_cells
@@ -347,16 +347,13 @@ def session_for(program: Program, options: Options, store: TimingStore, plans: S
 
 def compile_cell(
     session: Session, program: Program, cell: CellPlan | None = None, winner: str | None = None
-) -> tuple[Callable[..., Any], list[int] | None, bool]:
+) -> tuple[Callable[..., Any], tuple[int, ...] | None, bool]:
     """The compiled graph, which of its inputs it writes into (None: unknown), and whether an output is a view.
 
     With a `cell`, its plan is followed, and its winner unless another is given. PlanError where the code holds for a part of the
     program's sizes only.
     """
-    verdict = None
-    if cell is not None:
-        plans = [plan_to_dict(p) for p in cell.plans]
-        verdict = {"winner": winner or cell.winner, "times": cell.times, "plans": plans, "error": cell.error}
+    verdict = None if cell is None else Verdict(winner or cell.winner, tuple(cell.plans), cell.times, cell.error)
     with torch_private.compile_lock(), torch.no_grad(), torch_private.tracing_like(program.gm.graph):
         try:
             run = session.compile(verdict)

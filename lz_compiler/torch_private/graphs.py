@@ -15,7 +15,7 @@ from torch import fx
 from .runtime import real_tensors
 
 
-def written_inputs(count: int) -> list[int] | None:
+def written_inputs(count: int) -> tuple[int, ...] | None:
     """Which of its `count` inputs the graph that AOTAutograd just compiled changes; None if it merged some, or did not say."""
     from torch._guards import TracingContext
 
@@ -23,7 +23,7 @@ def written_inputs(count: int) -> list[int] | None:
     found = context.fw_metadata if context is not None else None
     if found is None or len(found.input_info) != count:
         return None
-    return [i for i, info in enumerate(found.input_info) if info.mutates_data or info.mutates_metadata]
+    return tuple(i for i, info in enumerate(found.input_info) if info.mutates_data or info.mutates_metadata)
 
 
 def aliased_outputs() -> bool:
