@@ -773,3 +773,22 @@ def test_the_bundle_that_a_plan_is_for(tmp_path: Path) -> None:
         lz.compile(model, plan=plan, bundle=folder, layout_mode="strict")
     with pytest.raises(PlanError, match=r"without bundle=\.\.\."):
         lz.compile(model, plan=lz.solve(model, (x,), **FAST), bundle=folder)
+
+
+def test_a_size_that_is_another_ones_by_chance_stays_free() -> None:
+    """A bias of 8 values beside up to 8 rows: whether it is as large as the product must not be asked of the example's sizes."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            return self.linear(x) + bias
+
+    model, bias = Biased().eval(), torch.randn(8)
+    run = lz.compile(model, plan=lz.solve(model, (torch.randn(4, 8), bias), dynamic={"x": {0: "n"}}, buckets={"n": [8]}, **FAST))
+    for n in (1, 5, 8):
+        x = torch.randn(n, 8)
+        torch.testing.assert_close(run(x, bias), model(x, bias))
+    assert run.adapted == {}
