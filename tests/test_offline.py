@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -679,6 +680,11 @@ def test_autocast_is_part_of_a_plan(tmp_path: Path) -> None:
                 assert found.dtype is expected.dtype
                 torch.testing.assert_close(found, expected)
         assert list(run.adapted.values()) == [2]
+        behind = lz.compile(model, plan=plan, compile_in_background=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=planned):
+            behind(x)
+            behind.wait()  # what was compiled in a thread, which starts without autocast
+            torch.testing.assert_close(behind(x), model(x))
         with torch.autocast("cpu", torch.bfloat16, enabled=not planned):
             for refused in (lambda: strict(x), lambda: lz.bake(plan, tmp_path / "out", model, (x,))):  # noqa: B023
                 with pytest.raises(PlanError, match=r"autocast is \w+, and the plan was solved with it \w+\. "):
@@ -731,13 +737,13 @@ def test_written_buffers_that_share_memory_are_refused(rows: int) -> None:
         lz.solve(Shared(), (torch.randn(4, 8),), **FAST)
 
 
-def test_what_inductor_cannot_compile_is_a_plan_error() -> None:
-    class Sized(nn.Module):
-        def forward(self, x: Tensor) -> Any:
-            return x.softmax(-1), x.shape[0] * 2.5, x.shape[0]
+def test_what_inductor_cannot_compile_is_a_plan_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise torch_private.lowering_errors()[0](ValueError("no lowering"), inspect.currentframe())
 
-    with pytest.raises(PlanError, match=r"TorchInductor cannot compile the graph for n 1\.\.1: \w+Error"):
-        lz.solve(Sized(), (torch.randn(4, 8),), dynamic={"x": {0: "n"}}, buckets={"n": [4]}, **FAST)
+    monkeypatch.setattr(offline.Session, "compile", refuse)
+    with pytest.raises(PlanError, match=r"TorchInductor cannot compile the graph for n 1\.\.1: \w+Error: ValueError: no lowering"):
+        lz.solve(nn.Linear(8, 8).eval(), (torch.randn(4, 8),), **rows("input"), **FAST)
 
 
 def test_a_model_that_does_not_allow_the_range() -> None:
@@ -773,6 +779,104 @@ def test_the_bundle_that_a_plan_is_for(tmp_path: Path) -> None:
         lz.compile(model, plan=plan, bundle=folder, layout_mode="strict")
     with pytest.raises(PlanError, match=r"without bundle=\.\.\."):
         lz.compile(model, plan=lz.solve(model, (x,), **FAST), bundle=folder)
+
+
+class Averaging(nn.Module):
+    """A buffer that takes part in what the parameters compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.mean.mul_(0.9).add_(y.mean(0))
+        return y + self.mean
+
+
+def test_gradients_are_no_part_of_a_plan() -> None:
+    """Frozen parameters do not make another graph of the model; a call beyond the plan leaves no history in outputs and buffers."""
+    model, x = Averaging().eval(), torch.randn(4, 8)
+    plan = lz.solve(model, (x,), dynamic={"x": {0: "n"}}, buckets={"n": [4]}, **FAST)
+    with pytest.warns(UserWarning, match="n=5 is outside of the plan"):
+        assert not lz.compile(model, plan=plan)(torch.randn(5, 8)).requires_grad
+    assert not model.mean.requires_grad
+    model.requires_grad_(False)
+    expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(lz.compile(model, plan=plan)(x), expected)
+
+
+def test_weights_that_are_converted_are_another_model() -> None:
+    """Compiled loops would read 16-bit weights as 32-bit ones, beyond their memory."""
+    model, x = Scaled().eval(), torch.randn(4, 8)
+    run: Any = lz.compile(model, plan=lz.solve(model, (x,), **FAST))
+    torch.testing.assert_close(run(x), model(x))
+    run.to(torch.bfloat16)
+    with pytest.raises(PlanError, match="this Scaled is not the one that was planned: another graph"):
+        run(x)
+    torch.testing.assert_close(run.to(torch.float32)(x), model(x))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).relu()
+
+
+def test_a_first_call_of_one_row_has_the_order_that_was_planned() -> None:
+    """As in the example: strides of a dimension of size 1 say nothing, nor do they make another graph."""
+    model, x = nn.Linear(8, 8).eval(), torch.randn(8, 4).t()
+    run = lz.compile(model, plan=lz.solve(model, (x,), dynamic={"input": {0: "n"}}, buckets={"n": [4]}, **FAST))
+    for some in (torch.randn(8, 1).t(), torch.randn(1, 8), x):
+        torch.testing.assert_close(run(some), model(some))
+    assert run.adapted == {}
+
+
+class Picky(nn.Module):
+    """Raises for sizes that it does not allow, and returns what no graph can."""
+
+    def __init__(self, result: Any = None) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, x: Tensor) -> Any:
+        if x.shape[0] < 2:
+            raise KeyError("one row")
+        return x * 2, self.result
+
+
+LINEAR, FOUR = nn.Linear(8, 8), (torch.randn(4, 8),)
+
+
+def rows(of: str, symbol: Any = "n", dim: Any = 0, end: Any = 4) -> dict[str, Any]:
+    return {"dynamic": {of: {dim: symbol}}, "buckets": {symbol if isinstance(symbol, int | str) else "n": [end]}}
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "changes", "message"),
+    [
+        (LINEAR, torch.randn(1, 8), {}, r"args is Tensor\. Give a tuple of the arguments: \(x,\)"),
+        (LINEAR, {"input": torch.randn(1, 8)}, {}, r"args is dict\. Give a tuple"),
+        (LINEAR, FOUR, {"kwargs": [1]}, r"kwargs is list\. Give a dict"),
+        (LINEAR, FOUR, rows("input", "my-n"), "is called 'my-n', which cannot be a name"),
+        (LINEAR, FOUR, rows("input", 1), "is called 1, which cannot be a name"),
+        (LINEAR, FOUR, rows("input", ["n"]), r"is called \['n'\], which cannot be a name"),
+        (LINEAR, FOUR, rows("input", dim=True), "dimensions 0 to 1, given: True"),
+        (LINEAR, FOUR, rows("input", end=True), "positive integers that grow"),
+        (nn.ReLU(), (torch.tensor(1.0),), rows("input"), "'input' has no dimension, given: 0"),
+        (nn.ReLU(), (torch.eye(4).to_sparse(),), {}, r"input is torch\.sparse_coo on cpu; plans are for torch\.strided tensors on"),
+        (nn.Linear(8, 8, device="meta"), FOUR, {}, "weight is torch.strided on meta"),
+        (Picky(), FOUR, rows("x"), "Picky raised for n 1..1, while .* KeyError: 'one row'"),
+        (Picky("a"), FOUR, {}, "Picky returns 'a'; a compiled graph returns tensors"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_error(model: nn.Module, args: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        lz.solve(model.eval(), args, **changes, **FAST)
 
 
 def test_a_size_that_is_another_ones_by_chance_stays_free() -> None:

@@ -18,11 +18,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .. import torch_private
-from ..errors import OptionError, PlanError, unknown
+from ..errors import LayerZeroError, OptionError, PlanError, told, unknown
 
 Ranges = dict[str, tuple[int, int]]  # symbol -> lowest and highest size, both included
 ENDLESS = 1 << 62  # a range's upper end where there is none
 Dynamic = Mapping[str, Mapping[int, str]]  # argument -> dimension -> symbol
+# What a model raises for sizes or arguments that it does not allow.
+RAISED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 TRACING = threading.RLock()  # around torch.export, which puts fake tensors into the model meanwhile, and around calls of a model itself
 
 
@@ -68,6 +70,10 @@ def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
 
     In the order of a plan's arguments where these are given: PlanError for others.
     """
+    if not isinstance(args, (tuple, list)):  # a tensor would be taken row by row
+        raise PlanError(f"args is {type(args).__name__}. Give a tuple of the arguments: (x,).")
+    if not isinstance(kwargs, (dict, Mapping, type(None))):
+        raise PlanError(f"kwargs is {type(kwargs).__name__}. Give a dict of the arguments: {{name: x}}.")
     signature = inspect.signature(model.forward)
     try:
         given = signature.bind(*args, **(kwargs or {}))
@@ -101,6 +107,13 @@ def check_mode(model: nn.Module) -> None:
     if model.training:
         what = f"{type(model).__name__} is in training mode: dropout and batch norms are planned as they are in training"
         warnings.warn(f"LayerZero: {what}. Call model.eval() first, unless that is what you want", stacklevel=3)
+
+
+def check_tensors(model: nn.Module, leaves: Mapping[str, Any]) -> None:
+    """PlanError for a tensor among the arguments' leaves or the weights that no plan can be for."""
+    for name, value in itertools.chain(leaves.items(), model.named_parameters(), model.named_buffers()):
+        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type not in ("cpu", "cuda")):
+            raise PlanError(f"{name} is {value.layout} on {value.device}; plans are for torch.strided tensors on cpu or cuda. Convert it.")
 
 
 def paths(spec: pytree.TreeSpec, path: str = "") -> Iterator[str]:
@@ -146,8 +159,12 @@ def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[s
         if not isinstance(dims, Mapping):
             raise OptionError(f"dynamic: {name!r} is {dims!r:.200}. Give its dimensions by name: dynamic={{{name!r}: {{0: symbol}}}}.")
         for dim, symbol in dims.items():
-            if not isinstance(dim, int) or not 0 <= dim < named[name].dim():
-                raise PlanError(f"dynamic: {name!r} has dimensions 0 to {named[name].dim() - 1}, given: {dim!r}.")
+            if not _whole(dim) or not 0 <= dim < named[name].dim():
+                held = f"dimensions 0 to {named[name].dim() - 1}" if named[name].dim() else "no dimension"
+                raise PlanError(f"dynamic: {name!r} has {held}, given: {dim!r}.")
+            if not isinstance(symbol, str) or not symbol.isidentifier():
+                what = f"dynamic: dimension {dim} of {name!r} is called {symbol!r}, which cannot be a name"
+                raise PlanError(f"{what}. Give letters, digits and underscores.")
             if symbol not in buckets:
                 raise PlanError(f"dynamic: symbol {symbol!r} has no buckets. Give buckets={{{symbol!r}: [upper ends]}}.")
     for symbol, ends in buckets.items():
@@ -157,8 +174,12 @@ def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[s
             )
         if not isinstance(ends, (list, tuple)):
             raise OptionError(f"buckets: {symbol!r} is {ends!r}. Give a list of upper ends: buckets={{{symbol!r}: [{ends!r}]}}.")
-        if not ends or any(not isinstance(e, int) or e < 1 for e in ends) or sorted(set(ends)) != list(ends):
+        if not ends or any(not _whole(e) or e < 1 for e in ends) or sorted(set(ends)) != list(ends):
             raise PlanError(f"buckets: {symbol!r} is {list(ends)!r}. Give upper ends: positive integers that grow.")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +288,12 @@ def _resized(named: Mapping[str, Any], dynamic: Dynamic, sizes: Mapping[str, int
             if value.shape[dim] != sizes[symbol]:
                 longer = value.index_select(dim, torch.arange(sizes[symbol], device=value.device) % value.shape[dim])
                 made[name] = Argument.of(value).converted(longer)
-    return made
+    return pytree.tree_map_only(Tensor, _plain_steps, made)
+
+
+def _plain_steps(value: Tensor) -> Tensor:
+    """A dense tensor with the strides of a new one: a dimension of size 1 may have any, and the graph would tell them apart."""
+    return value.as_strided(value.shape, torch.empty_permuted(value.shape, Argument.of(value).order, device="meta").stride())
 
 
 def begin_tracing(blocking: bool = True) -> bool:
@@ -316,12 +342,25 @@ def export_program(
             exported = export(model, (), example, dynamic_shapes=declared, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
     except torch_private.export_errors() as error:
         raise PlanError(f"torch.export cannot trace {type(model).__name__} for {ranges_text(ranges)}: {error}") from error
+    except LayerZeroError:
+        raise
+    except RAISED as error:
+        what = f"{type(model).__name__} raised for {ranges_text(ranges)}, while torch.export traced it: {told(error)}"
+        raise PlanError(f"{what}. Leave out the sizes and arguments that it does not allow, or wrap the model.") from error
     gm = exported.graph_module
+    for value in pytree.tree_leaves([node.args for node in gm.graph.nodes if node.op == "output"]):
+        if isinstance(value, (str, float, complex)):
+            raise PlanError(
+                f"{type(model).__name__} returns {value!r}; a compiled graph returns tensors, whole numbers and None. Wrap the model."
+            )
     state = {**exported.state_dict, **exported.constants}
     specs = exported.graph_signature.input_specs
     weights = tuple(state.get(spec.target) if spec.target else None for spec in specs)
     names = tuple(spec.target or spec.arg.name for spec in specs)
-    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    places = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node in places:  # constants are in the graph's calls, and which weights are to be trained is no part of a plan
+        node.meta["val"] = node.meta["val"].detach() if isinstance(node.meta["val"], Tensor) else None
+    inputs = [node.meta["val"] for node in places]
     leaves = [name for name, value in named.items() for _ in pytree.tree_leaves(value)]
     symbols = {(i, dim): symbol for i, name in enumerate(leaves) for dim, symbol in dynamic.get(name, {}).items()}
     return Program(gm, weights, names, inputs, exported.call_spec.in_spec, exported.call_spec.out_spec, symbols, ranges)

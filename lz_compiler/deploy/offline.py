@@ -247,6 +247,7 @@ def solve(
     export.check_dynamic(named, dynamic, buckets)
     export.check_mode(model)
     leaves = dict(zip(export.paths(pytree.tree_structure(named)), pytree.tree_leaves(named), strict=True))
+    export.check_tensors(model, leaves)
     tensors = {path: Argument.of(leaf, dynamic.get(path, ())) for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
     chosen = Options.resolve(options)
     backends.check_names(chosen)
@@ -428,8 +429,14 @@ class PlannedModel(nn.Module):
         return pytree.tree_unflatten(outputs, program.out_spec)
 
     def _uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        with export.TRACING:  # while another thread traces it, its weights are fake
+        with export.TRACING, torch.no_grad():  # while another thread traces it, its weights are fake
             return self.model(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlannedModel:
+        """`to`, `half` and the like: compiled code would read the new weights as the old ones, so cells are traced, and compared, anew."""
+        self.wait()
+        self._cells.clear()
+        return super()._apply(fn, recurse)
 
     def wait(self) -> None:
         """Wait for the cell that compiles in the background, if there is one; raises what went wrong there."""
@@ -507,7 +514,9 @@ class PlannedModel(nn.Module):
         return True
 
     def _compiled(self, program: Program, cell: CellPlan) -> Callable[..., Any]:
-        with torch_private.compile_lock():
+        dtype = getattr(torch, self.plan.autocast) if self.plan.autocast else None
+        cast = torch.autocast(self.plan.environment["device"], dtype, enabled=dtype is not None)  # a thread has its own
+        with torch_private.compile_lock(), cast:
             session = session_for(program, self.options, open_store(self.options.cache_dir))
             return compile_cell(session, program, cell)[0]
 
