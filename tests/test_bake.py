@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -27,7 +29,7 @@ import lz_compiler as lz
 from lz_compiler import backends, ops, torch_private
 from lz_compiler.backends.base import Kernel, SelectionContext, by_name
 from lz_compiler.backends.library import Library, LibraryBackend
-from lz_compiler.deploy import baking, export, general, writing
+from lz_compiler.deploy import baking, export, general, proof, writing
 from lz_compiler.deploy.baking import Loop, read_generated
 from lz_compiler.errors import OptionError, PlanError
 from lz_compiler.target import environment
@@ -316,6 +318,7 @@ class Returning(nn.Module):
 @pytest.mark.parametrize(("model", "rows", "message"), [
     (Returning("a"), [4], r"for x0 2..4 the model returns {'b': out\[0\], 'c': out\[1\]}, else {'a': out\[0\]}"),
     (Returning(Key.A), 1, "a dict with the key <Key.A: 'a'>"),
+    (nn.Identity(), 4, "returns views of its arguments"),
 ])  # fmt: skip
 def test_models_that_have_no_file(model: nn.Module, rows: Any, message: str, tmp_path: Path) -> None:
     declared: Any = {"dynamic": {"x": {0: "x0"}}, "buckets": {"x0": rows}} if isinstance(rows, list) else {}
@@ -505,6 +508,71 @@ def test_a_conversion_warns_once_for_all_sizes(tmp_path: Path) -> None:
     assert ran.stdout.startswith("[4, 4, 4] ['input is torch.float32 on cpu, dense in the order (1, 0)', "), ran.stdout + ran.stderr
     assert ran.stderr.count("UserWarning: LayerZero") == 3
     assert "it is converted in every call, which writes 64 bytes for (2, 8)" in ran.stderr
+
+
+class Configured(nn.Module):
+    """Constants of every kind, each of which decides what is computed, and their values among the outputs."""
+
+    def forward(self, x: Tensor, steps: int, mode: str, *, scale: float = 1.5, flip: bool = False, mask: Tensor | None = None) -> Any:
+        y = (x * steps).relu() if mode == "relu" else x
+        return {"y": y.flip(0) if flip else y, "scaled": y * scale, "steps": steps, "mask": mask}
+
+
+def test_constants_of_every_kind(tmp_path: Path) -> None:
+    """TorchInductor takes no text among a graph's inputs, and makes a whole number a symbol: they are in the graph, and no input of it."""
+    model, x = Configured().eval(), torch.arange(8).view(4, 2)
+    rows: dict[str, Any] = {"dynamic": {"x": {0: "n"}}, "buckets": {"n": [4]}}
+    plan = lz.solve(model, (x, 3, "relu"), {"flip": True}, **rows, **FAST)
+    run = lz.compile(model, plan=plan)
+    lz.bake(plan, tmp_path / "out", model, (x, 3, "relu"), {"flip": True})
+    baked = lz.load_baked(tmp_path / "out")
+    for some in (x, x[:1], x.repeat(2, 1)):
+        for call in (run, baked.forward):
+            torch.testing.assert_close(call(some, 3, "relu", flip=True), model(some, 3, "relu", flip=True))
+    for args, more in (
+        ((3.0, "relu"), {}),
+        ((3, "none"), {}),
+        ((3, "relu"), {"flip": 1}),
+        ((3, "relu"), {"scale": 1}),
+        ((True, "relu"), {}),
+    ):
+        for call in (run, baked.forward):
+            with pytest.raises(ValueError, match=r"(steps|mode|flip|scale) is .*(plan is|was made) for"):
+                call(x, *args, **{"flip": True, **more})
+    model = Configured().eval()
+    with pytest.raises(PlanError, match="argument 'mode' is Key; baked files take tensors and constants"):
+        lz.bake(lz.solve(model, (x, 3, Key.A), **FAST), tmp_path / "e", model, (x, 3, Key.A))
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["plain", "cast"])
+def test_autocast_around_a_baked_file_changes_nothing(cast: bool, tmp_path: Path) -> None:
+    """Library calls of some cells would follow it, compiled loops would not: dtypes would depend on sizes."""
+    model, bf16 = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 8)).eval(), torch.bfloat16
+    rows: dict[str, Any] = {"dynamic": {"input": {0: "n"}}, "buckets": {"n": [4]}}
+    with torch.autocast("cpu", bf16, enabled=cast):
+        plan = lz.solve(model, (torch.randn(4, 8),), **rows, **FAST)
+        lz.bake(plan, tmp_path / "a", model, (torch.randn(4, 8),))
+        lz.bake(dataclasses.replace(plan, options={**plan.options, "layout_mode": "strict"}), tmp_path / "s", model, (torch.randn(4, 8),))
+    adapt, strict = lz.load_baked(tmp_path / "a"), lz.load_baked(tmp_path / "s")
+    assert (
+        proof.prove((tmp_path / "a" / "_layerzero_plan.py").read_text(), json.loads((tmp_path / "a" / "manifest.json").read_text()))[0]
+        == []
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in (1, 4, 6):
+            x = torch.randn(n, 8)
+            found = adapt.forward(x)
+            with torch.autocast("cpu", bf16):
+                assert torch.equal(adapt.forward(x), found)
+                assert found.dtype is (bf16 if cast else torch.float32)
+    told = [str(w.message) for w in caught if "autocast is bfloat16; this file was made with it off: it is ignored" in str(w.message)]
+    assert len(told) == (not cast)
+    with (
+        torch.autocast("cpu", bf16),
+        nullcontext() if cast else pytest.raises(ValueError, match=r"^autocast is bfloat16; this file was made"),
+    ):
+        strict.forward(torch.randn(4, 8))
 
 
 class Optional(nn.Module):

@@ -55,7 +55,9 @@ PLAIN = {
 # Names of the template, and of its part for GPUs.
 KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor", "empty_strided_cuda", "get_raw_stream", "launch"}
 # What `forward` itself calls: its arguments and sizes cannot be called so.
-CALLED = re.compile(r"(cell|general)_\d+|_(adapt|ordered|constant|sizes|size_\w+|outside|nowhere|beyond|raised|rescued|error)")
+CALLED = re.compile(
+    r"(cell|general)_\d+|_(adapt|ordered|constant|sizes|size_\w+|outside|nowhere|beyond|raised|rescued|error|without_autocast)"
+)
 DROPPED = re.compile(r"assert_\w+\(|args\.clear|del arg|#")
 STREAM = "stream0 = get_raw_stream(0)"
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -184,7 +186,7 @@ class _Writer:
         self.plan, self.model, self.named, self.out = plan, model, named, out
         self.inputs = [name for name, value in named.items() if isinstance(value, Tensor)]
         for name, value in named.items():
-            if name not in self.inputs and not isinstance(value, (int, float, bool, str, type(None))):
+            if name not in self.inputs and type(value) not in (int, float, bool, str, type(None)):  # an enum's member has no literal
                 raise PlanError(f"argument {name!r} is {type(value).__name__}; baked files take tensors and constants. Wrap the model.")
         # In `forward` each symbol is a variable of its own name, unless an argument has it.
         self.symbols = {s: f"_size_{s}" if s in named else s for s in plan.buckets}
@@ -367,6 +369,8 @@ class _Writer:
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
+        if late and self.plan.autocast:  # plain calls cast only under it, where compiled ones have the casts in them
+            graphed = [f"@torch.autocast({self.plan.environment['device']!r}, torch.{self.plan.autocast})"]
         self.written |= arguments
         lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
         function = "\n".join([*graphed, f"def {name}({', '.join(inner.values())}):", *lines])
@@ -426,7 +430,8 @@ class _Writer:
             "PACKAGES": repr(self._packages()), "OPERATORS": repr(tuple(sorted(self.operators))),
             "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
-            "SIGNATURE": self._signature(),
+            "SIGNATURE": self._signature(), "GIVEN": ", ".join(f"{name}={name}" for name in self.named),
+            "AUTOCAST": repr(self.plan.autocast),
             "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
             "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
@@ -646,10 +651,11 @@ def _general_holds(made: CompiledCell) -> dict[str, Any]:
 
 
 def _other(name: str, value: Any) -> str:
-    """A test whether a constant is another one than was planned."""
-    if value != value:
-        return f"{name} == {name}"  # all but nan
-    return f"{name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}"
+    """A test whether a constant is another one than was planned: 1.0 is not 1, whose product with integers is another dtype."""
+    if value is None or isinstance(value, bool):
+        return f"{name} is not {value!r}"
+    other = f"{name} == {name}" if value != value else f"{name} != {value!r}"  # nan alone is not itself
+    return other if isinstance(value, str) else f"type({name}) is not {type(value).__name__} or {other}"
 
 
 def _parameter(name: str, value: Any) -> str:

@@ -56,7 +56,7 @@ def compile_with_inductor(
             _is_inference.reset(token)
             _whole.reset(whole)
         generated = collected()
-        if generated is not None:
+        if generated is not None and hasattr(compiled, "source_code"):  # a graph without a call is run as it is
             generated.sources.append(compiled.source_code)  # type: ignore[attr-defined]
             generated.constants |= compiled.constants or {}  # type: ignore[attr-defined]
         return compiled
