@@ -237,6 +237,31 @@ def test_constants_that_are_no_literals_and_a_process_that_says_much(tmp_path: P
     assert str(dataclasses.replace(report, failures=(Failure({}, "why"),))).endswith("\n  the given shapes: why")
 
 
+class Gathering(nn.Module):
+    """A constant made in a submodule, complex outputs, indices that smaller sizes do not allow, and integers below 0."""
+
+    class Weighted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Weighted()
+
+    def forward(self, x: Tensor, places: Tensor, ignored: Tensor) -> Tensor:
+        return torch.fft.fft(self.inner(x))[places] + ignored
+
+
+def test_what_the_model_itself_refuses_is_no_failure(tmp_path: Path) -> None:
+    model, example = Gathering().eval(), (torch.randn(8, 4), torch.arange(8), torch.full((4,), -100))
+    plan = lz.solve(model, example, dynamic={"x": {0: "n"}, "places": {0: "n"}}, buckets={"n": [8]}, **FAST)
+    lz.bake(plan, tmp_path / "out", model, example)
+    report = lz.fuzz(tmp_path / "out", model=model, examples=40)
+    assert report.ok, str(report)
+    assert report.outside < report.tried < 40
+    assert 0 < report.worst < 1e-6
+
+
 @pytest.mark.parametrize(("found", "eager", "right"), [
     ([1.0, 1.0], [math.inf, 1.0], False), ([-math.inf, 1.0], [math.inf, 1.0], False), ([math.inf, 1.0], [math.inf, 1.0], True),
     ([math.nan, 1.0], [math.nan, 1.0], True), ([math.nan, 1.0], [math.inf, 1.0], False), ([1.0, math.inf], [1.0, 1.0], False),
