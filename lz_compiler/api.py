@@ -64,10 +64,14 @@ def explain(compiled: Any = None, profile: Callable[[], object] | None = None) -
     compiled, `lambda: compiled(x)`: then each region shows what its kernel takes inside that call, too.
     OptionError for anything else, or where there is nothing to profile; PlanError for a file that is no plan.
     """
-    if isinstance(compiled, Plan):
-        return explain_plan(compiled)
     from .deploy.offline import ModelPlan, load_plan
 
+    if isinstance(compiled, Plan | ModelPlan | str | os.PathLike) and profile is not None:
+        raise OptionError(
+            "a plan runs nothing that could be profiled. Give what lz.compile(model, plan=...) returned, and profile a call of it."
+        )
+    if isinstance(compiled, Plan):
+        return explain_plan(compiled)
     if isinstance(compiled, str | os.PathLike):
         compiled = load_plan(compiled)
     if isinstance(compiled, ModelPlan):

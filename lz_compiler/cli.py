@@ -346,7 +346,7 @@ def ablate(
     offline: Annotated[bool, typer.Option("--offline", help="Nothing is measured (which is so without it, too).")] = False,
     model: Annotated[list[str] | None, typer.Option(help="A cost model; repeatable. All if left out.")] = None,
     solver: Annotated[list[str] | None, typer.Option(help="A solver; repeatable. The first one plans for all cost models.")] = None,
-    seeds: Annotated[int, typer.Option(help="How many trainings of each learned model.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each learned model.")] = 3,
     figures: Annotated[bool, typer.Option(help="Draw the figures (needs matplotlib).")] = True,
     train: Annotated[Path | None, typer.Option(help="Train on all cases instead, and write the model here.")] = None,
 ) -> None:  # fmt: skip

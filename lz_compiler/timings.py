@@ -210,7 +210,8 @@ class TimingStore:
         try:
             write_whole(path, "".join(lines).encode())
         except OSError as error:
-            raise StoreError(f"cannot export to {path}: {error}.") from error
+            why = error.strerror or error  # whose own text names the temporary file
+            raise StoreError(f"cannot export to {path}: {why}. Give a file in a folder that is writable.") from error
         return len(lines)
 
     def merge(self, other: str | Path) -> Merged:

@@ -406,7 +406,9 @@ def test_wrong_plan_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert "it is a folder. Make one: lz.solve(...).save(path), or `lz solve`." in fails(capsys, monkeypatch, "explain", str(folder))
 
 
-@pytest.mark.parametrize("command", ["bench m:f --rounds 0", "demo --rounds 0", "fuzz x --examples 0", "explain m:f --calls 0"])
+@pytest.mark.parametrize(
+    "command", ["bench m:f --rounds 0", "demo --rounds 0", "fuzz x --examples 0", "explain m:f --calls 0", "ablate --seeds 0"]
+)
 def test_a_number_that_is_too_small(command: str) -> None:
     result = run(*command.split())
     assert result.exit_code == 2
@@ -422,6 +424,16 @@ def test_a_number_that_is_too_small(command: str) -> None:
         (lambda: explain(Path("none.json")), "cannot read the plan 'none.json': no such file"),
         (lambda: lz.compile(len, problems=__file__), "which is no folder and cannot be made one: File exists. Give another."),
         (lambda: lz.fuzz(".", examples=-1), "examples is -1. Give 1 or more."),
+        (lambda: lz.fuzz(".", examples="3"), "examples is '3'. Give 1 or more."),  # type: ignore[arg-type]
+        (lambda: lz.fuzz(3), "a folder that lz.bake wrote is needed; given: 3"),  # type: ignore[arg-type]
+        (lambda: lz.load_baked(None), "a folder that lz.bake wrote is needed; given: None"),  # type: ignore[arg-type]
+        (lambda: lz.warmup(".", calls="3"), "calls is '3'; at least 1 is needed."),  # type: ignore[arg-type]
+        (lambda: lz.canary("onednn"), "backends is 'onednn'. Give a list: ['onednn']."),
+        (lambda: lz.canary([], devices="cpu"), "devices is 'cpu'. Give a list: ['cpu']."),
+        (lambda: lz.canary([], jobs=1.5), "jobs is 1.5. Give 1 or more."),  # type: ignore[arg-type]
+        (lambda: lz.canary([], row_s="1"), "row_s is '1'. Give a number of seconds above 0."),  # type: ignore[arg-type]
+        (lambda: lz.StaticCacheDecoder(len, 1, 1), "takes a causal language model of transformers; given: builtin_function_or_method"),
+        (lambda: explain("none.json", profile=len), "a plan runs nothing that could be profiled. Give what lz.compile(model, plan=...)"),
         (lambda: lz.canary([], row_s=0), "row_s is 0. Give a number of seconds above 0."),
         (lambda: lz.canary([], total_s=float("nan")), "total_s is nan"),
     ],
@@ -435,6 +447,17 @@ def test_wrong_arguments_of_functions(call: Callable[[], object], message: str) 
 @pytest.mark.parametrize("command", ["bench", "solve", "bake"])
 def test_help_says_what_a_factory_is(command: str) -> None:
     assert "MODULE:FACTORY" in run(command, "--help").stdout.strip().splitlines()[0]
+
+
+def test_files_in_no_folder_are_named_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = str(Path(__file__).parents[1] / "benchmarks" / "corpora" / "cpu")
+    assert "there is no folder for" in fails(
+        capsys, monkeypatch, "ablate", "--corpus", corpus, "--train", str(tmp_path / "none" / "m.json")
+    )
+    told = fails(capsys, monkeypatch, "cache", "export", str(tmp_path / "none" / "f.jsonl"))
+    assert "f.jsonl: No such file or directory. Give a file in a folder that is writable." in told
 
 
 def test_a_problem_that_cannot_be_written(tmp_path: Path) -> None:

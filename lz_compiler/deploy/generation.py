@@ -19,12 +19,17 @@ class StaticCacheDecoder(nn.Module):
     that the cache holds; what is beyond is out of bounds: an error in eager, the end of the process in compiled code on a CPU.
     `reset()` forgets them. The buffers are not saved with the model.
 
-    OptionError for a model with a layer that caches in another way.
+    OptionError for what is no such model, a layer that caches in another way, and a wrong number.
     """
 
     def __init__(self, model: Any, batch: int, length: int) -> None:
-        from transformers import StaticCache
+        from transformers import PreTrainedModel, StaticCache
 
+        if not isinstance(model, PreTrainedModel):
+            raise OptionError(f"StaticCacheDecoder takes a causal language model of transformers; given: {type(model).__name__}.")
+        for name, value in (("batch", batch), ("length", length)):
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} is {value!r}. Give a whole number above 0.")
         super().__init__()
         self.model, config = model, model.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -49,6 +49,8 @@ def load_baked(folder: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
 
 def baked_file(folder: str | os.PathLike[str]) -> Path:
     """The Python file of a folder that `lz.bake` wrote. PlanError if there is none."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise OptionError(f"a folder that lz.bake wrote is needed; given: {folder!r:.200}.")
     path = Path(folder) / FILE
     if not os.path.isfile(path):
         raise PlanError(f"there is no {FILE} in {os.fspath(folder)!r}. Give a folder that lz.bake wrote.")
@@ -100,8 +102,8 @@ def warmup(
 
     OptionError for another target, or less than one call; PlanError for arguments that are not the plan's; what `load_baked` raises.
     """
-    if calls < 1:
-        raise OptionError(f"calls is {calls}; at least 1 is needed.")
+    if not isinstance(calls, int) or calls < 1:
+        raise OptionError(f"calls is {calls!r}; at least 1 is needed.")
     _check_target(target)
     ready = load_baked(target, bundle) if isinstance(target, (str, os.PathLike)) else target
     if isinstance(ready, ModuleType):

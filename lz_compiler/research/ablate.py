@@ -432,7 +432,9 @@ def _cell(value: Any) -> Any:
 
 
 def train(cases: Sequence[Case], path: Path) -> Forest:
-    """Train on all cases and write the model that `cost_model="learned"` reads."""
+    """Train on all cases and write the model that `cost_model="learned"` reads. OptionError for a file in no folder."""
+    if not path.absolute().parent.is_dir():  # told now, not after the training
+        raise OptionError(f"there is no folder for {str(path)!r}. Make it first.")
     devices = sorted({c.target.name for c in cases})
     forest = learned.fit(training_rows(cases), trained_on=f"{len(cases)} cases on {', '.join(devices)}")
     forest.save(path)

@@ -141,11 +141,14 @@ def canary(
     run of its backend.
     """
     known = all_backends()
+    for label, names in (("backends", backends), ("devices", devices)):
+        if isinstance(names, str):  # its letters would be names
+            raise OptionError(f"{label} is {names!r}. Give a list: [{names!r}].")
     wanted = list(known) if backends is None else list(backends)
-    if jobs is not None and jobs < 1:
+    if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise OptionError(f"jobs is {jobs!r}. Give 1 or more.")
     for label, seconds in (("row_s", row_s), ("total_s", total_s)):
-        if not 0 < seconds < float("inf"):
+        if not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
             raise OptionError(f"{label} is {seconds!r}. Give a number of seconds above 0.")
     for name in wanted:
         if name not in known:
