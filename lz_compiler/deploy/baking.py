@@ -58,6 +58,7 @@ KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpre
 CALLED = re.compile(
     r"(cell|general)_\d+|_(adapt|ordered|constant|sizes|size_\w+|outside|nowhere|beyond|raised|rescued|error|without_autocast)"
 )
+FOLLOWING = re.compile(r"torch\.(mm|bmm|addmm|baddbmm)\(|torch\.ops\.(?!mkldnn\.)")  # what autocast may change
 DROPPED = re.compile(r"assert_\w+\(|args\.clear|del arg|#")
 STREAM = "stream0 = get_raw_stream(0)"
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -201,6 +202,7 @@ class _Writer:
         self.graphs = self.cuda and (plan.options["cudagraphs"] or plan.options["mode"] in WITHOUT_GRAPHS)
         self.written: set[str] = set()  # arguments that some cell writes into
         self.brgemm = False
+        self.follows = False  # whether a planned cell makes calls that autocast changes
         self.operators: set[str] = set()  # that the cells call, beside ATen's
         self.functions: dict[str, str] = {}  # written out, by their names in the file
         self.returns = ""
@@ -369,8 +371,11 @@ class _Writer:
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
         graphed = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
-        if late and self.plan.autocast:  # plain calls cast only under it, where compiled ones have the casts in them
-            graphed = [f"@torch.autocast({self.plan.environment['device']!r}, torch.{self.plan.autocast})"]
+        if late:  # plain calls follow autocast: that of the plan, and no other
+            cast = f"torch.{self.plan.autocast}" if self.plan.autocast else "enabled=False"
+            graphed = [f"@torch.autocast({self.plan.environment['device']!r}, {cast})"]
+        else:
+            self.follows |= bool(self.functions or FOLLOWING.search(text))
         self.written |= arguments
         lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
         function = "\n".join([*graphed, f"def {name}({', '.join(inner.values())}):", *lines])
@@ -430,8 +435,7 @@ class _Writer:
             "PACKAGES": repr(self._packages()), "OPERATORS": repr(tuple(sorted(self.operators))),
             "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
-            "SIGNATURE": self._signature(), "GIVEN": ", ".join(f"{name}={name}" for name in self.named),
-            "AUTOCAST": repr(self.plan.autocast),
+            "SIGNATURE": self._signature(), "AUTOCAST": repr(self.plan.autocast),
             "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
             "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
@@ -474,7 +478,11 @@ class _Writer:
 
     def _checks(self, constants: Mapping[str, Any]) -> str:
         """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""
-        lines = [
+        lines = []
+        if self.follows:  # asking for one device would take more than twice as long
+            given = ", ".join(f"{name}={name}" for name in self.named)
+            lines.append(f"    if torch._C._is_any_autocast_enabled():\n        return _without_autocast({given})")
+        lines += [
             f"    if {_other(name, value)}:\n        raise ValueError(_constant({name!r}, {name}, {value!r}))"
             for name, value in constants.items()
         ]
