@@ -140,6 +140,9 @@ class Race:
 
         def begin(_: Any) -> None:
             if not began:
+                late = torch_private.when_computed(leaves, end)
+                hooks.extend(late)
+                self.hooks += late
                 sync()
                 began.append(time.perf_counter())
 
@@ -150,7 +153,6 @@ class Race:
                 self._unhook(hooks)
 
         hooks = [root.grad_fn.register_prehook(begin) for root in roots if root.grad_fn is not None]
-        hooks.append(torch_private.multi_grad_hook(leaves, end))
         self.hooks += hooks
 
     def _unhook(self, hooks: list[Any]) -> None:

@@ -121,6 +121,23 @@ def test_hooks_of_the_race_are_taken_off(racing: dict[str, Any]) -> None:
     assert calls == [1]
 
 
+@pytest.mark.parametrize("of", ["parameters", "one", "input"])
+def test_gradients_by_autograd_grad_are_raced_too(of: str, racing: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not tell autograd's hooks which leaves' gradients it computes: asking for them raises."""
+    model, timed = linear(32, 48, 32, act=nn.GELU), set()
+    median = race.Race._median
+    monkeypatch.setattr(race.Race, "_median", lambda self, name: timed.add((name, bool(self.backward[name]))) or median(self, name))
+    run = compiled(model, **racing)
+    for _ in range(CALLS):
+        x = torch.randn(6, 32, requires_grad=True)
+        wanted = {"parameters": [*model.parameters()], "one": [model[1].weight], "input": [x]}[of]
+        ours, theirs = (torch.autograd.grad(f(x).pow(2).sum(), wanted) for f in (run, model))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert RECORDS[-1].decided
+    assert {(name, True) for name in (PLANNED, INDUCTOR, EAGER)} <= timed
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
 def test_backward_plans_are_lossless_since_no_check_sees_gradients() -> None:
     model, x = wide()
     compiled(model, error_budget=2e-2)(x.repeat(64, 1)).sum().backward()

@@ -195,8 +195,17 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def multi_grad_hook(tensors: Sequence[torch.Tensor], fn: Callable[[], None]) -> Any:
-    """Call `fn` once all gradients of `tensors` that the running backward computes are there."""
-    from torch.autograd.graph import register_multi_grad_hook
+def when_computed(tensors: Sequence[torch.Tensor], fn: Callable[[], None]) -> list[Any]:
+    """Inside a backward pass: call `fn` once all gradients of `tensors` that it computes are there. Returns the hooks to take off.
 
-    return register_multi_grad_hook(tensors, lambda grads: fn(), mode="all")
+    torch.autograd.grad does not tell which gradients of leaves it computes: there `fn` is called at the end of the pass.
+    """
+    from torch.autograd.graph import _get_grad_fn_or_grad_acc, register_multi_grad_hook
+
+    try:
+        for tensor in tensors:
+            torch._C._will_engine_execute_node(_get_grad_fn_or_grad_acc(tensor))  # type: ignore[attr-defined]
+    except RuntimeError:
+        torch.autograd.Variable._execution_engine.queue_callback(fn)  # type: ignore[attr-defined]
+        return []
+    return [register_multi_grad_hook(tensors, lambda grads: fn(), mode="all")]
