@@ -308,6 +308,33 @@ def test_outputs_alias_what_eagers_alias() -> None:
     assert not out[4].any()
 
 
+PARTS: dict[str, Callable[..., Any]] = {
+    "slice": lambda q, k, v: (q, v[:, 1:]),
+    "slices": lambda q, k, v: (k[0], k[:, 1:, 2:], v[..., 2:], v),
+    "split": lambda q, k, v: (*q.chunk(2, -1), *k.unbind(1), v),
+    "expanded": lambda q, k, v: (q[:, None].expand(2, 4, 3, 16), k.mT, v.relu()),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_merged_products_have_eagers_strides(name: str) -> None:
+    """They lie in a larger tensor: what eager returns as a view with gaps is the same view of a copy of its own tensor."""
+    model = nn.ModuleList(linear(16, 16) for _ in range(3))
+
+    def f(x: Tensor) -> Any:
+        return PARTS[name](*(layer(x) for layer in model))
+
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        out, expected = compiled(f, freeze=True)(x), f(x)
+    assert "onednn.merged_linear_packed" in kernels()
+    same(out, expected)
+    for (a, b), (c, d) in zip(itertools.combinations(out, 2), itertools.combinations(expected, 2), strict=True):
+        assert (a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()) == (
+            c.untyped_storage().data_ptr() == d.untyped_storage().data_ptr()
+        )
+
+
 class ChannelsLast:
     """A cost model by which nothing but channels last is cheap."""
 
