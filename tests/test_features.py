@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -485,6 +486,35 @@ def test_empty_tensors(name: str, cost_model: str) -> None:
     fn, values = EMPTY[name]
     with torch.no_grad():
         same(compiled(fn, cost_model=cost_model)(*values), fn(*values))
+
+
+def test_strides_that_vary_by_themselves_are_planned() -> None:
+    """Rows of wider tensors: the number of rows and the step from one to the next are two symbols, and only one is a size."""
+    model = linear(8, 12)
+    run = compiled(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows, width in ((5, 9), (6, 10), (7, 12)):
+            x = torch.randn(rows, width)[:, 1:9]
+            same(run(x), model(x))
+    assert kernels() == ["onednn.linear"]
+
+
+def test_sizes_may_be_spelt_otherwise_by_a_kernels_shape_rule() -> None:
+    """Two sizes of one symbol, and ATen's attention calls one of them s*s//s."""
+    model = linear(8, 8)
+
+    def f(x: Tensor) -> Tensor:
+        y = model(x)[None]
+        return F.scaled_dot_product_attention(y, y, y)
+
+    run = compiled(f, dynamic=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in (2, 3):
+            x = torch.randn(size, size, 5, 8)
+            same(run(x), f(x))
+    assert "onednn.linear" in kernels()
 
 
 def test_rows_may_go_to_zero_under_dynamic_shapes() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .. import torch_private
+
 
 def interface(graph: fx.Graph) -> tuple[list[str], list[str]]:
     """Placeholders and outputs as text: what a rewrite may not change."""
@@ -15,7 +17,7 @@ def interface(graph: fx.Graph) -> tuple[list[str], list[str]]:
 
 def _facts(node: object) -> str:
     value = node.meta.get("val") if isinstance(node, fx.Node) else node
-    return f"{value.dtype} {tuple(value.shape)} {value.device}" if isinstance(value, Tensor) else str(value)
+    return f"{value.dtype} {[*map(torch_private.sampled, value.shape)]} {value.device}" if isinstance(value, Tensor) else str(value)
 
 
 def verify(graph: fx.Graph, before: tuple[list[str], list[str]]) -> None:

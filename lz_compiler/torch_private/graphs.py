@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -70,10 +71,14 @@ _sizes: ContextVar[dict[Any, Any] | None] = ContextVar("sizes", default=None)
 
 @contextmanager
 def hints_at(values: Iterable[Any], **changed: int) -> Iterator[None]:
-    """Inside, `hint` answers for other sizes of the symbols named; for the examples' of the others in `values` (SymInts)."""
+    """Inside, `hint` answers for other sizes of the symbols named among `values` (SymInts); for all others, of strides say, as before."""
     import sympy
 
-    sizes = {v.node.expr: sympy.Integer(changed.get(str(v.node.expr), v.node.hint)) for v in values}
+    sizes: dict[Any, Any] = {}
+    for v in values:
+        if not sizes:
+            sizes |= getattr(v.node.shape_env, "backed_var_to_val", None) or v.node.shape_env.var_to_val  # torch's names of one thing
+        sizes[v.node.expr] = sympy.Integer(changed.get(str(v.node.expr), v.node.hint))
     token = _sizes.set(sizes)
     try:
         yield
@@ -98,10 +103,21 @@ def hint(value: Any) -> int:
         return value
     node, sizes = value.node, _sizes.get()
     if sizes:
-        return int(node.expr.xreplace(sizes))
+        expr = node.expr.xreplace(sizes)
+        return int(expr.xreplace(dict.fromkeys(expr.free_symbols, 1)))
     if node.has_hint():
         return int(node.hint)
     return 1
+
+
+def sampled(size: Any) -> int:
+    """A size with some number for each symbol: equal for equal expressions, however shape rules spell them (s*s//s is s)."""
+    import sympy
+
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr  # numbers with many divisors, since what is spelt without a division may rest on a guard
+    return int(expr.xreplace({s: sympy.Integer(5040 * (1 + zlib.crc32(str(s).encode()) % 9973)) for s in expr.free_symbols}))
 
 
 def symbolic_range(value: Any) -> str:
