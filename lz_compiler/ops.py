@@ -159,8 +159,13 @@ def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
+def _sdpa_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    torch._check(k.shape[-2] == v.shape[-2])  # caches of keys and of values have a symbol each, which no rule of ATen's ties
+    return _sdpa_run(q, k, v, *rest)
+
+
 _FIXED = torch.Tag.needs_fixed_stride_order
-sdpa = define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_run, _FIXED)
+sdpa = define(f"sdpa({_SDPA}) -> Tensor", _sdpa_run, _sdpa_fake, _FIXED)
 
 
 def _sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:

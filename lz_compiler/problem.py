@@ -116,7 +116,7 @@ def refused_when_smaller(view: GraphView, options: Options) -> Callable[[Selecti
     values = [size for size, _, _ in symbols.values()]
     offered: list[tuple[str, int, set[tuple[str, tuple[str, ...]]]]] = []
     for symbol, (_, low, high) in symbols.items():
-        for size in (n for n in (low, low + 1) if n < high):
+        for size in (n for n in (low, low + 1) if n < high and torch_private.permitted(values, **{symbol: n})):
             with torch_private.hints_at(values, **{symbol: size}):
                 contexts = Recogniser(GraphView(view.graph, view.frozen), options).regions()
                 known = {(a.kernel, ctx.region.nodes) for ctx in contexts for a in answers(ctx) if isinstance(a, Candidate)}

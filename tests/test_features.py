@@ -493,11 +493,43 @@ def test_strides_that_vary_by_themselves_are_planned() -> None:
     model = linear(8, 12)
     run = compiled(model)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "LayerZero")
         for rows, width in ((5, 9), (6, 10), (7, 12)):
             x = torch.randn(rows, width)[:, 1:9]
             same(run(x), model(x))
     assert kernels() == ["onednn.linear"]
+
+
+def tied_to_a_weight(x: Tensor) -> Tensor:
+    """The width's symbol has one value only that fits the layer, but the guard is about its half."""
+    return F.linear(x.unflatten(-1, (2, -1)).sin().flatten(-2), x.new_ones(8, 16))
+
+
+def caches(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Nothing says that keys and values are as many, but for what attention is."""
+    keys = torch.cat([keys, x], 2)
+    seen = (torch.arange(keys.shape[2]) > x[0, 0, 0, 0])[None, None, None]
+    return F.scaled_dot_product_attention(x, keys, torch.cat([values, x], 2), attn_mask=seen)
+
+
+TIED: dict[str, tuple[Callable[..., Tensor], bool | None, Callable[[int], tuple[Tensor, ...]]]] = {
+    "weight": (tied_to_a_weight, True, lambda n: (torch.randn(n, 16),)),
+    "caches": (caches, None, lambda n: (torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 4, n, 16))),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_kernels_are_tried_at_sizes_that_the_guards_permit(name: str, tmp_path: Path) -> None:
+    """Inputs of any others do not fit each other."""
+    f, dynamic, inputs = TIED[name]  # None: what Dynamo sees vary has a symbol of its own, also where another has the same size
+    plant(str(tmp_path))  # so that nothing was tried before
+    run = compiled(f, dynamic=dynamic, cache_dir=str(tmp_path))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "LayerZero")
+        for size in (9, 12):
+            x = inputs(size)
+            same(run(*x), f(*x))
+    assert set(kernels()) & {"onednn.linear", "aten.flash_attention_cpu"}
 
 
 def test_sizes_may_be_spelt_otherwise_by_a_kernels_shape_rule() -> None:
@@ -510,7 +542,7 @@ def test_sizes_may_be_spelt_otherwise_by_a_kernels_shape_rule() -> None:
 
     run = compiled(f, dynamic=True)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "LayerZero")
         for size in (2, 3):
             x = torch.randn(size, size, 5, 8)
             same(run(x), f(x))

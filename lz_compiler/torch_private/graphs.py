@@ -86,6 +86,18 @@ def hints_at(values: Iterable[Any], **changed: int) -> Iterator[None]:
         _sizes.reset(token)
 
 
+def permitted(values: Iterable[Any], **changed: int) -> bool:
+    """Whether the graph's guards let the symbols named among `values` (SymInts) have other sizes, all others as in the example: guards may
+    tie sizes to each other, or to a weight's, and Dynamo traces another graph for what they exclude."""
+    import sympy
+
+    values = list(values)
+    env = values[0].node.shape_env
+    with hints_at(values, **changed):
+        sizes = _sizes.get()
+    return all(env.replace(guard.expr).xreplace(sizes) is not sympy.false for guard in env.guards)
+
+
 def symbols_of(values: Iterable[Any]) -> dict[str, tuple[Any, int, int]]:
     """The plain symbols among the sizes of fake tensors: name -> (SymInt, lowest and highest size)."""
     found: dict[str, tuple[Any, int, int]] = {}
@@ -110,14 +122,19 @@ def hint(value: Any) -> int:
     return 1
 
 
-def sampled(size: Any) -> int:
-    """A size with some number for each symbol: equal for equal expressions, however shape rules spell them (s*s//s is s)."""
+def same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are equal for all that the guards permit, however shape rules spell them (s*s//s is s). Adds no guard."""
     import sympy
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    if isinstance(size, int):
-        return size
-    expr = size.node.expr  # numbers with many divisors, since what is spelt without a division may rest on a guard
-    return int(expr.xreplace({s: sympy.Integer(5040 * (1 + zlib.crc32(str(s).encode()) % 9973)) for s in expr.free_symbols}))
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
+    # Some number for each symbol, with many divisors: what is spelt without a division may rest on a guard.
+    first, second = (
+        e.xreplace({s: sympy.Integer(5040 * (1 + zlib.crc32(str(s).encode()) % 9973)) for s in e.free_symbols})
+        for e in (sympy.Integer(v) if isinstance(v, int) else v.node.expr for v in (one, other))
+    )
+    return bool(first == second) or statically_known_true(one == other)
 
 
 def symbolic_range(value: Any) -> str:

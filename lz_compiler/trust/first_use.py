@@ -100,7 +100,7 @@ class FirstUse:
             hint = torch_private.hint(size)
             odd = next(n for n in ((hint + 1) | 1, ((low + hint) // 2) | 1, low) if n <= high)
             for n in dict.fromkeys((low, odd, min(high, LARGER * hint))):
-                if n == hint:
+                if n == hint or not torch_private.permitted(values, **{symbol: n}):
                     continue
                 found: dict[tuple[str, ...], list[SelectionContext]] = {}
                 with torch_private.hints_at(values, **{symbol: n}):
