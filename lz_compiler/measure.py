@@ -22,7 +22,7 @@ from torch import Tensor
 from . import semantics, torch_private
 from .backends import kernel
 from .backends.base import SelectionContext, Values
-from .errors import DeviceLostError, UnjudgedError
+from .errors import DeviceLostError, UnjudgedError, first_line
 from .target import event_timed, last_level_cache
 from .types import Candidate, Format
 
@@ -142,12 +142,17 @@ class Truth:
 
 
 def truth_of(ctx: SelectionContext) -> Truth:
-    """UnjudgedError where eager itself is not finite, and float64 is."""
+    """UnjudgedError where eager itself does not run, as for sizes that do not fit each other, or is not finite and float64 is."""
     op, params = ctx.region.op, ctx.params
     values, reference = inputs(ctx, 0), semantics.REFERENCES[op]
     some, select = semantics.sampled(op, values, params)
-    exact = leaves(reference({r: v.double() if v.is_floating_point() else v for r, v in some.items()}, params))
-    eager = leaves(reference(values, params))
+    try:
+        exact = leaves(reference({r: v.double() if v.is_floating_point() else v for r, v in some.items()}, params))
+        eager = leaves(reference(values, params))
+    except RuntimeError as raised:
+        if torch_private.out_of_memory(raised):
+            raise
+        raise UnjudgedError(f"eager itself does not run {_sized(ctx)}: {first_line(str(raised))}") from raised
     pairs = [(select(e), x) for e, x in zip(eager, exact, strict=True)]
     if any(bool((x.isfinite() & ~e.isfinite().reshape(x.shape)).any()) for e, x in pairs):
         raise UnjudgedError(f"eager's own result of {_sized(ctx)} is not finite where float64's is")

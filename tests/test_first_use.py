@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,3 +172,15 @@ def test_where_eager_is_not_finite_nothing_is_judged(cache: Any, monkeypatch: py
     assert getattr(priced, "code", "") == "unjudged"
     assert "eager's own result of linear of x (17, 33)" in priced.detail  # type: ignore[union-attr]
     assert not [e for e in store.ls().entries if e.kind == "timing"]
+
+
+def test_where_eager_does_not_run_nothing_is_judged() -> None:
+    """Sizes that do not fit each other, as those tried beside the example's may be."""
+    ctx = _context()
+    x = ctx.spec("x")
+    wider = replace(x, shape=(x.shape[0], x.shape[1] + 1), stride=(x.shape[1] + 1, 1))
+    other = replace(ctx, specs=tuple(wider if role == "x" else spec for role, spec in zip(ctx.roles, ctx.specs, strict=True)))
+    error = measure.checked(other, other.candidate(Rows.kernels["rows.linear"])).error
+    assert error is not None
+    assert error.startswith("unjudged: eager itself does not run linear of x (17, 34), w ")
+    assert not measure.is_fact(error)
