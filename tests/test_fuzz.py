@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 import lz_compiler as lz
 from lz_compiler.cli import app
 from lz_compiler.deploy import export
-from lz_compiler.deploy.baking import FILE, _Writer
+from lz_compiler.deploy.baking import FILE
+from lz_compiler.deploy.forward import Forward
 from lz_compiler.deploy.fuzzing import Failure, _Trial
 from lz_compiler.deploy.general import boxes
 from lz_compiler.deploy.offline import CellPlan, ModelPlan
@@ -296,17 +297,16 @@ def generated(buckets: dict[str, list[int]], limit: int = 0) -> tuple[str, dict[
         tuple(export.Argument.of(v, dynamic[n]) for n, v in example.items()), (),
         tuple(CellPlan(ranges, "", "layerzero", {}, None, ()) for ranges in cells),
     )  # fmt: skip
-    writer = _Writer(plan, nn.Identity(), example, Path())
-    if limit:
-        limited = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(buckets)]
-        writer.beyond = [(ranges, ()) for ranges in limited]
+    limited = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(buckets)]
+    beyond = [(ranges, ()) for ranges in limited] if limit else []
+    forward = Forward(plan, nn.Identity(), example, dict(zip(symbols, symbols, strict=True)), beyond, "out")
     manifest = {
         "inputs": {"x": [*symbols, symbols[-1], 5], "y": [3, symbols[-1]]}, "buckets": buckets,
         "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "limits": [], "kernels": []} for ranges in cells],
         "general": [{"ranges": {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in ranges.items()}, "assumed": [],
-                     "limits": [], "kernels": []} for ranges, _ in writer.beyond],
+                     "limits": [], "kernels": []} for ranges, _ in beyond],
     }  # fmt: skip
-    return f"def forward(x, y):\n{writer._checks({})}\n{writer._dispatch()}\n", manifest
+    return f"def forward(x, y):\n{forward.checks()}\n{forward.dispatch()}\n", manifest
 
 
 BUCKETS = st.dictionaries(st.sampled_from("abc"), ENDS, min_size=1, max_size=3)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import json
 import keyword
 import logging
@@ -42,6 +41,7 @@ from ..trust import circuit
 from ..types import EAGER, PLANNED
 from . import export, general, writing
 from .export import Program, Ranges
+from .forward import Forward
 from .offline import CellPlan, ModelPlan, check_environment, compile_cell, load_plan, other_autocast, session_for, stored_options
 from .warming import FILE, MANIFEST, sha256
 
@@ -55,10 +55,8 @@ PLAIN = {
 # Names of the template, and of its part for GPUs.
 KNOWN = {"torch", "aten", "math", "inf", "nan", "empty_strided_cpu", "reinterpret_tensor", "empty_strided_cuda", "get_raw_stream", "launch"}
 # What `forward` itself calls: its arguments and sizes cannot be called so.
-CALLED = re.compile(
-    r"(cell|general)_\d+|_(adapt|ordered|constant|sizes|size_\w+|outside|nowhere|beyond|raised|rescued|error|without_autocast)"
-)
-FOLLOWING = re.compile(r"torch\.(mm|bmm|addmm|baddbmm)\(|torch\.ops\.(?!mkldnn\.)")  # what autocast may change
+RESERVED = re.compile(r"(cell|general)_\d+|_(adapt|ordered|constant|sizes|size_\w+|outside|nowhere|beyond|raised|rescued|error)")
+FOLLOWING = re.compile(r"torch\.ops\.aten\.(cudnn_)?convolution\b")  # what follows autocast on a GPU; calls with `out=` do not
 DROPPED = re.compile(r"assert_\w+\(|args\.clear|del arg|#")
 STREAM = "stream0 = get_raw_stream(0)"
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -202,7 +200,6 @@ class _Writer:
         self.graphs = self.cuda and (plan.options["cudagraphs"] or plan.options["mode"] in WITHOUT_GRAPHS)
         self.written: set[str] = set()  # arguments that some cell writes into
         self.brgemm = False
-        self.follows = False  # whether a planned cell makes calls that autocast changes
         self.operators: set[str] = set()  # that the cells call, beside ATen's
         self.functions: dict[str, str] = {}  # written out, by their names in the file
         self.returns = ""
@@ -339,7 +336,8 @@ class _Writer:
         text, program = "\n".join(made.body.lines), made.program
         for call, plain in PLAIN.items():
             text = text.replace(call, plain)
-        for operator in writing.CALLED.findall(text):
+        operators = writing.CALLED.findall(text)
+        for operator in operators:
             self.functions |= writing.functions(operator)
         text = writing.CALLED.sub(r"_\1", text)
         other = re.search(r"extern_kernels\.\w+", text)
@@ -370,15 +368,13 @@ class _Writer:
         for loop_name in self.loops.values():
             text = text.replace(f"{loop_name}.run(", f"{loop_name}(")
         fixed = all(low == high for low, high in program.ranges.values())
-        graphed = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
-        if late:  # plain calls follow autocast: that of the plan, and no other
-            cast = f"torch.{self.plan.autocast}" if self.plan.autocast else "enabled=False"
-            graphed = [f"@torch.autocast({self.plan.environment['device']!r}, {cast})"]
-        else:
-            self.follows |= bool(self.functions or FOLLOWING.search(text))
+        around = ["@_graphed"] if self.graphs and fixed and not arguments and not late else []
+        if late or operators or (self.cuda and FOLLOWING.search(text)):  # such calls follow autocast: that of the plan, and no other
+            cast = f"torch.{self.plan.autocast}" if late and self.plan.autocast else "enabled=False"
+            around.append(f"@torch.autocast({self.plan.environment['device']!r}, {cast})")
         self.written |= arguments
         lines = [*comment, *loads.values(), *(part for line in text.splitlines() for part in writing.wrapped(f"    {line}"))]
-        function = "\n".join([*graphed, f"def {name}({', '.join(inner.values())}):", *lines])
+        function = "\n".join([*around, f"def {name}({', '.join(inner.values())}):", *lines])
         missing = _unbound(function) - KNOWN - set(names.values()) - {"_graphed", "_late", *self.functions}
         assert not missing, f"the generated code reads {missing}"
         return function
@@ -415,7 +411,7 @@ class _Writer:
         return identifier
 
     def _text(self, cells: list[str]) -> str:
-        constants = {n: v for n, v in self.named.items() if n not in self.inputs}
+        forward = Forward(self.plan, self.model, self.named, self.symbols, self.beyond, self.returns)
         loops = [loop.text(name, self.cubins.get(name)) for loop, name in self.loops.items()]
         library = (
             'if not hasattr(torch.ops.lz, "attention_brgemm"):  # another file may have brought it\n'
@@ -435,10 +431,10 @@ class _Writer:
             "PACKAGES": repr(self._packages()), "OPERATORS": repr(tuple(sorted(self.operators))),
             "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
-            "SIGNATURE": self._signature(), "AUTOCAST": repr(self.plan.autocast),
+            "SIGNATURE": forward.signature(),
             "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
             "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
-            "CHECKS": self._checks(constants).strip(), "DISPATCH": self._dispatch().strip(),
+            "CHECKS": forward.checks().strip(), "DISPATCH": forward.dispatch().strip(),
             "PLAN": repr(_plan_hash(self.plan)), "PLANNED": writing.pretty(self.planned),
             "REFERENCES": writing.pretty(self.references),
         }  # fmt: skip
@@ -449,19 +445,6 @@ class _Writer:
         """The optional packages whose kernels the cells run, and their versions."""
         backends = {owners()[kernel]: all_backends()[owners()[kernel]] for cell in self.planned.values() for kernel in cell}
         return {b.library.distribution: b.version() for b in backends.values() if isinstance(b, LibraryBackend)}
-
-    def _signature(self) -> str:
-        """The parameters of `forward`, as the model has them: what it takes by name alone comes last."""
-        known = inspect.signature(self.model.forward).parameters
-        by_name = [n for n in self.named if n not in known or known[n].kind is inspect.Parameter.KEYWORD_ONLY]
-        texts = {name: _parameter(name, value) + ("=None" if name in self._defaulted() else "") for name, value in self.named.items()}
-        star = ["*"] if by_name else []
-        return ", ".join([*(texts[n] for n in self.named if n not in by_name), *star, *(texts[n] for n in by_name)])
-
-    def _defaulted(self) -> set[str]:
-        """Tensors that come after a constant: Python wants a default for them, too."""
-        first = next((i for i, name in enumerate(self.named) if name not in self.inputs), len(self.named))
-        return {name for name in list(self.named)[first:] if name in self.inputs}
 
     def _memory(self) -> str:
         """How much the weights take, here and loaded: cells that read a weight in several layouts hold it in each."""
@@ -475,87 +458,6 @@ class _Writer:
         planned = "" if self.plan.joint is None else f"\nPlanned with {writing.prose(str(self.plan.joint))}."
         stored = sum(weight.nbytes for weight in self.weights.values())
         return f"Weights: {stored / 1e6:.1f} MB in the file, {loaded / 1e6:.1f} MB in memory{more}.{planned}"
-
-    def _checks(self, constants: Mapping[str, Any]) -> str:
-        """Dtype, device and strides of each input, and its sizes by name: attributes that cost tens of nanoseconds each."""
-        lines = []
-        if self.follows:  # asking for one device would take more than twice as long
-            given = ", ".join(f"{name}={name}" for name in self.named)
-            lines.append(f"    if torch._C._is_any_autocast_enabled():\n        return _without_autocast({given})")
-        lines += [
-            f"    if {_other(name, value)}:\n        raise ValueError(_constant({name!r}, {name}, {value!r}))"
-            for name, value in constants.items()
-        ]
-        sizes: dict[str, str] = {}  # symbol -> its variable
-        for name, planned in zip(self.inputs, self.plan.tensors, strict=True):
-            dims, symbols = len(planned.order), self.plan.dynamic.get(name, {})
-            ordered = f"{name}.is_contiguous()" if planned.order == tuple(range(dims)) else f"_ordered({name}, {planned.order})"
-            fits = [f"{name}.dtype is torch.{planned.dtype}", f"{name}.is_{planned.device}", f"{name}.dim() == {dims}", ordered]
-            fits += [f"not {name}.requires_grad"] if getattr(torch, planned.dtype).is_floating_point else []
-            fits += [f"{name}.data_ptr() % 16 == 0"] if planned.device == "cuda" else []
-            lines.append(f"    try:\n        if not ({' and '.join(fits)}):")
-            lines.append(f"            {name} = _adapt({name!r}, {name}, torch.{planned.dtype}, {planned.order})")
-            lines.append("    except AttributeError as _error:")  # a `try` costs nothing where nothing is raised
-            lines.append(f"        raise ValueError(_constant({name!r}, {name}, 'a tensor')) from _error")
-            first = {}  # dimension -> the variable of a symbol that was not met before
-            for i, symbol in symbols.items():
-                if symbol not in sizes:
-                    sizes[symbol] = first[i] = self.symbols[symbol]
-            taken = {*self.named, *self.symbols.values()}
-            found = [first[i] if i in first else writing.free(f"{name}_size_{i}", taken) for i in range(dims)]
-            if found:
-                lines.append(f"    {', '.join(found)}{',' if dims == 1 else ''} = {name}.shape")
-            fixed = " or ".join(f"{size} != {n}" for size, n in zip(found, planned.shape, strict=True) if n >= 0)
-            if fixed:
-                lines.append(f"    if {fixed}:\n        raise ValueError(_sizes({name!r}, {name}, {planned.shape}))")
-            for i, symbol in symbols.items():
-                size = sizes[symbol]
-                if i not in first:
-                    lines.append(f"    if {found[i]} != {size}:")
-                    lines.append(f"        raise ValueError(_outside({symbol!r}, {found[i]}, {size}, {size}))")
-                elif not self.beyond:  # else all sizes are compared at once, below
-                    low, high = 1, self.plan.buckets[symbol][-1]
-                    lines.append(f"    if not {low} <= {size} <= {high}:")
-                    lines.append(f"        raise ValueError(_outside({symbol!r}, {size}, {low}, {high}))")
-        return "\n".join(lines + (self._general_dispatch() if self.beyond else []))
-
-    def _general_dispatch(self) -> list[str]:
-        """What `forward` does with sizes beyond the buckets."""
-        within = [f"1 <= {self.symbols[s]} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
-        together = ", ".join(f"{s}={size}" for s, size in self.symbols.items())
-        lines = [f"    if not ({' and '.join(within)}):" if len(within) > 1 else f"    if not {within[0]}:"]
-        for i, sizes in enumerate(self.beyond):
-            lines.append(f"        {'elif' if i else 'if'} {writing.renamed(general.condition(*sizes), self.symbols)}:")
-            lines.append(f"            _beyond({together})")
-            lines.append(f"            out = general_{i}({', '.join(self.inputs)})")
-        return [*lines, "        else:", f"            raise ValueError(_nowhere({together}))", f"        return {self.returns}"]
-
-    def _dispatch(self) -> str:
-        """A binary search for the cell, symbol by symbol, by the buckets' upper ends; sizes outside of them were refused before.
-
-        A `try` costs a call nothing unless something is raised.
-        """
-        lines: list[str] = ["    try:"]
-
-        def level(cells: Sequence[tuple[int, Ranges]], symbols: Sequence[str], indent: str) -> None:
-            if not symbols:
-                ((index, _),) = cells
-                lines.append(f"{indent}out = cell_{index}({', '.join(self.inputs)})")
-                return
-            ends = sorted({ranges[symbols[0]][1] for _, ranges in cells})
-            if len(ends) == 1:
-                level(cells, symbols[1:], indent)
-                return
-            middle = ends[(len(ends) - 1) // 2]
-            lines.append(f"{indent}if {self.symbols[symbols[0]]} <= {middle}:")
-            level([c for c in cells if c[1][symbols[0]][1] <= middle], symbols, indent + "    ")
-            lines.append(f"{indent}else:")
-            level([c for c in cells if c[1][symbols[0]][1] > middle], symbols, indent + "    ")
-
-        level([(i, cell.ranges) for i, cell in enumerate(self.plan.cells)], list(self.plan.buckets), "        ")
-        lines += ["    except _raised() as _error:", f"        out = _rescued({', '.join(['_error', *self.inputs])})"]
-        lines.append(f"    return {self.returns}")
-        return "\n".join(lines)
 
     def _examples(self) -> str:
         """Made-up inputs of each cell, for the self-test: {cell: {input: (shape, dtype, highest integer)}}."""
@@ -658,20 +560,8 @@ def _general_holds(made: CompiledCell) -> dict[str, Any]:
     return {"ranges": ranges, "asked": made.asked, "assumed": [], "kernels": ["aten"], "limits": []}
 
 
-def _other(name: str, value: Any) -> str:
-    """A test whether a constant is another one than was planned: 1.0 is not 1, whose product with integers is another dtype."""
-    if value is None or isinstance(value, bool):
-        return f"{name} is not {value!r}"
-    other = f"{name} == {name}" if value != value else f"{name} != {value!r}"  # nan alone is not itself
-    return other if isinstance(value, str) else f"type({name}) is not {type(value).__name__} or {other}"
-
-
-def _parameter(name: str, value: Any) -> str:
-    return name if isinstance(value, Tensor) else f"{name}={value!r}"
-
-
 def _check_name(name: str, what: str) -> None:
-    if not name.isidentifier() or keyword.iskeyword(name) or name in KNOWN or CALLED.fullmatch(name):
+    if not name.isidentifier() or keyword.iskeyword(name) or name in KNOWN or RESERVED.fullmatch(name):
         raise PlanError(f"{what} {name!r} cannot be a name in the generated function. Rename it.")
 
 
