@@ -155,7 +155,7 @@ def test_sizes_beyond_the_buckets_run_a_general_cell(baked: tuple[nn.Module, Pat
     (general,) = (n for n in ast.parse((folder / "_layerzero_plan.py").read_text()).body if getattr(n, "name", "") == "general_0")
     called = {ast.unparse(n.func) for n in ast.walk(general) if isinstance(n, ast.Call)}
     assert called
-    assert all(name.startswith("torch.ops.aten.") for name in called - {"torch.device", "_late"}), called
+    assert all(name.startswith("torch.ops.aten.") for name in called - {"torch.device", "_late", "torch.autocast"}), called
     assert not {33, 64} & {n.value for n in ast.walk(general) if isinstance(n, ast.Constant) and type(n.value) is int} - {64}
 
 
