@@ -559,6 +559,20 @@ def test_autocast_around_a_baked_file_changes_nothing(cast: bool, tmp_path: Path
             assert found.dtype is (bf16 if cast else torch.float32)
 
 
+class Masked(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x.masked_fill(mask, 0.0) + 1
+
+
+def test_made_up_inputs_take_every_value_of_the_examples(tmp_path: Path) -> None:
+    given = (torch.randn(8, 64), torch.ones(8, 64, dtype=torch.bool))
+    lz.bake(lz.solve(Masked().eval(), given, **FAST), tmp_path / "out", Masked().eval(), given)
+    made = lz.load_baked(tmp_path / "out")._examples(0)["mask"]
+    assert made.dtype is torch.bool
+    assert made.any()
+    assert not made.all()
+
+
 class Optional(nn.Module):
     """Parameters that were left at their defaults, before and after a tensor, and one that is taken by name alone."""
 

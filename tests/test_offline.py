@@ -872,10 +872,11 @@ def rows(of: str, symbol: Any = "n", dim: Any = 0, end: Any = 4) -> dict[str, An
         (nn.Linear(8, 8, device="meta"), FOUR, {}, "weight is torch.strided on meta"),
         (Picky(), FOUR, rows("x"), "Picky raised for n 1..1, while .* KeyError: 'one row'"),
         (Picky("a"), FOUR, {}, "Picky returns 'a'; a compiled graph returns tensors"),
+        (LINEAR, FOUR, {"one_format": "no"}, r"one_format is 'no'\. Give True or False"),
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_error(model: nn.Module, args: Any, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises((PlanError, OptionError), match=message):
         lz.solve(model.eval(), args, **changes, **FAST)
 
 

@@ -244,6 +244,8 @@ def solve(
             raise OptionError(f"{name} is {given!r:.200}. Give a dict: {name}={form}.")
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
+    if not isinstance(one_format, bool):
+        raise OptionError(f"one_format is {one_format!r}. Give True or False.")
     export.check_dynamic(named, dynamic, buckets)
     export.check_mode(model)
     leaves = dict(zip(export.paths(pytree.tree_structure(named)), pytree.tree_leaves(named), strict=True))
