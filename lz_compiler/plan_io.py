@@ -27,7 +27,7 @@ from .types import (
     Rejection,
     Status,
     Verdict,
-)  # fmt: skip
+)
 
 VERSION = 1
 

@@ -95,7 +95,7 @@ def _unknown_link(target: Target, candidate: Candidate) -> Rejection | None:
 
 
 def _unbuilt(options: Options, trust: Trust, ctx: SelectionContext, candidate: Candidate) -> Rejection | None:
-    """Why a kernel that its library would compile meanwhile, for minutes, may not be used, or None: where the canary had it compiled, or
+    """Why a kernel that its library would compile meanwhile may not be used, or None: where the canary had it compiled, or
     the user names it."""
     name = backends.owners()[candidate.kernel]
     library = getattr(backends.all_backends()[name], "library", None)
@@ -105,7 +105,8 @@ def _unbuilt(options: Options, trust: Trust, ctx: SelectionContext, candidate: C
     if any(r.names(candidate.kernel, name) and {"kernel", "backend"} & dict(r.where).keys() for r in rules) or trust.passed(ctx, candidate):
         return None
     ahead = f"`lz canary --backend {name}` does so ahead; or name it in the option 'backends' or in a policy"
-    return Rejection(candidate.kernel, "not_built", f"{library.distribution} compiles it in its first call, for minutes: {ahead}")
+    why = f"{library.distribution} compiles it in its first call, which can take minutes: {ahead}"
+    return Rejection(candidate.kernel, "not_built", why)
 
 
 def solved(posed: Posed) -> tuple[Posed, Solution]:

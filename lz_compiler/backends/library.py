@@ -32,7 +32,7 @@ _TRY = "import sys; sys.path[:] = sys.argv[2:]; __import__(sys.argv[1]); print('
 @dataclass(frozen=True, slots=True)
 class Library:
     """An optional package: its name for pip, the module that kernels use, and how to get it. `builds`: a kernel's first call on a
-    machine compiles it, for minutes."""
+    machine compiles it, which can take minutes."""
 
     distribution: str
     module: str

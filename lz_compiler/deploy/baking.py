@@ -338,7 +338,8 @@ class _Writer:
             text = text.replace(call, plain)
         operators = writing.CALLED.findall(text)
         for operator in operators:
-            self.functions |= writing.functions(operator)
+            for function, source in writing.functions(operator).items():
+                assert self.functions.setdefault(function, source) == source, f"two functions are called {function}"
         text = writing.CALLED.sub(r"_\1", text)
         other = re.search(r"extern_kernels\.\w+", text)
         if other:

@@ -76,9 +76,8 @@ class _Apart(ast.NodeTransformer):
         self.found = found
         self.known = {n: v for n, v in function.__globals__.items() if n not in function.__code__.co_varnames}
 
-    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
-        for argument in node.args:
-            argument.annotation = None
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
