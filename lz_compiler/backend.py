@@ -366,8 +366,8 @@ class Session:
         if winner == LOSSLESS:
             options = replace(options, error_budget=0.0)
         compiled = self._planned(options, fresh, cached="" if self.follows else _digest(verdict.plans))
-        if fresh:  # empty when Inductor's cache had the graph
-            record.plans = fresh
+        fresh += [p for p in verdict.plans if p.kind not in {f.kind for f in fresh}]  # of graphs that Inductor's cache had, or may have
+        record.plans = fresh
         if self.follows or winner == LOSSLESS or not any(plan.epsilon > 0 for plan in record.plans):
             return compiled  # a plan that is followed was checked when it was solved
         # The verdict's error was that of the weights and inputs of its time: the budget is kept for these too.
@@ -476,10 +476,12 @@ class Session:
             self.random |= torch_private.draws_own_numbers(graph)
             # A program's second trace, as the lossless plan's is, can name nodes otherwise: then it is planned by itself.
             follow = self.follows or (bool(self.given) and options.error_budget == self.options.error_budget)
-            plans.append(plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, follow, self.dilution))
-            for kernel, names in called_as(graph, plans[-1].choices).items():
+            plan = plan_and_apply(graph, options, target, self.store, frozen, is_inference, known, follow, self.dilution)
+            if not any(plan is other for other in plans):
+                plans.append(plan)
+            for kernel, names in called_as(graph, plan.choices).items():
                 self.breaker.calls.setdefault(kernel, {}).update(names)
-            late = self.record.decided and self.record.plans is plans and plans[-1] not in known and self.breaker.tripped is None
+            late = self.record.decided and self.record.plans is plans and plan not in known and self.breaker.tripped is None
             if late and self.record.winner in (PLANNED, LOSSLESS):  # a backward graph, lowered when it first ran
                 self._store(self.record.winner, self.record.times)
 

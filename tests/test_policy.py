@@ -796,6 +796,28 @@ def test_a_late_backward_is_watched() -> None:
     assert [value["kernel"] for value in quarantined().values()] == ["acme.product"]
 
 
+def test_a_cached_backward_of_a_forward_compiled_anew_is_watched(tmp_path: Path) -> None:
+    """Inductor's cache may have lost one of two graphs."""
+
+    def step() -> Tensor:
+        torch._dynamo.reset()
+        return compiled(linear(16, 16), policy=PRODUCTS, deterministic=True)(torch.randn(3, 16, requires_grad=True)).sum()
+
+    with torch._inductor.utils.fresh_cache(dir=str(tmp_path)), torch._functorch.config.patch(enable_autograd_cache=False):
+        for _ in range(2):  # plans, and fills the cache
+            step().backward()
+        forward, _ = sorted(tmp_path.glob("*/fxgraph/*/*"), key=lambda entry: entry.stat().st_mtime_ns)
+        shutil.rmtree(forward)
+        y = step()
+        assert [plan.kind for plan in RECORDS[-1].plans] == ["forward", "backward"]
+        acme.licence["products"] = False
+        hits = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"]
+        with pytest.raises(KernelError, match=r"acme\.product is not planned again"):
+            y.backward()
+        assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] == hits + 1
+    assert [value["kernel"] for value in quarantined().values()] == ["acme.product"]
+
+
 CACHED_STEP = """
 import sys, acme, torch
 from torch._dynamo.utils import counters
