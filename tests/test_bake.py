@@ -349,7 +349,17 @@ def test_the_manifest_names_every_file(baked: tuple[nn.Module, Path]) -> None:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 
 
-def test_what_cannot_be_baked(tmp_path: Path) -> None:
+def test_a_model_that_takes_and_holds_no_tensor(tmp_path: Path) -> None:
+    class Ramp(nn.Module):
+        def forward(self) -> Tensor:
+            return torch.arange(4.0) * 2
+
+    lz.bake(lz.solve(Ramp(), (), **FAST), tmp_path / "out", Ramp())
+    (out,), _ = run_baked(tmp_path / "out", [{}])
+    torch.testing.assert_close(out["out"], Ramp()())
+
+
+def test_what_cannot_be_baked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Counting().eval()
     args: Any = (torch.randn(3, 16), {"sum": torch.zeros(16)})
     plan = lz.solve(model, args, **FAST)
@@ -363,6 +373,10 @@ def test_what_cannot_be_baked(tmp_path: Path) -> None:
         lz.bake(plan, tmp_path / "full", linear, (torch.randn(2, 16),))
     with pytest.raises(PlanError, match="not the one that was planned"):
         lz.bake(plan, tmp_path / "b", nn.Sequential(nn.Linear(16, 16), nn.ReLU()), (torch.randn(2, 16),))
+    monkeypatch.setenv("LAYERZERO_POLICY", "{deny: [{backend: onednn}]}")
+    with pytest.raises(PlanError, match=r"option 'policy' is {'deny': .*, but the plan was solved with None. Solve again"):
+        lz.bake(plan, tmp_path / "b", linear, (torch.randn(2, 16),))
+    monkeypatch.delenv("LAYERZERO_POLICY")
 
     class Viewing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -513,6 +514,29 @@ def test_options_must_be_the_plans(planned: tuple[Llama, offline.ModelPlan]) -> 
         lz.compile(torch.relu, plan=plan)
 
 
+def test_the_environment_says_what_happens_to_other_layouts(
+    small: tuple[nn.Module, Tensor, offline.ModelPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, plan = small
+    monkeypatch.setenv("LAYERZERO_LAYOUT_MODE", "strict")
+    with pytest.raises(PlanError, match="or compile with layout_mode='adapt'"):
+        lz.compile(model, plan=plan)(x.double())
+    with pytest.warns(UserWarning, match="float64"):
+        lz.compile(model, plan=plan, layout_mode="adapt")(x.double())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+def test_a_copy_runs_with_its_own_weights(copied: Callable[[Any], Any]) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    run: Any = lz.compile(model, plan=lz.solve(model, (x,), freeze=True, **FAST))
+    torch.testing.assert_close(run(x), model(x))
+    other = copied(run)
+    with torch.no_grad():
+        other.model.weight.mul_(2)
+    torch.testing.assert_close(other(x), x @ model.weight.t() * 2 + model.bias)
+    torch.testing.assert_close(run(x), model(x))
+
+
 def test_another_model_and_another_machine(planned: tuple[Llama, offline.ModelPlan], tmp_path: Path) -> None:
     _, plan = planned
     wider = Llama(LlamaConfig(hidden=64, layers=1, heads=4, kv_heads=4, intermediate=96, vocab=VOCAB, max_len=64)).eval()
@@ -836,6 +860,11 @@ def test_a_first_call_of_one_row_has_the_order_that_was_planned() -> None:
     assert run.adapted == {}
 
 
+class Chosen(nn.Module):
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        return (x * 2)[row]
+
+
 class Picky(nn.Module):
     """Raises for sizes that it does not allow, and returns what no graph can."""
 
@@ -872,6 +901,12 @@ def rows(of: str, symbol: Any = "n", dim: Any = 0, end: Any = 4) -> dict[str, An
         (nn.Linear(8, 8, device="meta"), FOUR, {}, "weight is torch.strided on meta"),
         (Picky(), FOUR, rows("x"), "Picky raised for n 1..1, while .* KeyError: 'one row'"),
         (Picky("a"), FOUR, {}, "Picky returns 'a'; a compiled graph returns tensors"),
+        (
+            Chosen(),
+            (torch.randn(4, 8), torch.tensor([3])),
+            rows("x", end=4),
+            "does not run with the example's values at n 1..1: .*fit the smallest",
+        ),
         (LINEAR, FOUR, {"one_format": "no"}, r"one_format is 'no'\. Give True or False"),
     ],
 )

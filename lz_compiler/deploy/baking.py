@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from ..backends import all_backends, owners
 from ..backends.library import LibraryBackend
 from ..capture import fingerprint
 from ..errors import OptionError, PlanError
-from ..options import Options
 from ..plan_io import digest, plan_to_dict
 from ..problem import LOOP
 from ..reports.report import milliseconds
@@ -42,7 +41,7 @@ from ..types import EAGER, PLANNED
 from . import export, general, writing
 from .export import Program, Ranges
 from .forward import Forward
-from .offline import CellPlan, ModelPlan, check_environment, compile_cell, load_plan, other_autocast, session_for, stored_options
+from .offline import CellPlan, ModelPlan, check_environment, compile_cell, followed_options, load_plan, other_autocast, session_for
 from .warming import FILE, MANIFEST, sha256
 
 log = logging.getLogger(__name__)
@@ -262,9 +261,8 @@ class _Writer:
         program = export.export_program(self.model, self.named, self.plan.dynamic, cell.ranges)
         if fingerprint(program.gm) != cell.fingerprint:
             raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
-        planned = {**stored_options(self.plan), "cudagraphs": False}  # the file captures its own
-        mode = planned.pop("mode")
-        options = Options.resolve(planned, WITHOUT_GRAPHS.get(mode, mode))
+        options = followed_options(self.plan, {})
+        options = replace(options, cudagraphs=False, mode=WITHOUT_GRAPHS.get(options.mode, options.mode))  # the file captures its own
         session = session_for(program, options, open_store(options.cache_dir))
         winner = PLANNED if cell.winner == EAGER else cell.winner
         with torch_private.generated_code() as code:
@@ -482,15 +480,13 @@ def read_generated(source: str) -> Body:
             assert isinstance(node.targets[0], ast.Name)
             loops[node.targets[0].id] = _read_loop(node.value)
     (call,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "call")
-    lines = source.splitlines()[call.body[0].lineno - 1 : call.end_lineno]
     first = call.body[0]
-    assert isinstance(first, ast.Assign)
-    (names,) = (t for t in first.targets if isinstance(t, ast.Tuple))
-    body = [line[call.col_offset + 4 :] for line in lines[1:]]
+    names = next((t.elts for t in getattr(first, "targets", ()) if isinstance(t, ast.Tuple)), ())  # none: a graph without inputs
+    body = [line[call.col_offset + 4 :] for line in source.splitlines()[first.lineno - (not names) : call.end_lineno]]
     kept = [line for line in body if line.strip() and not DROPPED.match(line.strip())]
     first_stream = next((i for i, line in enumerate(kept) if line.strip() == STREAM), 0)
     kept = [line for i, line in enumerate(kept) if i <= first_stream or line.strip() != STREAM]
-    return Body(tuple(ast.unparse(n) for n in names.elts), tuple(kept), loops)
+    return Body(tuple(ast.unparse(n) for n in names), tuple(kept), loops)
 
 
 def _read_loop(call: ast.Call) -> Loop:

@@ -270,6 +270,20 @@ def in_memory(ranges: Ranges) -> Iterator[None]:
         raise PlanError(_too_large(ranges, f"{type(error).__name__}: {str(error)[:300]}")) from error
 
 
+@contextmanager
+def example_runs(ranges: Ranges) -> Iterator[None]:
+    """PlanError where the model does not run with the example's values at a cell's sizes."""
+    try:
+        with in_memory(ranges):
+            yield
+    except LayerZeroError:
+        raise
+    except torch_private.run_errors() as error:
+        what = f"the model does not run with the example's values at {ranges_text(ranges)}: {told(error)}"
+        hint = "A cell runs at its upper ends, with these values cut or repeated: indices and lengths among them have to fit the smallest"
+        raise PlanError(f"{what}. {hint}.") from error
+
+
 def resized(named: Mapping[str, Any], dynamic: Dynamic, ranges: Ranges, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """The arguments at the upper ends of a cell, or at `sizes`: made of their own values (again from the first one where they end), dense,
     and without gradients."""

@@ -302,7 +302,7 @@ def _solved(
         changed.append(None if written is None else {leaf for leaf, i in enumerate(places) if i in written})
         if written is not None:
             state.append(({*kept} - {""}, {kept[i] for i in written} - {""}))
-        with export.in_memory(ranges):
+        with export.example_runs(ranges):
             _race(session, run, written, _flat(program, pytree.tree_leaves(export.resized(named, dynamic, ranges))))
         record = session.record
         solved.append(CellPlan(ranges, traced, record.winner, record.times, record.error, tuple(record.plans)))
@@ -335,10 +335,19 @@ def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, 
     return [list(plans) for plans in zip(*(plans for plans, _ in made), strict=True)], made[0][1]
 
 
-def stored_options(plan: ModelPlan) -> dict[str, Any]:
-    """The plan's options, to be resolved again. Without a cost model that was an object: it is not in the file, and a plan that is followed
-    prices nothing."""
-    return {name: value for name, value in plan.options.items() if name != "cost_model" or ":" not in str(value)}
+def followed_options(plan: ModelPlan, given: Mapping[str, Any]) -> Options:
+    """The plan's options and the given ones. PlanError where one that decides plans is another, but for a cost model that was an object:
+    it is not in the file, and a plan that is followed prices nothing."""
+    planned = {name: value for name, value in plan.options.items() if name != "cost_model" or ":" not in str(value)}
+    mode = planned.pop("mode")
+    if os.environ.get("LAYERZERO_LAYOUT_MODE", "").strip():  # what a call does with other layouts is where it runs to say
+        del planned["layout_mode"]
+    options = Options.resolve({**planned, **given}, mode)
+    free = {"layout_mode"} | ({"cost_model"} - planned.keys() - given.keys())
+    for name, value in options.as_data().items():
+        if value != plan.options.get(name) and name not in free:
+            raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options.get(name)!r}. Solve again.")
+    return options
 
 
 def session_for(program: Program, options: Options, store: TimingStore, plans: Sequence[Plan] = (), dilution: float = DILUTION) -> Session:
@@ -397,13 +406,7 @@ class PlannedModel(nn.Module):
         super().__init__()
         check_environment(plan)
         self.model, self.plan = model, plan
-        planned = stored_options(plan)
-        mode = planned.pop("mode")
-        self.options = Options.resolve({**planned, **options}, mode)
-        free = {"layout_mode"} | ({"cost_model"} - planned.keys() - options.keys())
-        for name, value in self.options.as_data().items():
-            if value != plan.options.get(name) and name not in free:
-                raise PlanError(f"option {name!r} is {value!r}, but the plan was solved with {plan.options.get(name)!r}. Solve again.")
+        self.options = followed_options(plan, options)
         check_bundle(plan.bundle, bundle, strict=self.options.layout_mode == "strict")
         self.adapted: dict[str, int] = {}
         self._cells: dict[int, tuple[Program, Callable[..., Any]]] = {}
@@ -439,6 +442,10 @@ class PlannedModel(nn.Module):
         self.wait()
         self._cells.clear()
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: what is compiled reads this model's weights, so a copy compiles its own in its first calls."""
+        return {**self.__dict__, "_cells": {}, "_building": {}}
 
     def wait(self) -> None:
         """Wait for the cell that compiles in the background, if there is one; raises what went wrong there."""
