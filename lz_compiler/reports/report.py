@@ -273,6 +273,8 @@ def _profiled(record: GraphRecord) -> dict[str, int] | None:
 
 def _apart(error: float) -> str:
     """An additive error, in words: a bare sign can be read either way."""
+    if error < -1:
+        return f"the prices add up to {1 - error:.1f} times that"
     return f"{error:.1%} of it not explained by the prices" if error >= 0 else f"the prices are {-error:.1%} of it too high"
 
 
