@@ -32,6 +32,7 @@ from .passes.apply import apply_plan
 from .passes.drop_masks import drop_masks_pass
 from .passes.keep_attention import keep_attention_pass
 from .passes.output_strides import Output, output_strides, restore_output_strides_pass
+from .passes.save_before_write import save_before_write_pass
 from .passes.verify import interface, verify
 from .patterns import Recogniser
 from .plan_io import plan_to_dict, verdict_or_none, verdict_to_dict
@@ -437,12 +438,13 @@ class Session:
         def first(graph: fx.Graph) -> None:
             before.clear()
             before.update(output_strides(graph))
+            save_before_write_pass(graph)
             if drop_masks:
                 self._drop_masks(graph)
 
         graphs = {"triton.cudagraphs": True} if self.options.cudagraphs else {}
         return torch_private.mode_patches(self.options.mode) | graphs | {
-            "joint_custom_pre_pass": torch_private.joint_pass(first, f"{__version__}:{drop_masks=}"),
+            "joint_custom_pre_pass": torch_private.joint_pass(first, f"{__version__}:saved:{drop_masks=}"),
             "joint_custom_post_pass": torch_private.joint_pass(
                 lambda graph: restore_output_strides_pass(graph, before), f"{__version__}:strides"
             ),
@@ -455,7 +457,7 @@ class Session:
         def stop(graph: fx.Graph, is_inference: bool) -> None:
             frozen, target = self._frozen(graph, is_inference), detect(self.device, self.store, self.options.graphs)
             for budget in dict.fromkeys((self.options.error_budget, 0.0)):
-                options = replace(self.options, error_budget=0.0 if has_collectives(graph) else budget)
+                options = replace(self.options, error_budget=0.0 if collectives.present(graph) else budget)
                 key = plan_key(graph, frozen)
                 view = GraphView(graph, frozen)
                 found.append(pose(view, options, target, self.store, fingerprint=key, kind="inference", dilution=self.dilution))
@@ -472,7 +474,7 @@ class Session:
 
         def run(graph: fx.Graph, is_inference: bool) -> None:
             frozen = self._frozen(graph, is_inference)
-            self.collective |= has_collectives(graph)
+            self.collective |= collectives.present(graph)
             self.random |= torch_private.draws_own_numbers(graph)
             # A program's second trace, as the lossless plan's is, can name nodes otherwise: then it is planned by itself.
             follow = self.follows or (bool(self.given) and options.error_budget == self.options.error_budget)
@@ -536,10 +538,6 @@ def _written(graph: fx.Graph) -> set[Any]:
     return {n.args[0] for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.copy_.default}
 
 
-def has_collectives(graph: fx.Graph) -> bool:
-    return any(torch_private.is_collective(n.target) for n in graph.nodes)
-
-
 def plan_and_apply(
     graph: fx.Graph, options: Options, target: Target, store: TimingStore, frozen: Mapping[fx.Node, Tensor], is_inference: bool,
     known: Sequence[Plan] = (), follow: bool = False, dilution: float = DILUTION,
@@ -552,7 +550,7 @@ def plan_and_apply(
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
     backward = any(name.startswith("tangents") for name in names)
     kind = "inference" if is_inference else "backward" if backward else "forward"
-    if backward or has_collectives(graph):
+    if backward or collectives.present(graph):
         options = replace(options, error_budget=0.0)
     view = GraphView(graph, frozen)
     before = interface(graph)

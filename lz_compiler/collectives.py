@@ -42,6 +42,11 @@ def wanted(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     return (wrapped or any(torch_private.is_collective(n.target) for n in gm.graph.nodes)) and torch_private.symmetric_memory()
 
 
+def present(graph: fx.Graph) -> bool:
+    """Whether a functional ATen graph contains collectives."""
+    return any(torch_private.is_collective(n.target) for n in graph.nodes)
+
+
 def stored(store: TimingStore, ranks: int, graphs: bool) -> Curves | None:
     """What an earlier job measured here, or None."""
     curves = (store.get_record(KIND, _key(ranks, graphs)) or {}).get("curves")

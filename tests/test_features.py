@@ -652,6 +652,42 @@ def test_attention_dropout_in_training() -> None:
     assert q.grad is not None
 
 
+class Written(nn.Module):
+    """Buffers whose values before or after a write the backward pass needs."""
+
+    mean: Tensor
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.linear = order, nn.Linear(32, 32, bias=False)
+        self.register_buffer("mean", torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.order == "after":
+            self.mean.add_(1)
+            return y * self.mean.clone()
+        y = y * self.mean.view(4, 8).t().reshape(32).clone()
+        self.mean[1:].mul_(2)
+        return y.sin()
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_the_backward_pass_sees_what_buffers_held(order: str) -> None:
+    """AOTAutograd reads some again in the backward pass, after they were written: wrong gradients, or an error."""
+    model = Written(order)
+    expected, inputs = copy.deepcopy(model), [torch.randn(4, 32) for _ in range(3)]
+    grads = []
+    for run in (compiled(model), expected):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        for y in [run(x) for x in leaves]:  # all forward passes first
+            y.pow(2).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.linear.weight.grad, expected.linear.weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.mean, expected.mean)
+
+
 def test_forward_only_with_gradients_enabled() -> None:
     model = linear(16, 16, act=nn.GELU)
     run, x = compiled(model), torch.randn(4, 16, requires_grad=True)
