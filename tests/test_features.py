@@ -470,7 +470,19 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         same(compiled(f, cost_model="measured")(x), f(x), close, close)
 
 
+class NoFeatures(nn.Module):
+    """A product over nothing, and then the bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(6, 0)), nn.Parameter(torch.arange(6.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
 EMPTY: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "no features": (NoFeatures(), (torch.empty(5, 0),)),
     "linear": (linear(8, 6, act=nn.GELU), (torch.empty(0, 8),)),
     "inner": (lambda x: x @ torch.empty(0, 3), (torch.empty(4, 0),)),
     "conv": (lambda x: F.gelu(CONV(x)), (torch.empty(0, 8, 6, 6),)),
@@ -484,7 +496,7 @@ EMPTY: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 def test_empty_tensors(name: str, cost_model: str) -> None:
     fn, values = EMPTY[name]
     with torch.no_grad():
-        same(compiled(fn, cost_model=cost_model)(*values), fn(*values))
+        same(compiled(fn, cost_model=cost_model, freeze=True)(*values), fn(*values))
 
 
 def test_strides_that_vary_by_themselves_are_planned() -> None:
