@@ -471,7 +471,7 @@ class Recogniser:
             constant = same and all(d.inputs[r] in self.view.frozen for d in (gate, up) for r in roles)
             if not constant or self.view.spec(up.root) != self.view.spec(gate.root):
                 continue
-            if math.prod(self.view.spec(readers[0]).shape) != math.prod(self.view.spec(gate.root).shape):
+            if any(self.view.spec(n).shape != self.view.spec(readers[0]).shape for n in readers[0].all_input_nodes):
                 continue  # broadcast
             inputs = {"x": gate.inputs["x"], "w0": gate.inputs["w"], "w1": up.inputs["w"]}
             if "bias" in roles:
@@ -479,8 +479,8 @@ class Recogniser:
             nodes = {*active.nodes, *up.nodes, *self._only_reader(up)[1], *reshapes}
             order = sorted(nodes, key=self.view.position.__getitem__)
             params = {k: gate.params[k] for k in ("rows", "dynamic_rows", "width")}
-            shaped = next((n.name for n in readers[0].all_input_nodes if n.target in RESHAPES), "")
-            params |= {"act": active.params["act"], "out_reshape": shaped}
+            (shaped,) = (n for n in readers[0].all_input_nodes if self.view.base(n) is self.view.base(up.root))
+            params |= {"act": active.params["act"], "out_reshape": "" if shaped is up.root else shaped.name}
             yield _Draft("gated_linear", [*order, readers[0]], inputs, params)
 
     def _context(self, draft: _Draft, default: bool = False) -> SelectionContext:

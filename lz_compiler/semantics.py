@@ -178,7 +178,9 @@ def sampled(op: str, t: Tensors, p: Params) -> tuple[dict[str, Tensor], Callable
     if channels <= SAMPLE or (op == "conv" and p["groups"] != 1):
         return dict(t), lambda y: y
     index = torch.arange(SAMPLE, device=t["w"].device) * channels // SAMPLE
-    dim = {"w": 1 if op == "linear" and p["transposed"] else 0, "other": 1 if op == "conv" else -1}
+    dim = {"w": 1 if op == "linear" and p["transposed"] else 0, "other": 1}
+    if op == "linear" and "other" in t:
+        t = {**t, "other": t["other"].reshape(-1, channels)}  # it has the shape in which the product is read: its heads apart, say
     picked = {
         role: v if role in ("x", "size") else v.reshape(-1)[index] if role not in dim else v.index_select(dim[role], index)
         for role, v in t.items()

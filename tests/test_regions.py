@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -62,11 +63,25 @@ class Narrow(nn.Module):
         return F.gelu(self.linear(x)), F.silu(self.conv(y))
 
 
+class OtherShapes(nn.Module):
+    """Products read with a dimension of one more or less, or with their heads apart, by what they absorb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 24) for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        gate, added = F.silu(self.a(x[:, 0]).unsqueeze(1)), self.b(x)[..., None] + y.flatten(2)[..., None]
+        return gate, added, self.c(x).unflatten(-1, (2, 12)) * y, F.gelu(self.d(x).squeeze(1)[:, None])
+
+
 IMAGE = (rand(2, 8, 8, 8),)
+ABSORBING = {"policy": {"prefer": [{"kernel": "onednn.*", "factor": 0.001}]}}
 MODELS: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]] = {
     "activation of columns": (ConvolutionAsColumns(F.silu), IMAGE, {}),
     "activation of columns, frozen": (ConvolutionAsColumns(torch.tanh), IMAGE, {"freeze": True}),
     "one tensor, two widths": (TwoWidths(), (rand(4, 8),), {"freeze": True}),
+    "other shapes": (OtherShapes(), (rand(3, 1, 8), rand(3, 1, 2, 12)), ABSORBING),
     "part of a cache": (PartOfACache(), (rand(2, 5, 8),), {}),
     "float16": (Narrow(torch.float16), (rand(4, 64).half(), rand(2, 8, 8, 8).half()), {}),
     "float16, frozen": (Narrow(torch.float16), (rand(4, 64).half(), rand(2, 8, 8, 8).half()), {"freeze": True}),
@@ -79,7 +94,8 @@ def test_model(name: str, dynamic: bool) -> None:
     model, args, options = MODELS[name]
     torch._dynamo.reset()
     run = torch.compile(model, backend="layerzero", dynamic=dynamic, options={"race": False, "cost_model": "roofline", **options})
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "LayerZero")  # a plan that could not be compiled
         found, expected = run(*args), model(*args)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
@@ -217,4 +233,6 @@ def test_gated_units_do_not_broadcast() -> None:
         return sum(ctx.region.op == "gated_linear" for ctx in trace(Case("", fn, args, 1)).contexts)
 
     assert gated(lambda x, a, b: F.silu(F.linear(x, a)) * F.linear(x, b)) == 1
+    assert gated(lambda x, a, b: F.silu(F.linear(x, a))[:, None] * F.linear(x, b)[:, None]) == 1
     assert gated(lambda x, a, b: F.silu(F.linear(x, a))[:, None] * F.linear(x, b)[None]) == 0
+    assert gated(lambda x, a, b: F.silu(F.linear(x[:1], a))[None] * F.linear(x[:1], b)) == 0

@@ -162,8 +162,7 @@ class _Rewriter:
         """Let `result` take the place of `root`: same shape and dtype, strides as the kernel made them."""
         value: Tensor = root.meta["val"]
         if params.get("out_reshape"):
-            reshape = self.view.by_name[params["out_reshape"]]
-            result = self.emit.call(aten.reshape.default, result, reshape.args[1])
+            result = self._reshaped(self.view.by_name[params["out_reshape"]], result)
         if result.meta["val"].dtype != value.dtype:
             self.formats[root.name, fmt.dtype] = result
             result = self.emit.call(prims.convert_element_type.default, result, value.dtype)
@@ -171,6 +170,12 @@ class _Rewriter:
         root.replace_all_uses_with(result)
         if result.meta["val"].stride() != value.stride():
             self.dirty.add(result)
+
+    def _reshaped(self, node: Any, result: fx.Node) -> fx.Node:
+        """A product's result in the shape of `node`. A reshape says the whole shape; what adds or drops a 1 depends on the one before."""
+        if node.target in (aten.unsqueeze.default, aten.squeeze.dim):
+            return self.emit.call(node.target, self._reshaped(node.args[0], result), node.args[1])
+        return self.emit.call(aten.reshape.default, result, node.args[1]) if node.target in RESHAPES else result
 
     def _value(self, node: fx.Node, fmt: Format) -> fx.Node:
         """`node`'s value in a format, converting where nobody made it so."""
