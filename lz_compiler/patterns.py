@@ -142,7 +142,7 @@ class Recogniser:
             if draft is None:
                 continue
             absorbing = list(self._longer(draft))
-            draft.params["absorbed"] = any(d.params.get("affine") for d in absorbing)
+            draft.params["absorbed"] = any(d.params.get("affine") and self._folds(d) for d in absorbing)
             yield self._context(draft, default=True)
             for longer in absorbing:
                 yield self._context(longer)
@@ -353,7 +353,7 @@ class Recogniser:
 
     def _affine(self, draft: _Draft) -> Iterator[_Draft]:
         """Per-channel scale and shift after a convolution; yields only the whole chain (a batch norm is four steps, in
-        float32 also after a bfloat16 convolution, and then a conversion back)."""
+        float32 also after a bfloat16 convolution, and then a conversion back), and the part of it that folds into a frozen weight."""
         channels, dtype, longest = self.view.spec(draft.root).shape[1], draft.root.meta["val"].dtype, None
         names = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul"}
         wide = {dtype} if dtype in (torch.float32, torch.float64) else {dtype, torch.float32}
@@ -369,15 +369,26 @@ class Recogniser:
             value = tensor_value(operand)
             if value is None or user.kwargs or (user.target is aten.sub.Tensor and user.args[0] is not draft.root):
                 break
+            if operand is draft.root:
+                break  # one pixel of one image has a scale's shape, also where it is squared
             shape = (1,) * (4 - value.dim()) + tuple(value.shape)
             if value.dim() < 3 or shape != (1, channels, 1, 1) or value.dtype not in wide or now not in wide:
                 break  # a step that promotes computes in another dtype than the convolution would
             count = len(draft.params["affine"])
-            draft = draft.extended([user], {f"c{count}": operand}, affine=(*draft.params["affine"], names[user.target]))  # type: ignore
+            longer = draft.extended([user], {f"c{count}": operand}, affine=(*draft.params["affine"], names[user.target]))  # type: ignore
+            if longest is not None and self._folds(longest) and not self._folds(longer):
+                yield longest
+            draft = longer
             if now is dtype:
                 longest = draft
         if longest is not None:
             yield longest
+
+    def _folds(self, draft: _Draft) -> bool:
+        """Whether the per-channel steps go into the weight where it is prepared: ahead of time if it is frozen (a scale or shift that
+        is computed in each call, as from a time step, does not), else in each call."""
+        constant = self.view.is_constant
+        return not constant(draft.inputs["w"]) or all(constant(n) for role, n in draft.inputs.items() if role[0] == "c")
 
     def _grouped_heads(self, draft: _Draft) -> _Draft | None:
         """Attention whose k and v were repeated for grouped heads: read them before the copy."""

@@ -236,3 +236,20 @@ def test_gated_units_do_not_broadcast() -> None:
     assert gated(lambda x, a, b: F.silu(F.linear(x, a))[:, None] * F.linear(x, b)[:, None]) == 1
     assert gated(lambda x, a, b: F.silu(F.linear(x, a))[:, None] * F.linear(x, b)[None]) == 0
     assert gated(lambda x, a, b: F.silu(F.linear(x[:1], a))[None] * F.linear(x[:1], b)) == 0
+
+
+STEPS: dict[str, tuple[int, Callable[..., Tensor], list[set[str]]]] = {
+    "frozen": (8, lambda y, shift, c: y * c, [set(), {"onednn.conv_packed"}]),
+    "computed": (8, lambda y, shift, c: y + shift, [{"onednn.conv_packed"}, {"onednn.conv"}]),
+    "both": (8, lambda y, shift, c: y * c - c + shift, [set(), {"onednn.conv_packed"}, {"onednn.conv"}]),
+    "squared": (3, lambda y, shift, c: y * y, [{"onednn.conv_packed"}]),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_frozen_weight_is_packed_with_the_steps_that_are_frozen_too(name: str) -> None:
+    """What a call computes for each channel of one image (a time step's shift, say) must not keep the weight from being packed."""
+    size, step, kernels = STEPS[name]
+    fn = lambda x, shift, w, c: step(F.conv2d(x, w), shift, c)  # noqa: E731
+    args = rand(1, 8, size, size), rand(1, 16, 1, 1), rand(16, 8, 3, 3), rand(16, 1, 1)
+    assert [offered("onednn", ctx) for ctx in trace(Case("", fn, args, 2)).contexts] == kernels
