@@ -208,6 +208,7 @@ def solve(
     factory: Factory, file: Annotated[str, typer.Argument(metavar="FILE.json", help="where the plan goes, as JSON")],
     dynamic: Annotated[list[str] | None, typer.Option(help="A dimension that varies: ARGUMENT:DIMENSION=SYMBOL; repeatable.")] = None,
     bucket: Annotated[list[str] | None, typer.Option(help="A symbol's upper ends: SYMBOL=16,64,256; repeatable.")] = None,
+    at_least: Annotated[list[str] | None, typer.Option(help="A symbol's lowest size: SYMBOL=32, 1 if not given; repeatable.")] = None,
     bundle: Annotated[str | None, typer.Option(metavar="DIR", help="The model's folder: the plan is for its tokenizer and config.")] = None,
     option: Option = None, as_json: Json = False,
     problems: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where each graph's problem goes, for explain --what-if.")] = None,
@@ -217,14 +218,15 @@ def solve(
     from .deploy import offline
     from .deploy.export import ranges_text
 
-    buckets, dims = _parsed_buckets(bucket or []), _parsed_dynamic(dynamic or [])
+    buckets, dims, lowest = _parsed_buckets(bucket or []), _parsed_dynamic(dynamic or []), _parsed_lowest(at_least or [])
     if not Path(file).absolute().parent.is_dir():  # told now, not after minutes of measuring
         raise OptionError(f"there is no folder for {file!r}. Make it first.")
     options = parse_options(option)
     if problems is not None:
         options |= parse_options([f"problems={problems}"])
     model, args, kwargs = load_model(factory)
-    plan = offline.solve(model, args, kwargs, buckets=buckets, dynamic=dims, bundle=bundle, one_format=one_format, **options)
+    ranges: dict[str, Any] = {"buckets": buckets, "dynamic": dims, "at_least": lowest}
+    plan = offline.solve(model, args, kwargs, **ranges, bundle=bundle, one_format=one_format, **options)
     plan.save(file)
     if as_json:
         cells = [{"ranges": c.ranges, "winner": c.winner, "times": dict(c.times)} for c in plan.cells]
@@ -277,6 +279,16 @@ def _parsed_buckets(texts: list[str]) -> dict[str, list[int]]:
         if symbol in found:
             raise OptionError(f"--bucket {symbol}=... is given twice: give all its ends at once, for example {symbol}=16,64,256")
         found[symbol] = [int(end) for end in ends.split(",")]
+    return found
+
+
+def _parsed_lowest(texts: list[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for text in texts:
+        symbol, _, low = text.partition("=")
+        if not symbol or not low.isdecimal() or symbol in found:
+            raise OptionError(f"--at-least {text!r} is not SYMBOL=SIZE, for example height=32, once for a symbol")
+        found[symbol] = int(low)
     return found
 
 

@@ -169,20 +169,20 @@ def test_explain_and_bench(models: str, tmp_path: Path) -> None:
 def test_solve_and_explain_of_the_plan(models: str, tmp_path: Path) -> None:
     plant(str(tmp_path))
     file = str(tmp_path / "plan.json")
-    solve = ("solve", f"{models}:tiny", file, "--dynamic", "input:0=rows", "--bucket", "rows=4,8")
+    solve = ("solve", f"{models}:tiny", file, "--dynamic", "input:0=rows", "--bucket", "rows=4,8", "--at-least", "rows=3")
     options = ("-o", "race=false", "-o", "cost_model=roofline", "-o", "freeze=true", "-o", f"cache_dir={tmp_path}")
     text = run(*solve, *options)
     assert text.exit_code == 0, text.output
     assert [line.split()[:3] for line in text.stdout.splitlines()] == [
-        ["rows", ends, "layerzero"] for ends in ("1..1", "2..4", "5..8")
+        ["rows", ends, "layerzero"] for ends in ("3..4", "5..8")
     ]  # fmt: skip
     plan = load_plan(file)
-    assert [(c.ranges, len(c.plans)) for c in plan.cells] == [({"rows": ends}, 1) for ends in ((1, 1), (2, 4), (5, 8))]
+    assert [(c.ranges, len(c.plans)) for c in plan.cells] == [({"rows": ends}, 1) for ends in ((3, 4), (5, 8))]
     as_json = run(*solve, "--json", *options)
     assert as_json.exit_code == 0, as_json.output
     found = json.loads(as_json.stdout)
     assert found["file"] == file
-    assert [c["ranges"] for c in found["cells"]] == [{"rows": [1, 1]}, {"rows": [2, 4]}, {"rows": [5, 8]}]
+    assert [c["ranges"] for c in found["cells"]] == [{"rows": [3, 4]}, {"rows": [5, 8]}]
 
     baked = run("bake", file, f"{models}:tiny", str(tmp_path / "out"))
     assert baked.stdout.strip() == str(tmp_path / "out" / "_layerzero_plan.py"), baked.output
@@ -373,6 +373,7 @@ def test_a_model_that_fails_by_itself(
     [
         (["p.json", "--bucket", "rows"], "--bucket 'rows' is not SYMBOL=END,END,..., for example seq=16,64,256"),
         (["p.json", "--bucket", "rows=4,x"], "--bucket 'rows=4,x' is not"),
+        (["p.json", "--at-least", "rows=a"], "--at-least 'rows=a' is not SYMBOL=SIZE, for example height=32, once for a symbol"),
         (["p.json", "--dynamic", "input=rows"], "--dynamic 'input=rows' is not ARGUMENT:DIMENSION=SYMBOL, for example input_ids:1=seq"),
         (["p.json", "--dynamic", "input:0"], "--dynamic 'input:0' is not"),
         (["p.json", "--bucket", "rows=²"], "--bucket 'rows=²' is not"),

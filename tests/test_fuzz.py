@@ -282,26 +282,28 @@ def test_the_command_fails_on_a_fault(baked: Path, tmp_path: Path) -> None:
 # --- the tree that baking generates -------------------------------------------------------------------------------------------
 
 
-def generated(buckets: dict[str, list[int]], limit: int = 0) -> tuple[str, dict[str, Any]]:
-    """`forward` for these buckets, with empty cells, and its manifest: two inputs, with every symbol, and the last one three times.
+def generated(buckets: dict[str, list[int]], at_least: dict[str, int], limit: int = 0) -> tuple[str, dict[str, Any]]:
+    """`forward` for these buckets, from these lowest sizes on, with empty cells, and its manifest: two inputs, with every symbol, and the
+    last one three times.
 
     With a limit, there are general cells, for sizes of the first symbol up to it.
     """
     symbols = list(buckets)
     example = {"x": torch.zeros([2] * len(symbols) + [2, 5]), "y": torch.zeros(3, 2)}
     dynamic = {"x": dict(enumerate([*symbols, symbols[-1]])), "y": {1: symbols[-1]}}
-    cells = export.cells(buckets)
+    cells = export.cells(buckets, at_least)
     plan = ModelPlan(
         "Model", {"device": "cpu"}, {"cudagraphs": False, "mode": "default", "layout_mode": "strict"}, dynamic,
         {s: tuple(e) for s, e in buckets.items()}, tuple(example),
         tuple(export.Argument.of(v, dynamic[n]) for n, v in example.items()), (),
         tuple(CellPlan(ranges, "", "layerzero", {}, None, ()) for ranges in cells),
     )  # fmt: skip
-    limited = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(buckets)]
+    limited = [{s: (low, min(high, limit) if s == symbols[0] else high) for s, (low, high) in b.items()} for b in boxes(plan.lowest)]
     beyond = [(ranges, ()) for ranges in limited] if limit else []
     forward = Forward(plan, nn.Identity(), example, dict(zip(symbols, symbols, strict=True)), beyond, "out")
     manifest = {
         "inputs": {"x": [*symbols, symbols[-1], 5], "y": [3, symbols[-1]]}, "buckets": buckets,
+        "at_least": plan.lowest,
         "cells": [{"ranges": {s: list(r) for s, r in ranges.items()}, "assumed": [], "limits": [], "kernels": []} for ranges in cells],
         "general": [{"ranges": {s: [low, None if high == export.ENDLESS else high] for s, (low, high) in ranges.items()}, "assumed": [],
                      "limits": [], "kernels": []} for ranges, _ in beyond],
@@ -317,10 +319,13 @@ BUCKETS = st.dictionaries(st.sampled_from("abc"), ENDS, min_size=1, max_size=3)
 def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, list[int]], limit: int, data: st.DataObject) -> None:
     """Every tree that baking writes is right, with and without general cells; with any number in its comparisons one more or one less
     it is not."""
-    source, manifest = generated(buckets, limit)
+    lowest = {s: data.draw(st.just(1) | st.integers(1, ends[0])) for s, ends in buckets.items()}
+    source, manifest = generated(buckets, lowest, limit)
     assert prove(source, manifest)[0] == []
-    assert taken(source, *([1] * len(buckets))) == "['cell_0']"
-    assert taken(source, *([1] * len(buckets)), more=1) == "error", "two dimensions of one symbol must be equal"
+    assert taken(source, *lowest.values()) == "['cell_0']"
+    assert taken(source, *lowest.values(), more=1) == "error", "two dimensions of one symbol must be equal"
+    for s in lowest:
+        assert taken(source, *(lowest | {s: lowest[s] - 1}).values()) == "error"
     assert taken(source, *([100] * len(buckets))) == ("['general_0']" if limit else "error")
     tree = ast.parse(source)
     compared = [n for n in ast.walk(tree) if isinstance(n, ast.Compare) and "dim()" not in ast.unparse(n)]
@@ -329,7 +334,9 @@ def test_generated_trees_are_proved_and_no_bound_may_change(buckets: dict[str, l
     bound.value += data.draw(st.sampled_from([-1, 1]))
     changed = ast.unparse(tree)
     if not prove(changed, manifest)[0]:  # then it may only be a test of sizes that never come there
-        points = [sorted({0, 1, 2, 99, 100, 101, 102, *(e + d for e in ends for d in (-1, 0, 1, 2))}) for ends in buckets.values()]
+        points = [
+            sorted({0, 1, 2, 99, 100, 101, 102, *(e + d for e in (lowest[s], *ends) for d in (-1, 0, 1, 2))}) for s, ends in buckets.items()
+        ]
         assert limit
         assert all(taken(changed, *sizes) == taken(source, *sizes) for sizes in itertools.product(*points))
 

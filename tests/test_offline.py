@@ -64,10 +64,11 @@ ENDS = st.lists(st.integers(1, 60), min_size=1, max_size=5, unique=True).map(sor
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), ENDS, min_size=1, max_size=3), st.data())
 def test_cells_partition_the_declared_range(buckets: dict[str, list[int]], data: st.DataObject) -> None:
-    """Every size vector within the last ends is in exactly one cell, every other in none, and size 1 is alone."""
-    cells = export.cells(buckets)
+    """Every size vector from the lowest to the last ends is in exactly one cell, every other in none, and size 1 is alone."""
+    lowest = {s: data.draw(st.just(1) | st.integers(1, ends[0])) for s, ends in buckets.items()}
+    cells = export.cells(buckets, {s: low for s, low in lowest.items() if low > 1 or data.draw(st.booleans())})
     sizes = {s: data.draw(st.integers(1, 70)) for s in buckets}
-    inside = all(sizes[s] <= ends[-1] for s, ends in buckets.items())
+    inside = all(lowest[s] <= sizes[s] <= ends[-1] for s, ends in buckets.items())
     found = list(export.covering(cells, sizes))
     assert len(found) == inside
     assert all((low == 1) == (high == 1) or low > 1 for cell in cells for low, high in cell.values())
@@ -576,7 +577,7 @@ def test_broken_plan_files(planned: tuple[Llama, offline.ModelPlan], tmp_path: P
         "cannot read": text[: len(text) // 2], "is not a plan of lz solve: it has no": "[]",
         "schema 99": json.dumps({**data, "layerzero_model_plan": 99}),
         "damaged": json.dumps({**data, "cells": [{k: v for k, v in cell.items() if k != "plans"}]}),
-        "not those of its buckets": json.dumps({**data, "cells": data["cells"][1:]}),
+        "not those of its buckets": json.dumps({**data, "cells": data["cells"][:-1]}),
         "unknown winner": json.dumps({**data, "cells": [{**cell, "winner": "__import__('os')"}, *data["cells"][1:]]}),
         "contents do not fit its checksum": text.replace('"ns": ', '"ns": 1', 1),
         "unknown option 'freezes'.* Did you mean 'freeze'": json.dumps({**data, "options": {**data["options"], "freezes": True}}),
@@ -667,10 +668,14 @@ def test_choices_left_out_or_made_twice_are_refused(small: tuple[nn.Module, Tens
         ({"dynamic": {}}, "no dimension is called 'seq'"),
         ({"buckets": {"seq": [32, 8]}}, "positive integers that grow"),
         ({"buckets": {"seq": []}}, "positive integers that grow"),
+        ({"at_least": {"seq": 9}}, r"'seq' is 9\. Give its lowest size: 1 to 8, where its first bucket ends"),
+        ({"at_least": {"seq": True}}, "'seq' is True. Give its lowest size"),
+        ({"at_least": {"length": 2}}, "unknown symbol 'length'"),
+        ({"at_least": 2}, r"at_least is 2\. Give a dict"),
     ],
 )
 def test_declarations_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises((PlanError, OptionError), match=message):
         lz.solve(llama(), (ids(4),), **{**SEQ, **changes}, **FAST)
 
 
@@ -777,6 +782,42 @@ def test_a_model_that_does_not_allow_the_range() -> None:
 
     with pytest.raises(PlanError, match=r"torch\.export cannot trace Fixed for rows 2\.\.8"):
         lz.solve(Fixed(), (torch.randn(8, 2),), dynamic={"x": {0: "rows"}}, buckets={"rows": [8]}, **FAST)
+
+
+class Patches(nn.Module):
+    """An image in patches: none smaller than one is allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 16, 4, stride=4), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).flatten(2).transpose(1, 2))
+
+
+def test_sizes_below_a_symbols_lowest_are_outside_of_the_plan(tmp_path: Path) -> None:
+    model, x = Patches().eval(), torch.randn(2, 3, 16, 24)
+    declared: dict[str, Any] = {"dynamic": {"x": {2: "h", 3: "w"}}, "buckets": {"h": [16, 32], "w": [32]}}
+    with pytest.raises(PlanError, match=r"h 1\.\.1, w 1\.\.1, .*Kernel size.* \(at_least={symbol: lowest}\)"):
+        lz.solve(model, (x,), **declared, **FAST)
+    plan = lz.solve(model, (x,), **declared, at_least={"h": 8, "w": 9}, **FAST)
+    assert [c.ranges for c in plan.cells] == [{"h": ends, "w": (9, 32)} for ends in ((8, 16), (17, 32))]
+    plan.save(tmp_path / "plan.json")
+    assert lz.load_plan(tmp_path / "plan.json") == plan
+    run: Any = lz.compile(model, plan=plan)
+    with torch.no_grad():
+        for h, w in ((8, 9), (31, 32)):
+            y = torch.randn(2, 3, h, w)
+            torch.testing.assert_close(run(y), model(y))
+        with pytest.warns(UserWarning, match=r"h=7, w=9 is outside of the plan \(h 8\.\.32, w 9\.\.32\)"):
+            run(torch.randn(2, 3, 7, 9))
+    lz.bake(plan, tmp_path / "out", model, (x,))
+    report = lz.fuzz(tmp_path / "out", model=model, examples=60)
+    assert report.ok, str(report)
+    baked = lz.warmup(tmp_path / "out")
+    torch.testing.assert_close(baked.forward(x[:, :, :8]), model(x[:, :, :8]))
+    with pytest.raises(ValueError, match=r"h is 7, w is 24; this file was made for h 8\.\.32, w 9\.\.32"):
+        baked.forward(x[:, :, :7])
 
 
 def test_the_bundle_that_a_plan_is_for(tmp_path: Path) -> None:

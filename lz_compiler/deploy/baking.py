@@ -137,7 +137,7 @@ def bake(
     if other:
         raise PlanError(f"{other}. Bake as it was solved.")
     named = export.bind(model, args, kwargs, plan.arguments)
-    export.check_dynamic(named, plan.dynamic, plan.buckets)
+    export.check_dynamic(named, plan.dynamic, plan.buckets, plan.lowest)
     export.check_mode(model)
     for what, names in (("argument", named), ("symbol", plan.buckets)):
         for name in names:
@@ -234,7 +234,8 @@ class _Writer:
         }
         manifest = {
             "layerzero_bake": 1, "layerzero": __version__, "environment": dict(self.plan.environment), "bundle": dict(self.plan.bundle),
-            "inputs": shapes, "buckets": dict(self.plan.buckets), "error_budget": self.plan.options["error_budget"],
+            "inputs": shapes, "buckets": dict(self.plan.buckets), "at_least": self.plan.lowest,
+            "error_budget": self.plan.options["error_budget"],
             "cells": [self._holds(*pair) for pair in zip(self.plan.cells, generated, strict=True)], "plan": _plan_hash(self.plan),
             "general": [_general_holds(g) for g in generals], "files": files,
         }  # fmt: skip
@@ -295,7 +296,7 @@ class _Writer:
     def _generals(self, written: set[str]) -> list[CompiledCell]:
         """The general cells that can be made; none in strict, where sizes beyond the buckets are errors."""
         made = []
-        for box in general.boxes(self.plan.buckets) if self.plan.options["layout_mode"] == "adapt" else ():
+        for box in general.boxes(self.plan.lowest) if self.plan.options["layout_mode"] == "adapt" else ():
             try:
                 program, asked = general.program(self.model, self.named, self.plan.dynamic, self.plan.buckets, box)
                 self._check_returns(program)
@@ -431,7 +432,7 @@ class _Writer:
             "WEIGHTS": "\n".join(f"{n} = {e}" for n, e in self.globals.items()),
             "LOOPS": "\n\n".join(loops), "CELLS": "\n\n\n".join(cells), "EXAMPLES": self._examples(),
             "SIGNATURE": forward.signature(),
-            "ENDS": repr({s: ends[-1] for s, ends in self.plan.buckets.items()}),
+            "PLANNED_FOR": repr({s: (self.plan.lowest[s], ends[-1]) for s, ends in self.plan.buckets.items()}),
             "BEYOND": repr("; ".join(general.describe(*sizes) for sizes in self.beyond)),
             "CHECKS": forward.checks().strip(), "DISPATCH": forward.dispatch().strip(),
             "PLAN": repr(_plan_hash(self.plan)), "PLANNED": writing.pretty(self.planned),

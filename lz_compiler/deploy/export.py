@@ -51,11 +51,12 @@ class Program:
         return [value for value, weight in zip(self.inputs, self.weights, strict=True) if weight is None]
 
 
-def cells(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
-    """The boxes into which upper ends cut the sizes from 1 on. Size 1 is a cell of its own: torch.export compiles it in."""
+def cells(buckets: Mapping[str, Sequence[int]], at_least: Mapping[str, int]) -> list[Ranges]:
+    """The boxes into which upper ends cut the sizes, from a symbol's lowest (1 if not given) on. Size 1 is a cell of its own: torch.export
+    compiles it in."""
     axes: list[list[tuple[str, tuple[int, int]]]] = []
     for symbol, ends in buckets.items():
-        low, axis = 1, []
+        low, axis = at_least.get(symbol, 1), []
         for high in ends:
             axis += [(symbol, (1, 1))] if low == 1 < high else []
             low = 2 if low == 1 < high else low
@@ -151,7 +152,7 @@ def _ordered(value: Any, planned: Sequence[str], path: str) -> Any:
     return type(value)((key, _ordered(value[key], planned, f"{path}[{key!r}]")) for key in sorted(value, key=place.__getitem__))
 
 
-def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[str, Sequence[int]]) -> None:
+def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[str, Sequence[int]], at_least: Mapping[str, int]) -> None:
     """PlanError for a declaration that does not fit the arguments or itself."""
     for name, dims in dynamic.items():
         if not isinstance(named.get(name), Tensor):
@@ -176,6 +177,13 @@ def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[s
             raise OptionError(f"buckets: {symbol!r} is {ends!r}. Give a list of upper ends: buckets={{{symbol!r}: [{ends!r}]}}.")
         if not ends or any(not _whole(e) or e < 1 for e in ends) or sorted(set(ends)) != list(ends):
             raise PlanError(f"buckets: {symbol!r} is {list(ends)!r}. Give upper ends: positive integers that grow.")
+    for symbol, low in at_least.items():
+        if symbol not in buckets:
+            raise PlanError("at_least: " + unknown("symbol", symbol, buckets))
+        if not _whole(low) or not 1 <= low <= buckets[symbol][0]:
+            raise PlanError(
+                f"at_least: {symbol!r} is {low!r:.200}. Give its lowest size: 1 to {buckets[symbol][0]}, where its first bucket ends."
+            )
 
 
 def _whole(value: object) -> bool:
@@ -360,7 +368,9 @@ def export_program(
         raise
     except RAISED as error:
         what = f"{type(model).__name__} raised for {ranges_text(ranges)}, while torch.export traced it: {told(error)}"
-        raise PlanError(f"{what}. Leave out the sizes and arguments that it does not allow, or wrap the model.") from error
+        raise PlanError(
+            f"{what}. Leave out sizes that it does not allow (at_least={{symbol: lowest}}), and arguments, or wrap the model."
+        ) from error
     gm = exported.graph_module
     for value in pytree.tree_leaves([node.args for node in gm.graph.nodes if node.op == "output"]):
         if isinstance(value, (str, float, complex)):
@@ -401,7 +411,9 @@ def check_sizes(program: Program) -> None:
     for (position, dim), symbol in program.symbols.items():
         (low, high), (least, most) = program.ranges[symbol], found[position][dim]
         if low < least or high > most:
-            raise PlanError(f"the model can be compiled for {symbol} {least}..{most} only, not for {low}..{high}. Cut its buckets there.")
+            what = f"the model can be compiled for {symbol} {least}..{most} only, not for {low}..{high}"
+            start = f" or start above, with at_least={{{symbol!r}: {least}}}" if low < least else ""
+            raise PlanError(f"{what}. Cut its buckets there{start}.")
     names = {name: program.symbols[place] for name, place in first.items()}
     broken = torch_private.broken_assumption(program.arguments, names, program.ranges)
     if broken is not None:

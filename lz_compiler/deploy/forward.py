@@ -80,14 +80,14 @@ class Forward:
                     lines.append(f"    if {found[i]} != {size}:")
                     lines.append(f"        raise ValueError(_outside({symbol!r}, {found[i]}, {size}, {size}))")
                 elif not self.beyond:  # else all sizes are compared at once, below
-                    low, high = 1, self.plan.buckets[symbol][-1]
+                    low, high = self.plan.lowest[symbol], self.plan.buckets[symbol][-1]
                     lines.append(f"    if not {low} <= {size} <= {high}:")
                     lines.append(f"        raise ValueError(_outside({symbol!r}, {size}, {low}, {high}))")
         return "\n".join(lines + (self._general_dispatch() if self.beyond else []))
 
     def _general_dispatch(self) -> list[str]:
         """What `forward` does with sizes beyond the buckets."""
-        within = [f"1 <= {self.symbols[s]} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
+        within = [f"{self.plan.lowest[s]} <= {self.symbols[s]} <= {ends[-1]}" for s, ends in self.plan.buckets.items()]
         together = ", ".join(f"{s}={size}" for s, size in self.symbols.items())
         lines = [f"    if not ({' and '.join(within)}):" if len(within) > 1 else f"    if not {within[0]}:"]
         for i, sizes in enumerate(self.beyond):

@@ -142,7 +142,8 @@ class _Trial:
         self.shapes: Mapping[str, list[int | str]] = manifest["inputs"]
         self.buckets: Mapping[str, list[int]] = manifest["buckets"]
         self.budget = float(manifest["error_budget"])
-        self.cells = export.cells(self.buckets)
+        self.lowest: Mapping[str, int] = dict.fromkeys(self.buckets, 1) | manifest.get("at_least", {})
+        self.cells = export.cells(self.buckets, self.lowest)
         general = [(ranges_of(cell), tuple(cell.get("asked", ()))) for cell in manifest.get("general", ())]
         body = ast.parse(source).body
         assigned = {n.targets[0].id: n.value for n in body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
@@ -252,12 +253,12 @@ class _Trial:
 
     def _bounds(self, symbol: str) -> list[int]:
         """The sizes at buckets' ends, and beside them."""
-        ends = self.buckets[symbol]
-        return sorted(n for n in {e + d for e in (1, *ends) for d in (-1, 0, 1)} if 1 <= n <= ends[-1])
+        low, ends = self.lowest[symbol], self.buckets[symbol]
+        return sorted(n for n in {e + d for e in (low, *ends) for d in (-1, 0, 1)} if low <= n <= ends[-1])
 
     def _wrong(self) -> list[dict[str, int]]:
         """What makes sizes wrong: one beyond a range, another fixed size, two sizes of one symbol."""
-        found = [{s: n} for s, ends in self.buckets.items() for n in (0, ends[-1] + 1, ends[-1] + 2, 2 * ends[-1] + 1)]
+        found = [{s: n} for s, ends in self.buckets.items() for n in (0, self.lowest[s] - 1, ends[-1] + 1, ends[-1] + 2, 2 * ends[-1] + 1)]
         limits = {(s, high) for box, _ in self.general for s, (_, high) in box.items() if 1 < high < export.ENDLESS}
         found += [{s: n} for s, high in sorted(limits) for n in (high, high + 1) if n > self.buckets[s][-1]]
         seen: set[str] = set()
@@ -280,9 +281,9 @@ class _Trial:
         from hypothesis import strategies as st
 
         def inside(symbol: str) -> Any:
-            bounds, last = self._bounds(symbol), self.buckets[symbol][-1]
-            primes = [n for n in range(2, min(last, 500)) if _prime(n)] or bounds
-            return st.sampled_from(bounds) | st.sampled_from(primes) | st.integers(1, last)
+            bounds, low, last = self._bounds(symbol), self.lowest[symbol], self.buckets[symbol][-1]
+            primes = [n for n in range(max(2, low), min(last, 500)) if _prime(n)] or bounds
+            return st.sampled_from(bounds) | st.sampled_from(primes) | st.integers(low, last)
 
         right = st.fixed_dictionaries({s: inside(s) for s in self.buckets})
         numbers = st.integers(0, 1 << 16)

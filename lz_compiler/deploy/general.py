@@ -25,10 +25,11 @@ from .writing import renamed
 WORDS = {"and", "or", "not", "max", "min"}
 
 
-def boxes(buckets: Mapping[str, Sequence[int]]) -> list[Ranges]:
-    """All sizes, each symbol being 1 or more than that; without the box in which all are 1, which a bucket always holds."""
-    axes = [[(symbol, (2, ENDLESS)), (symbol, (1, 1))] for symbol in buckets]
-    return [dict(box) for box in itertools.product(*axes)][:-1]
+def boxes(lowest: Mapping[str, int]) -> list[Ranges]:
+    """All sizes from each symbol's lowest on, each being 1 or more than that; without the box in which all are 1, which a bucket holds."""
+    axes = [[(s, (max(2, low), ENDLESS)), *([(s, (1, 1))] if low == 1 else [])] for s, low in lowest.items()]
+    found = [dict(box) for box in itertools.product(*axes)]
+    return [box for box in found if any(high > 1 for _, high in box.values())]
 
 
 def program(

@@ -90,6 +90,11 @@ class ModelPlan:
     joint: Joint | None = None  # where the cells were planned together
     autocast: str = ""  # its dtype, if it was on where the model was traced
 
+    @property
+    def lowest(self) -> dict[str, int]:
+        """Of each symbol: the lowest size that the cells cover."""
+        return {symbol: low for symbol, (low, _) in self.cells[0].ranges.items()}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON: whole or not at all."""
         if not isinstance(path, (str, os.PathLike)):
@@ -168,7 +173,8 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
     # Counted first: a few lines of buckets can stand for billions of cells.
     most = math.prod(1 + len(ends) for ends in plan.buckets.values())
     least = math.prod(len(ends) for ends in plan.buckets.values())
-    if not least <= len(plan.cells) <= most or [c.ranges for c in plan.cells] != export.cells(plan.buckets):
+    sound = least <= len(plan.cells) <= most and all(1 <= low <= high for c in plan.cells for low, high in c.ranges.values())
+    if not sound or [c.ranges for c in plan.cells] != export.cells(plan.buckets, plan.lowest):
         raise PlanError(f"the plan's cells are not those of its buckets {reprlib.repr(dict(plan.buckets))}")
     return plan
 
@@ -222,13 +228,14 @@ def _winner(name: str) -> str:
 
 def solve(
     model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
-    buckets: Mapping[str, Sequence[int]] | None = None, dynamic: Dynamic | None = None,
+    buckets: Mapping[str, Sequence[int]] | None = None, dynamic: Dynamic | None = None, at_least: Mapping[str, int] | None = None,
     bundle: str | os.PathLike[str] | None = None, one_format: bool = True, **options: Any,
 ) -> ModelPlan:  # fmt: skip
     """Plan a model's inference for ranges of shapes, and race the plans on the given arguments.
 
     `dynamic` names the dimensions that vary, as in torch.export: {argument: {dimension: symbol}}; `buckets` gives each symbol's
-    upper ends, the first bucket starting at 1. A cell (one bucket of each symbol) is planned and raced at its upper ends.
+    upper ends, the first bucket starting at `at_least` of the symbol, 1 if not given. A cell (one bucket of each symbol) is planned and
+    raced at its upper ends.
     `bundle` is the model's folder, whose tokenizer and config the plan is then for (`lz.fingerprint`). With `freeze`, the cells are one
     integer program in which each weight has one format (`deploy.joint`); `one_format=False`: each cell packs as suits it.
 
@@ -239,14 +246,15 @@ def solve(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"solve takes an nn.Module; given: {type(model).__name__}. Wrap it in a module whose forward calls it.")
-    for name, given, form in (("buckets", buckets, "{symbol: [upper ends]}"), ("dynamic", dynamic, "{argument: {dimension: symbol}}")):
+    declared = {"buckets": (buckets, "{symbol: [upper ends]}"), "dynamic": (dynamic, "{argument: {dimension: symbol}}")}
+    for name, (given, form) in (declared | {"at_least": (at_least, "{symbol: lowest size}")}).items():
         if given is not None and not isinstance(given, Mapping):
             raise OptionError(f"{name} is {given!r:.200}. Give a dict: {name}={form}.")
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     if not isinstance(one_format, bool):
         raise OptionError(f"one_format is {one_format!r}. Give True or False.")
-    export.check_dynamic(named, dynamic, buckets)
+    export.check_dynamic(named, dynamic, buckets, at_least or {})
     export.check_mode(model)
     leaves = dict(zip(export.paths(pytree.tree_structure(named)), pytree.tree_leaves(named), strict=True))
     export.check_tensors(model, leaves)
@@ -254,7 +262,7 @@ def solve(
     chosen = Options.resolve(options)
     backends.check_names(chosen)
     setup()
-    store, boxes, dilution = open_store(chosen.cache_dir), export.cells(buckets), DILUTION
+    store, boxes, dilution = open_store(chosen.cache_dir), export.cells(buckets, at_least or {}), DILUTION
     for ranges in boxes:
         export.check_memory(named, dynamic, ranges)
     for left in reversed(range(1 + TIGHTEN)):
@@ -487,9 +495,10 @@ class PlannedModel(nn.Module):
                     raise PlanError(f"{symbol!r} is {sizes[symbol]} in one argument and {size} in {path!r} (dimension {dim}).")
         found = next(export.covering([c.ranges for c in self.plan.cells], sizes), None)
         if found is None:
-            ends = ", ".join(f"{s} 1..{e[-1]}" for s, e in self.plan.buckets.items())
+            lowest = self.plan.lowest
+            ends = ", ".join(f"{s} {lowest[s]}..{e[-1]}" for s, e in self.plan.buckets.items())
             given = ", ".join(f"{s}={n}" for s, n in sizes.items())
-            beyond = ", ".join(s for s, n in sizes.items() if not 1 <= n <= self.plan.buckets[s][-1])
+            beyond = ", ".join(s for s, n in sizes.items() if not lowest[s] <= n <= self.plan.buckets[s][-1])
             self._adapt(f"{given} is outside of the plan ({ends})", UNCOMPILED, f"{beyond} outside of the plan")
         return found
 

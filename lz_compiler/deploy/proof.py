@@ -62,7 +62,7 @@ def prove(source: str, manifest: Mapping[str, Any]) -> tuple[list[Finding], list
     ends = walk.run(functions["forward"].body, [Way(dict.fromkeys(walk.axes.values(), (0, ENDLESS)), {})])
     paths = walk.ended + [replace(p, error=True) for p in ends]  # falling off the end returns nothing: an error too
     fixed: Box = {f"{n}.shape[{d}]": (s, s) for n, shape in manifest["inputs"].items() for d, s in enumerate(shape) if isinstance(s, int)}
-    declared: Box = {s: (1, e[-1]) for s, e in manifest["buckets"].items()} | fixed
+    declared: Box = {s: (manifest.get("at_least", {}).get(s, 1), e[-1]) for s, e in manifest["buckets"].items()} | fixed
     general = {f"general_{i}": ranges_of(cell) | fixed for i, cell in enumerate(manifest.get("general", ()))}
     found = walk.findings
     for path in paths:
