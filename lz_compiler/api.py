@@ -54,6 +54,7 @@ def compile(
     def backend(gm: Any, inputs: Any) -> Any:
         return layerzero(gm, inputs, mode=mode, options=options)
 
+    backend.__name__ = "layerzero"  # as torch's errors call it
     return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)  # type: ignore[return-value, call-overload]
 
 
@@ -133,7 +134,8 @@ def doctor(cache_dir: str | None = None) -> Report:
     libraries = {}
     lines.append("  kernel libraries:")
     for name, library in backends.all_backends().items():
-        missing = library.missing()
+        here = any(device in library.devices for device in devices)
+        missing = library.missing() or (None if here else "for CUDA devices, of which torch finds none here")
         libraries[name] = {"version": library.version(), "missing": missing, "kernels": sorted(library.kernels)}
         lines.append(f"    {name} {library.version()}: {missing or ', '.join(sorted(library.kernels))}")
     held = store.ls()

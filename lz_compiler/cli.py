@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +40,8 @@ Rounds = Annotated[int, typer.Option(min=1, help="How often each column is timed
 
 
 def main() -> None:
+    # A warning is for whoever typed the command, as an error is.
+    warnings.formatwarning = lambda message, *_, **__: f"lz: warning: {message}\n"
     try:
         app()
     except LayerZeroError as error:
@@ -57,12 +60,17 @@ def load_factory(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     try:
         module = import_module(path)
     except ImportError as error:
-        raise OptionError(f"cannot load {spec!r}: {error}") from error
+        hint = "Give a module's name, without .py, as Python imports it from here or from PYTHONPATH"
+        raise OptionError(f"cannot load {spec!r}: {error}. {hint}.") from error
     except Exception as error:
         raise OptionError(f"cannot load {spec!r}: {_as_users_see(error)}") from error
     factory: Callable[[], Any] | None = getattr(module, name, None)
     if not callable(factory):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", "") == path and not isinstance(value, type)
+        ]
         what = "is not a function" if hasattr(module, name) else "is not there"
         raise OptionError(f"cannot load {spec!r}: {name!r} {what}; {unknown('factory', name, functions)}")
     try:

@@ -88,7 +88,9 @@ class Options:
         settable = {f.name: f for f in dataclasses.fields(Options) if f.metadata["own"]}
         for name in given:
             if name == "mode":
-                raise OptionError("'mode' is not an option. Give it to torch.compile as mode=...")
+                raise OptionError(
+                    "'mode' is not an option. Give it to torch.compile or lz.compile as mode=...; plans and the command line have none."
+                )
             if name not in settable:
                 raise OptionError(unknown("option", name, settable))
         _warn_unknown(settable)

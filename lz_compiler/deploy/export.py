@@ -167,7 +167,8 @@ def check_dynamic(named: Mapping[str, Any], dynamic: Dynamic, buckets: Mapping[s
                 what = f"dynamic: dimension {dim} of {name!r} is called {symbol!r}, which cannot be a name"
                 raise PlanError(f"{what}. Give letters, digits and underscores.")
             if symbol not in buckets:
-                raise PlanError(f"dynamic: symbol {symbol!r} has no buckets. Give buckets={{{symbol!r}: [upper ends]}}.")
+                given = f", given: {', '.join(map(repr, buckets))}" if buckets else ""
+                raise PlanError(f"dynamic: symbol {symbol!r} has no buckets{given}. Give buckets={{{symbol!r}: [upper ends]}}.")
     for symbol, ends in buckets.items():
         if symbol not in {s for dims in dynamic.values() for s in dims.values()}:
             raise PlanError(
@@ -404,6 +405,17 @@ def _apart(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
     return pytree.tree_map_only(Tensor, own, example)
 
 
+def check_memory_of_its_own(program: Program, written: Sequence[int] | None) -> None:
+    """PlanError where the model writes into memory that two of its tensors share: AOTAutograd merges these into one input."""
+    names: dict[int, dict[int, str]] = {}
+    for i, weight in enumerate(program.weights):
+        if weight is not None:
+            names.setdefault(torch_private.memory_of(weight), {})[i] = program.names[i]
+    for shared in names.values():
+        if len(shared) > 1 and (written is None or shared.keys() & {*written}):
+            raise PlanError(f"{' and '.join(shared.values())} share memory, and the model writes into it. Give each its own (clone).")
+
+
 def check_sizes(program: Program) -> None:
     """PlanError where the code that was just compiled is for a part of the declared sizes only: torch.export narrowed a range, or
     Inductor assumed something of a size which is not true of all."""
@@ -411,9 +423,10 @@ def check_sizes(program: Program) -> None:
     for (position, dim), symbol in program.symbols.items():
         (low, high), (least, most) = program.ranges[symbol], found[position][dim]
         if low < least or high > most:
+            ends = " and ".join(str(end) for end, beyond in ((least - 1, low < least), (most, most < high)) if beyond)
+            start = f", or start above with at_least={{{symbol!r}: {least}}}" if low < least else ""
             what = f"the model can be compiled for {symbol} {least}..{most} only, not for {low}..{high}"
-            start = f" or start above, with at_least={{{symbol!r}: {least}}}" if low < least else ""
-            raise PlanError(f"{what}. Cut its buckets there{start}.")
+            raise PlanError(f"{what}. Add {ends} to the ends of its buckets{start}.")
     names = {name: program.symbols[place] for name, place in first.items()}
     broken = torch_private.broken_assumption(program.arguments, names, program.ranges)
     if broken is not None:

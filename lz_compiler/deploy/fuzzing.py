@@ -178,7 +178,8 @@ class _Trial:
                         f"{type(self.model).__name__} has no {name!r}, the folder has. Give the model that was baked."
                     ) from error
                 if not torch.equal(stored.get_tensor(name), mine.cpu()):
-                    raise PlanError(f"the model's {name!r} is not the folder's. Give the model that was baked.")
+                    hint = "Give the model that was baked; a factory has to return the same weights each time"
+                    raise PlanError(f"the model's {name!r} is not the folder's. {hint}.")
 
     def _in_float64(self) -> tuple[nn.Module | None, str]:
         """The model in float64, if it can run so."""

@@ -71,7 +71,7 @@ class CellPlan:
     plans: tuple[Plan, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ModelPlan:
     """A model's plans over all shape buckets, and the environment for which they hold."""
 
@@ -89,6 +89,9 @@ class ModelPlan:
     bundle: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the model's folder: group -> hash (model_fingerprint)
     joint: Joint | None = None  # where the cells were planned together
     autocast: str = ""  # its dtype, if it was on where the model was traced
+
+    def __repr__(self) -> str:
+        return f"<ModelPlan of {self.model}, {len(self.cells)} cells, {self.environment.get('name')}; print(lz.explain(plan)) shows it>"
 
     @property
     def lowest(self) -> dict[str, int]:
@@ -246,11 +249,13 @@ def solve(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"solve takes an nn.Module; given: {type(model).__name__}. Wrap it in a module whose forward calls it.")
-    declared = {"buckets": (buckets, "{symbol: [upper ends]}"), "dynamic": (dynamic, "{argument: {dimension: symbol}}")}
-    for name, (given, form) in (declared | {"at_least": (at_least, "{symbol: lowest size}")}).items():
+    forms = {"buckets": "{symbol: [upper ends]}", "dynamic": "{argument: {dimension: symbol}}", "at_least": "{symbol: lowest size}"}
+    for given, (name, form) in zip((buckets, dynamic, at_least), forms.items(), strict=True):
         if given is not None and not isinstance(given, Mapping):
             raise OptionError(f"{name} is {given!r:.200}. Give a dict: {name}={form}.")
     folder = {} if bundle is None else fingerprint_folder(bundle).digests()
+    chosen = Options.resolve(options)
+    backends.check_names(chosen)
     named, buckets, dynamic = export.bind(model, args, kwargs), dict(buckets or {}), dict(dynamic or {})
     if not isinstance(one_format, bool):
         raise OptionError(f"one_format is {one_format!r}. Give True or False.")
@@ -259,8 +264,6 @@ def solve(
     leaves = dict(zip(export.paths(pytree.tree_structure(named)), pytree.tree_leaves(named), strict=True))
     export.check_tensors(model, leaves)
     tensors = {path: Argument.of(leaf, dynamic.get(path, ())) for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
-    chosen = Options.resolve(options)
-    backends.check_names(chosen)
     setup()
     store, boxes, dilution = open_store(chosen.cache_dir), export.cells(buckets, at_least or {}), DILUTION
     for ranges in boxes:
@@ -305,7 +308,7 @@ def _solved(
         session = session_for(program, options, store, decided, dilution)
         run, written, _ = compile_cell(session, program)
         kept = [name if weight is not None else "" for name, weight in zip(program.names, program.weights, strict=True)]
-        _check_memory_of_its_own(program, written)
+        export.check_memory_of_its_own(program, written)
         places = [i for i, weight in enumerate(program.weights) if weight is None]
         changed.append(None if written is None else {leaf for leaf, i in enumerate(places) if i in written})
         if written is not None:
@@ -317,17 +320,6 @@ def _solved(
         sessions.append(session)
         log.info("solved %s: %s", ranges, record.winner)
     return solved, sessions, state, changed, result
-
-
-def _check_memory_of_its_own(program: Program, written: Sequence[int] | None) -> None:
-    """PlanError where the model writes into memory that two of its tensors share: AOTAutograd merges these into one input."""
-    names: dict[int, dict[int, str]] = {}
-    for i, weight in enumerate(program.weights):
-        if weight is not None:
-            names.setdefault(torch_private.memory_of(weight), {})[i] = program.names[i]
-    for shared in names.values():
-        if len(shared) > 1 and (written is None or shared.keys() & {*written}):
-            raise PlanError(f"{' and '.join(shared.values())} share memory, and the model writes into it. Give each its own (clone).")
 
 
 def _jointly(programs: Iterable[Program], options: Options, store: TimingStore, dilution: float) -> tuple[list[list[Plan]], Joint | None]:
@@ -521,7 +513,8 @@ class PlannedModel(nn.Module):
             finally:
                 export.TRACING.release()
             if fingerprint(program.gm) != cell.fingerprint:
-                raise PlanError(f"this {type(self.model).__name__} is not the one that was planned: another graph. Solve again.")
+                what = f"this {type(self.model).__name__}{', in training mode,' * self.model.training} is not the one that was planned"
+                raise PlanError(f"{what}: another graph. Solve again.")
             self._cells[index] = program, program.gm.forward if background else self._compiled(program, cell)
             if background:
                 self._building[index] = os.getpid(), BACKGROUND.submit(self._compiled, program, cell)

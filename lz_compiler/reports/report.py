@@ -20,7 +20,7 @@ from ..deploy.export import ranges_text
 from ..errors import PlanError
 from ..options import Options
 from ..problem import LOOP
-from ..types import Candidate, Choice, Cost, Plan, Region
+from ..types import EAGER, INDUCTOR, Candidate, Choice, Cost, Plan, Region
 from .drawing import drawing, identity, module_of, unfolded
 from .profiling import name_of
 
@@ -233,7 +233,7 @@ def _plan_lines(plan: Plan, profile: Profile | None = None) -> Iterator[str]:
         names = dict.fromkeys(f"{x['kernel']} ({x['code']})" for x in r["rejections"])
         if names:
             yield f"        not {', '.join(names)}"
-    yield f"    {d['fused_nodes']} nodes in loops fused by TorchInductor"
+    yield f"    {plural(d['fused_nodes'], 'node')} in loops fused by TorchInductor"
     seen = [x for r in d["regions"] for x in r["rejections"]]
     reasons = {(x["code"], x["kernel"] if x["code"] in ("policy", "quarantined") else ""): x["detail"] for x in seen}
     yield from (f"    {f'{code}: {kernel}'.rstrip(': ')}: {detail}" for (code, kernel), detail in sorted(reasons.items()))
@@ -297,8 +297,13 @@ def _record_lines(record: GraphRecord) -> Iterator[str]:
     if record.ranks:
         yield f"  ranks: {record.ranks}"
     yield from (f"  note: {note}" for note in record.notes)
+    if record.winner in (INDUCTOR, EAGER) and record.times:
+        yield LOST
     for plan in record.plans:
         yield from _plan_lines(plan, record.profile)
+
+
+LOST = "  LayerZero's plan, which does not run:"
 
 
 def explain_records(records: Sequence[GraphRecord], nothing: str = "") -> Report:
@@ -325,6 +330,8 @@ def _cell_lines(cell: CellPlan) -> Iterator[str]:
         yield f"  {name}: {seconds * 1e3:.3f} ms a call at the upper ends"
     if cell.error is not None:
         yield f"  measured error {cell.error:.2e}"
+    if cell.winner in (INDUCTOR, EAGER) and cell.times:
+        yield LOST
     for plan in cell.plans:
         yield from _plan_lines(plan)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..deploy.export import ranges_text
-from .report import measured_part, runner_up_text
+from .report import measured_part, plural, runner_up_text
 
 
 def tables(title: str, data: Mapping[str, Any], lines: Sequence[str]) -> RenderableType:
@@ -75,7 +75,7 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
         )
     yield table
     yield from (Text(f"mask of {r['count']}x {r['op']}: {r['mask']}") for r in plan["regions"] if r["mask"])
-    yield Text(f"{plan['fused_nodes']} nodes in loops fused by TorchInductor")
+    yield Text(f"{plural(plan['fused_nodes'], 'node')} in loops fused by TorchInductor")
     yield from (Text(f"{n}x conversion {kind}", "yellow") for kind, n in plan["conversions"]["kinds"].items() if "fused" not in kind)
     yield from (Text(note, "dim") for note in plan["notes"])
 

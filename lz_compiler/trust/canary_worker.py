@@ -106,7 +106,8 @@ def _backward(bound: measure.Bound, ctx: SelectionContext, truth: measure.Truth)
     for mine, theirs, x in zip(own, eager, exact, strict=True):
         allowed = 2 * measure.max_error(theirs, x) + 4 * measure.rounding(ctx) * float(x.abs().max())
         if not measure.max_error(mine, x) <= allowed:
-            return f"backward: error {measure.max_error(mine, x):.3g}, allowed is {allowed:.3g}"
+            limit = f"allowed is {allowed:.3g}" if allowed == allowed else "eager's own is NaN"
+            return f"backward: error {measure.max_error(mine, x):.3g}, {limit}"
     return None
 
 
