@@ -342,8 +342,9 @@ class Session:
     ) -> race.Race:  # fmt: skip
         self.finalists = tuple(finalists)
         return race.Race(
-            finalists, finish or self._finish, PLANNED, check, rounds, rescue=self._rescue, reference=self._reference(), agree=agree
-        )
+            finalists, finish or self._finish, PLANNED, check, rounds, rescue=self._rescue, reference=self._reference(), agree=agree,
+            repeated=self.written == (),
+        )  # fmt: skip
 
     def _from_verdict(self, verdict: Verdict) -> Callable[..., Any]:
         """The race was run before: compile its winner only."""
@@ -380,8 +381,8 @@ class Session:
         """The lossless plan, compiled, and the check that tells whether it is needed."""
         lossless = self._planned(replace(self.options, error_budget=0.0), self.lossless)
         budget, team = self.options.error_budget, self.team
-        reference = lossless if self.random else self.gm.forward
-        check = race.over_budget(reference, {PLANNED: planned}, budget, self._report_error, self.written)
+        references = [lossless] if self.random else [self.gm.forward, lossless]
+        check = race.over_budget(references, {PLANNED: planned}, budget, self._report_error, self.written)
         return lossless, check if team is None else lambda args: team.union(check(args))
 
     def _report_error(self, name: str, error: float) -> None:

@@ -36,7 +36,8 @@ class Race:
     leader has won since calls are repeated (activation checkpointing), and must then be of the same code.
 
     `rescue(name, error, args)` answers the call in which a finalist raised, or raises; the finalist is out then, and a winner is
-    followed by `reference` (None: there is nothing to follow it).
+    followed by `reference` (None: there is nothing to follow it). Where a rival of the leader runs out of memory (eager fuses nothing),
+    it is out, and if calls may be `repeated`, since they write into no input, another finalist answers this one.
 
     `agree(times)`: for ranks that race in step. Each then runs the same finalist in the same call, none leaves early, and the clock that
     decides is what `agree` makes of all ranks' times.
@@ -46,9 +47,9 @@ class Race:
         self, finalists: Mapping[str, Finalist], finish: Callable[[dict[str, float], str, bool], None], leader: str,
         check: Callable[[tuple[Any, ...]], list[str]] | None = None, rounds: int = ROUNDS, *,
         rescue: Callable[[str, Exception, tuple[Any, ...]], Any], reference: Finalist | None,
-        agree: Callable[[dict[str, float]], dict[str, float]] | None = None,
+        agree: Callable[[dict[str, float]], dict[str, float]] | None = None, repeated: bool = False,
     ) -> None:  # fmt: skip
-        self.finalists, self.agree = dict(finalists), agree
+        self.finalists, self.agree, self.repeated = dict(finalists), agree, repeated
         self.rescue, self.reference = rescue, reference
         self.finish, self.leader, self.check = finish, leader, check
         self.rounds = rounds
@@ -68,7 +69,18 @@ class Race:
                     name, run = self._turn(args)
             return run(*args)
         except torch_private.run_errors() as error:
-            return self._rescued(name, error, args)
+            if not self._too_large(name, error):
+                return self._rescued(name, error, args)
+        return self(*args)  # only here: the error holds what the finalist had made
+
+    def _too_large(self, name: str, error: Exception) -> bool:
+        """Whether a rival ran out of memory, which is out then, and the call may be repeated without it."""
+        with self.lock:
+            leads = name == (self.leader if self.winner is None else self.winner[0])
+            if leads or self.agree is not None or not torch_private.out_of_memory(error):
+                return False
+            self._drop(name, "memory ran out")
+        return self.repeated
 
     def _rescued(self, name: str, error: Exception, args: tuple[Any, ...]) -> Any:
         try:
@@ -195,10 +207,11 @@ class Race:
 
 
 def over_budget(
-    reference: Finalist, lossy: Mapping[str, Finalist], budget: float, report: Callable[[str, float], None], written: Sequence[int] | None,
+    references: Sequence[Finalist], lossy: Mapping[str, Finalist], budget: float, report: Callable[[str, float], None],
+    written: Sequence[int] | None,
 ) -> Callable[[tuple[Any, ...]], list[str]]:  # fmt: skip
-    """A check for Race: run the reference and each lossy finalist once on the first real inputs, and name those whose
-    relative error (L2, worst of the outputs and changed inputs) is over the budget.
+    """A check for Race: run the first reference that memory suffices for and each lossy finalist once on the first real inputs, and
+    name those whose relative error (L2, worst of the outputs and changed inputs) is over the budget.
 
     The runs leave no trace: inputs at the positions `written` (None: any may be) are copied, and the state of the random
     number generators is put back.
@@ -213,8 +226,16 @@ def over_budget(
             with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
                 return tensors_in([run(*values), [values[i] for i in places]])
 
+        def expect(references: Sequence[Finalist]) -> list[Tensor]:
+            try:
+                return trial(references[0])
+            except torch_private.run_errors() as error:
+                if len(references) == 1 or not torch_private.out_of_memory(error):
+                    raise
+            return expect(references[1:])
+
         failed = []
-        expected = trial(reference)
+        expected = expect(references)
         for name, run in lossy.items():
             error = max((_relative(y, e) for y, e in zip(trial(run), expected, strict=True)), default=0.0)
             report(name, error)
