@@ -26,7 +26,7 @@ from . import __version__, collectives, ops, race, ranks, semantics, torch_priva
 from .backends import allowed_backends, check_names, set_up
 from .capture import GraphView, fingerprint, plan_key, tensors_in
 from .cost_models.roofline import Roofline
-from .errors import PlanError, first_line
+from .errors import PlanError, first_line, told
 from .options import Options
 from .passes.apply import apply_plan
 from .passes.drop_masks import drop_masks_pass
@@ -35,7 +35,7 @@ from .passes.output_strides import Output, output_strides, restore_output_stride
 from .passes.save_before_write import save_before_write_pass
 from .passes.verify import interface, verify
 from .patterns import Recogniser
-from .plan_io import plan_to_dict, verdict_or_none, verdict_to_dict
+from .plan_io import digest, plan_to_dict, verdict_or_none, verdict_to_dict
 from .planning import DILUTION, Posed, make_plan, pose
 from .problem import edited, narrower
 from .reports.profiling import Profile
@@ -98,6 +98,8 @@ def layerzero(
         torch_private.guard_owned(gm)
     team = ranks.team(chosen) if ranks.several() else None
     session = Session(gm, list(example_inputs), chosen, store, device, torch_private.placeholder_tensors(gm), team)
+    free = chosen.policy is None and chosen.backends is None and session.static and not torch_private.clamps(gm)
+    session.rival_freezes = chosen.freeze and free and not torch.is_grad_enabled()
     compiled = session.compile()
     name, seconds = session.record.compile_id, time.perf_counter() - start
     if name.endswith(("/0", "?")) or not any(_same_code(session.record, other) for other in RECORDS):
@@ -143,7 +145,7 @@ class Session:
         env += Trust(store, environment(device)).marks()
         env += ["ranks"] if team is not None else []
         grad = f"grad={torch.is_grad_enabled()}"
-        env += [_content(plan) for plan in plans]
+        env += [f"plan {digest([repr(c.candidate) for c in plan.choices])}" for plan in plans]
         self.key = fingerprint(gm, (options.key(), __version__, grad, *env))
         owned = [t for t, is_owned in self.real if is_owned and t is not None] or list(gm.parameters())
         self.record = GraphRecord(
@@ -159,6 +161,7 @@ class Session:
         self.collective = False  # whether a planned graph contains collectives
         self.random = False  # whether one draws random numbers other than eager's
         self.dilution, self.tightened = dilution, 0  # of the estimated error; how often it was mended by a measured one
+        self.rival_freezes = False  # TorchInductor alone too; no policy or list of backends would see what it calls then
         self.over = False  # whether this plan's error was over the budget, so that the next process tightens it
         self.links: collectives.Curves = {}  # what all-reduces take between the ranks
         self.breaker = Breaker(store, device, gm.forward, self.record.compile_id)
@@ -304,7 +307,7 @@ class Session:
         if INDUCTOR not in barred and not self.dropped and not any(_changes(plan) for plan in self.record.plans):
             self.record.notes.append("no kernel beats what TorchInductor does with this graph: compiled by it alone")
             self._finish({}, INDUCTOR)
-            return planned
+            return self._inductor() if self.rival_freezes else planned
         lossy = any(plan.epsilon > 0 for plan in self.record.plans)
         if self.collective and self.options.race:
             self.record.notes.append("the graph contains collectives: not raced, since each rank would have its own verdict")
@@ -367,7 +370,8 @@ class Session:
         options = self.options
         if winner == LOSSLESS:
             options = replace(options, error_budget=0.0)
-        compiled = self._planned(options, fresh, cached="" if self.follows else _digest(verdict.plans))
+        kernels = [[(c.candidate.kernel, c.candidate.region.nodes) for c in plan.choices] for plan in verdict.plans]
+        compiled = self._planned(options, fresh, cached="" if self.follows else digest(kernels))
         fresh += [p for p in verdict.plans if p.kind not in {f.kind for f in fresh}]  # of graphs that Inductor's cache had, or may have
         record.plans = fresh
         if self.follows or winner == LOSSLESS or not any(plan.epsilon > 0 for plan in record.plans):
@@ -429,8 +433,16 @@ class Session:
             return {}
 
     def _inductor(self) -> Callable[..., Any]:
-        gm = torch_private.copy_graph_module(self.gm)
-        return torch_private.compile_with_inductor(gm, self.inputs, self._patches(drop_masks=False))
+        patches = self._patches(drop_masks=False)
+        if self.rival_freezes:
+            try:
+                run = torch_private.compile_frozen(self.gm, self.inputs, [t if owned else None for t, owned in self.real], patches)
+            except Exception as error:  # whatever it stumbles over: a rival that nobody asked for
+                log.info("graph %s: TorchInductor's freezing failed: %s", self.record.compile_id, told(error))
+            else:
+                self.record.notes.append("TorchInductor alone takes the weights as constants too")
+                return run
+        return torch_private.compile_with_inductor(torch_private.copy_graph_module(self.gm), self.inputs, patches)
 
     def _patches(self, drop_masks: bool) -> dict[str, Any]:
         """Inductor's configuration, the same for every finalist, and the passes around its own on the joint graph."""
@@ -584,16 +596,3 @@ def _changes(plan: Plan) -> bool:
 
 
 _REGIONS = {*semantics.REFERENCES, "all_reduce"}
-
-
-def _content(plan: Plan) -> str:
-    import xxhash
-
-    return f"plan {xxhash.xxh3_64_hexdigest(repr([c.candidate for c in plan.choices]).encode())}"
-
-
-def _digest(plans: Sequence[Plan]) -> str:
-    import xxhash
-
-    kernels = [[(c.candidate.kernel, c.candidate.region.nodes) for c in p.choices] for p in plans]
-    return xxhash.xxh3_64_hexdigest(repr(kernels).encode())

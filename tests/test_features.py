@@ -829,6 +829,66 @@ def test_the_race_decides_and_stores_its_verdict(raced: tuple[nn.Module, Tensor,
         assert (counters()["plans"], counters()["known_plans"]) == (0, known)
 
 
+class Convolved(nn.Module):
+    """Returns convolutions' own strides, a weight and an input; counts its calls."""
+
+    calls: Tensor
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+        self.conv, self.norm, self.last = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3)
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self.calls.add_(1)
+        y = self.last(self.act(self.norm(self.conv(x))))
+        return y, self.head(y.mean((2, 3))) * self.calls, self.last.weight, x
+
+
+def test_with_freeze_inductor_freezes_too(tmp_path: Path) -> None:
+    """The rival is Inductor at its best: its own packed and folded weights, which a later write does not change."""
+    plant(str(tmp_path))
+    options = {"race": True, "freeze": True, "cache_dir": str(tmp_path)}
+    model, x = Convolved(nn.SiLU()).eval(), torch.randn(2, 3, 17, 19)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        run = compiled(model, **options)
+        for _ in range(CALLS):
+            y, e = run(x), expected(x)
+            same(y, e, 1e-4, 1e-4)
+        assert RECORDS[-1].decided
+        assert INDUCTOR in RECORDS[-1].times
+        store = open_store(options["cache_dir"])
+        verdict = store.get_record("verdict", RECORDS[-1].key)
+        assert verdict is not None
+        store.put_record("verdict", RECORDS[-1].key, {**verdict, "winner": INDUCTOR})
+        torch._dynamo.reset()
+        run = compiled(model, **options)
+        for _ in range(3):
+            y, e = run(x), expected(x)
+            same(y, e, 1e-4, 1e-4)
+        assert RECORDS[-1].winner == INDUCTOR
+        assert y[2].data_ptr() == model.last.weight.data_ptr()
+        assert model.calls == expected.calls
+        model.conv.weight.zero_()
+        same(run(x)[0], expected(x)[0], 1e-4, 1e-4)
+
+
+def test_what_would_make_a_number_of_nan_is_no_rival(tmp_path: Path) -> None:
+    plant(str(tmp_path))
+    model, x = Convolved(nn.ReLU()).eval(), torch.randn(2, 3, 17, 19)
+    x[0, 0, 5, 5] = torch.nan
+    with torch.no_grad():
+        run = compiled(model, race=True, freeze=True, cache_dir=str(tmp_path))
+        for _ in range(CALLS):
+            same_places(run(x)[0], model(x)[0])
+    assert INDUCTOR in RECORDS[-1].times
+    assert not any("constants too" in note for note in RECORDS[-1].notes)
+
+
 def test_the_race_while_training(raced: tuple[nn.Module, Tensor, dict[str, Any]]) -> None:
     model, x, options = raced
     other = copy.deepcopy(model)

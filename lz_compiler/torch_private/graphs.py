@@ -211,6 +211,41 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
+def clamps(gm: fx.GraphModule) -> bool:
+    """Whether a Dynamo graph clamps something: TorchInductor's freezing fuses oneDNN's relu and clip into convolutions, which make a number
+    of NaN."""
+    words = ("relu", "hard", "clamp", "clip", "threshold")
+    nodes = [node for part in gm.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
+    names = [
+        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "") for node in nodes if node.op[:4] == "call"
+    ]
+    return any(word in name.lower() for name in names for word in words)
+
+
+def with_attributes(gm: fx.GraphModule, values: Sequence[torch.Tensor | None]) -> fx.GraphModule:
+    """A copy of a Dynamo graph in which placeholders are attributes: those that have a value here, a parameter or a buffer."""
+    new = copy_graph_module(gm)
+    sources = dict(getattr(gm, "_param_name_to_source", {}))
+    new._param_name_to_source = sources  # type: ignore[assignment]
+    placeholders = [node for node in new.graph.nodes if node.op == "placeholder"]
+    for i, (node, value) in enumerate(zip(placeholders, values, strict=True)):
+        if value is None:
+            continue
+        name = f"frozen_{i}"
+        if isinstance(value, torch.nn.Parameter):
+            new.register_parameter(name, value)
+        else:
+            new.register_buffer(name, value)
+        sources[name] = node.meta["grapharg"].source
+        with new.graph.inserting_before(node):
+            attribute = new.graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        new.graph.erase_node(node)
+    new.recompile()
+    return new
+
+
 def fake_results(run: Callable[[Mapping[str, Any]], Any], tensors: Mapping[str, Any]) -> Any:
     """What `run(tensors)` gives by the operators' shape rules alone: what a compiler believes of it."""
     from torch._subclasses.fake_tensor import FakeTensorMode

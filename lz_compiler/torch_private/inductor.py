@@ -14,6 +14,7 @@ from torch import fx
 
 from ..errors import LayerZeroError
 from .generated import collected
+from .graphs import with_attributes
 
 
 def estimated_rates() -> dict[str, Any]:
@@ -68,6 +69,23 @@ def compile_with_inductor(
         if isinstance(error.inner_exception, LayerZeroError):
             raise error.inner_exception from None
         raise
+
+
+def compile_frozen(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], values: Sequence[torch.Tensor | None], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """TorchInductor with its own freezing, as it does when it compiles a model by itself: `values` are the weights among the inputs.
+    Called with all of them. What AOTAutograd said of the graph that was compiled before this one stays."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.get()
+    known = dict(vars(context))
+    kept = [i for i, value in enumerate(values) if value is None]
+    try:
+        run = compile_with_inductor(with_attributes(gm, values), [example_inputs[i] for i in kept], {**patches, "freezing": True})
+    finally:
+        vars(context).update(known)
+    return lambda *args: run(*[args[i] for i in kept])
 
 
 def lowering_errors() -> tuple[type[Exception], ...]:
