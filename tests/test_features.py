@@ -877,6 +877,22 @@ def test_with_freeze_inductor_freezes_too(tmp_path: Path) -> None:
         same(run(x)[0], expected(x)[0], 1e-4, 1e-4)
 
 
+def test_where_freezing_fails_inductor_races_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("no tracing context")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.fw_compiler_freezing", fail)
+    plant(str(tmp_path))
+    model, x = Convolved(nn.SiLU()).eval(), torch.randn(2, 3, 17, 19)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        run = compiled(model, race=True, freeze=True, cache_dir=str(tmp_path))
+        for _ in range(CALLS):
+            same(run(x), expected(x), 1e-4, 1e-4)
+    assert INDUCTOR in RECORDS[-1].times
+    assert not any("constants too" in note for note in RECORDS[-1].notes)
+
+
 def test_what_would_make_a_number_of_nan_is_no_rival(tmp_path: Path) -> None:
     plant(str(tmp_path))
     model, x = Convolved(nn.ReLU()).eval(), torch.randn(2, 3, 17, 19)

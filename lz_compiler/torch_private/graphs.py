@@ -225,6 +225,7 @@ def clamps(gm: fx.GraphModule) -> bool:
 def with_attributes(gm: fx.GraphModule, values: Sequence[torch.Tensor | None]) -> fx.GraphModule:
     """A copy of a Dynamo graph in which placeholders are attributes: those that have a value here, a parameter or a buffer."""
     new = copy_graph_module(gm)
+    new._parameters, new._buffers = dict(gm._parameters), dict(gm._buffers)  # the copy shares them
     sources = dict(getattr(gm, "_param_name_to_source", {}))
     new._param_name_to_source = sources  # type: ignore[assignment]
     placeholders = [node for node in new.graph.nodes if node.op == "placeholder"]
