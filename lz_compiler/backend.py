@@ -99,7 +99,7 @@ def layerzero(
     team = ranks.team(chosen) if ranks.several() else None
     session = Session(gm, list(example_inputs), chosen, store, device, torch_private.placeholder_tensors(gm), team)
     free = chosen.policy is None and chosen.backends is None and session.static and not torch_private.clamps(gm)
-    session.rival_freezes = chosen.freeze and free and not torch.is_grad_enabled()
+    session.rival_freezes = device == "cpu" and chosen.freeze and free and not torch.is_grad_enabled()
     compiled = session.compile()
     name, seconds = session.record.compile_id, time.perf_counter() - start
     if name.endswith(("/0", "?")) or not any(_same_code(session.record, other) for other in RECORDS):
@@ -161,7 +161,7 @@ class Session:
         self.collective = False  # whether a planned graph contains collectives
         self.random = False  # whether one draws random numbers other than eager's
         self.dilution, self.tightened = dilution, 0  # of the estimated error; how often it was mended by a measured one
-        self.rival_freezes = False  # TorchInductor alone too; no policy or list of backends would see what it calls then
+        self.rival_freezes = False  # TorchInductor alone too, on a CPU; no policy or list of backends would see what it calls then
         self.over = False  # whether this plan's error was over the budget, so that the next process tightens it
         self.links: collectives.Curves = {}  # what all-reduces take between the ranks
         self.breaker = Breaker(store, device, gm.forward, self.record.compile_id)

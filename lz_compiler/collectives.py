@@ -39,11 +39,11 @@ def wanted(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether the graph that Dynamo captured will contain collectives that GPUs of one job do."""
     tensors = (*tensors_in(inputs), *gm.parameters(), *gm.buffers())
     wrapped = any(torch_private.is_wrapper(t) for t in tensors)
-    return (wrapped or any(torch_private.is_collective(n.target) for n in gm.graph.nodes)) and torch_private.symmetric_memory()
+    return (wrapped or present(gm.graph)) and torch_private.symmetric_memory()
 
 
 def present(graph: fx.Graph) -> bool:
-    """Whether a functional ATen graph contains collectives."""
+    """Whether a graph contains collectives."""
     return any(torch_private.is_collective(n.target) for n in graph.nodes)
 
 
