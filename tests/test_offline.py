@@ -11,6 +11,7 @@ import pickle
 import signal
 import threading
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -198,6 +199,21 @@ def test_one_thread_traces_at_a_time() -> None:
         first = pool.submit(run, x)
         traced.wait()
         torch.testing.assert_close(run(torch.ones(9, 8)), expected)
+        torch.testing.assert_close(first.result(), model(x))
+    traced.clear()
+
+    def in_a_kernel() -> None:
+        """While a fake kernel runs, fake tensors say that they are on `meta`."""
+        with unittest.mock.patch.object(model.linear.weight.fake_mode, "in_kernel_invocation", True):
+            traced.set()
+            time.sleep(0.5)
+
+    model.meeting = in_a_kernel
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(lz.compile(model, plan=plan), x)
+        traced.wait()
+        export.check_tensors(model, {})
+        model.meeting = lambda: None
         torch.testing.assert_close(first.result(), model(x))
 
 

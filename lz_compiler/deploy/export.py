@@ -112,7 +112,9 @@ def check_mode(model: nn.Module) -> None:
 
 def check_tensors(model: nn.Module, leaves: Mapping[str, Any]) -> None:
     """PlanError for a tensor among the arguments' leaves or the weights that no plan can be for."""
-    for name, value in itertools.chain(leaves.items(), model.named_parameters(), model.named_buffers()):
+    with TRACING:  # while another thread traces it, its weights are fake
+        found = [*leaves.items(), *model.named_parameters(), *model.named_buffers()]
+    for name, value in found:
         if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type not in ("cpu", "cuda")):
             raise PlanError(f"{name} is {value.layout} on {value.device}; plans are for torch.strided tensors on cpu or cuda. Convert it.")
 
