@@ -1,7 +1,8 @@
 """Measuring a region's candidates against each other, and checking each against float64.
 
 Method: inputs rotated past the last-level cache, warm, interleaved rounds, medians. On a CPU rounds in which the process
-did not get its cores are discarded (wall time well above CPU time per thread, compared with the best). On a GPU a sample
+did not get its cores (wall time well above CPU time per thread, compared with the best), or in which the CPU was slow (pace.py), are
+discarded. On a GPU a sample
 is the replay of a CUDA graph of many calls, timed by events: host overhead stays out, and a kernel that cannot be
 captured is found out.
 """
@@ -23,6 +24,7 @@ from . import semantics, torch_private
 from .backends import kernel
 from .backends.base import SelectionContext, Values
 from .errors import DeviceLostError, UnjudgedError, first_line
+from .pace import PACE
 from .target import event_timed, last_level_cache
 from .types import Candidate, Format
 
@@ -53,6 +55,9 @@ class EagerEmitter:
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
 
+    def loop(self, op: Any, *args: Any) -> Any:
+        return op(*args)
+
     def item(self, values: Any, index: int) -> Any:
         return values[index]
 
@@ -61,6 +66,13 @@ class EagerEmitter:
 
     def subgraph(self, function: Callable[..., Any], *examples: Tensor) -> Any:
         return function
+
+
+class TimedEmitter(EagerEmitter):
+    """Leaves out what TorchInductor fuses with other loops."""
+
+    def loop(self, op: Any, *args: Any) -> Any:
+        return args[0]
 
 
 def measurable(ctx: SelectionContext) -> bool:
@@ -106,9 +118,9 @@ class Bound:
         self.params = dict(candidate.params)
         self._compiled: Callable[[Values], Any] | None = None
 
-    def on(self, inputs: Inputs) -> Callable[[], Any]:
-        """The kernel on these inputs as a call without arguments, prepared."""
-        emit, values = EagerEmitter(), inputs.formatted(self.candidate, self.ctx)
+    def on(self, inputs: Inputs, timed: bool = False) -> Callable[[], Any]:
+        """The kernel on these inputs as a call without arguments, prepared. `timed`: without what ends in other loops."""
+        emit, values = TimedEmitter() if timed else EagerEmitter(), inputs.formatted(self.candidate, self.ctx)
         ready = self.kernel.prepare(emit, values, self.params) if self.kernel.prepare else values
         if not self.kernel.compiled:
             return lambda: self.kernel.run(emit, ready, self.params)
@@ -246,7 +258,7 @@ def measure(ctx: SelectionContext, candidates: Sequence[Candidate], deadline: fl
                 error, epsilons[i] = judged(bound, ctx, truth)
                 if error is None and timed:
                     one = bound.kernel.compiled and not bound.reusable
-                    calls[i] = [bound.on(values) for values in (copies[:1] if one else copies)]
+                    calls[i] = [bound.on(values, timed=True) for values in (copies[:1] if one else copies)]
                     if cuda:
                         calls[i] = _graph(calls[i])
             except torch_private.kernel_errors() as raised:
@@ -319,12 +331,18 @@ def _rounds(calls: dict[int, list[Callable[[], Any]]], deadline: float) -> dict[
         once, _ = _sample(bound, 1, 0)
         repeats[i] = max(1, min(50, round(SAMPLE_S / max(once, 1e-7))))
     taken: dict[int, list[tuple[float, float]]] = {i: [] for i in calls}
-    for turn in range(ROUNDS):
+    paces = [PACE.now()]
+    while (turn := len(paces) - 1) < ROUNDS or (len(PACE.brisk(paces)) < ROUNDS and PACE.patience_s > 0):
+        start = time.perf_counter()
         for i, bound in calls.items():
             taken[i].append(_sample(bound, repeats[i], turn * repeats[i]))
+        paces.append(PACE.now())
+        if turn >= ROUNDS:
+            PACE.patience_s -= time.perf_counter() - start
         if turn >= 3 and time.perf_counter() > deadline:
             break
-    return {i: uncontended(samples, 3) for i, samples in taken.items()}
+    kept = PACE.briskest(paces)
+    return {i: uncontended([samples[turn] for turn in kept], 3) for i, samples in taken.items()}
 
 
 def _graph(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:

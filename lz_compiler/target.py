@@ -15,6 +15,7 @@ import torch
 
 from . import torch_private
 from .errors import OptionError, unknown
+from .pace import PACE
 from .timings import TimingStore
 from .types import Target
 
@@ -84,6 +85,8 @@ def detect(device: str, store: TimingStore, graphs: bool = False) -> Target:
     if peaks is None or not _readable(peaks):
         peaks = measure_peaks(device)
         store.put_record("peaks", key, peaks)
+    if device == "cpu":
+        PACE.expect(peaks.get("product_s"))  # older records have none
     return _target(env, peaks, graphs)
 
 
@@ -175,6 +178,8 @@ def measure_peaks(device: str) -> dict[str, Any]:
         tiny = torch.ones(1, device=device)
         calls = [_timed(lambda: tiny.add_(0)) for _ in range(200)]
         more: dict[str, Any] = {"launch_ns": int(statistics.median(calls) * 1e9)}
+        if device == "cpu":
+            more["product_s"] = _best(PACE.now, device)
         if device == "cuda":
             more |= {"graph_launch_ns": int(_replay_timed(lambda: tiny.add_(0)) * 1e9), "inductor": torch_private.estimated_rates()}
     return {**bandwidth, "flops": peaks, **more}

@@ -54,7 +54,9 @@ def _pack_mkl(emit: Emitter, t: Values, p: Values) -> Values:
 
 
 def _mkl(emit: Emitter, t: Values, p: Values) -> object:
-    return emit.call(ops.mkl_linear, t["x"], t["packed"], t["w"], t.get("bias"), p["rows"])
+    # ATen would fill the result with the bias, to have the product added; a sum of its own ends in the loop that reads it.
+    product = emit.call(ops.mkl_linear, t["x"], t["packed"], t["w"], None, p["rows"])
+    return emit.loop(aten.add.Tensor, product, t["bias"]) if "bias" in t else product
 
 
 class Aten(Described):
@@ -66,7 +68,7 @@ class Aten(Described):
         Kernel("aten.conv", _conv),
         Kernel("aten.sdpa", lambda emit, t, p: emit.call(ops.sdpa, *attention_arguments(t, p))),
         Kernel("aten.paged_attention", lambda emit, t, p: emit.call(ops.paged_attention, *paged_arguments(t), p["scale"], p["layout"])),
-        Kernel("mkl.linear_packed", _mkl, _pack_mkl),
+        Kernel("mkl.linear_packed", _mkl, _pack_mkl, version=2),
     )
 
     def offers(self, ctx: SelectionContext, name: str) -> Iterable[Candidate | Rejection]:

@@ -26,6 +26,10 @@ class Emitter(Protocol):
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `op`, or add a node that will."""
 
+    def loop(self, op: Any, *args: Any) -> Any:
+        """The same for an elementwise `op`, which TorchInductor fuses with what reads it: its time is not the kernel's. `args[0]` is as
+        large as the result."""
+
     def item(self, values: Any, index: int) -> Any:
         """One output of an operator that returns several."""
 

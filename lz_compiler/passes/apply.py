@@ -34,6 +34,8 @@ class GraphEmitter:
             self.emitted[key] = self._call(op, args, kwargs)
         return self.emitted[key]
 
+    loop = call
+
     def _call(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         if torch_private.is_triton_op(op):
             return self._inline(op, args, kwargs)
