@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from machine import plant
 
 from lz_compiler import backends, measure, pace, torch_private
+from lz_compiler.backends.base import SelectionContext
+from lz_compiler.cost_models.measured import Measured
 from lz_compiler.pace import PACE, Pace
 from lz_compiler.target import detect
 from lz_compiler.timings import TimingStore, open_store
@@ -35,6 +39,13 @@ def rounds(monkeypatch: pytest.MonkeyPatch, told: Told, deadline: float = math.i
     taken = iter(range(-1, 1000))  # the first is for how often a sample repeats its call
     monkeypatch.setattr(measure, "_sample", lambda *_: (float(next(taken)), 1.0))
     return measure._rounds({0: [lambda: None]}, deadline)[0]
+
+
+def products() -> tuple[SelectionContext, list[Candidate]]:
+    """A frozen linear with a bias, and its kernels."""
+    contexts = [ctx for shape, ctx in canary_regions.contexts("linear", "float32", "cpu") if shape == "17x33x47"]
+    ctx = next(c for c in contexts if "bias" in c.roles and "w" in c.frozen)
+    return ctx, [a for a in backends.answers(ctx) if isinstance(a, Candidate)]
 
 
 def test_rounds_of_a_slow_cpu_are_waited_for_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +101,60 @@ def test_a_bias_that_ends_in_another_loop_is_no_part_of_the_price() -> None:
         whole, alone = bound.on(given)(), bound.on(given, timed=True)()
     assert torch.equal(whole, alone + given.values["bias"])
     assert not torch.equal(whole, alone)
+
+
+@pytest.mark.parametrize(("then", "now", "first", "second"), [(100, 200, 100, 90), (200, 100, 100, 180), (100, 98, 100, 180)])
+def test_what_is_measured_later_is_comparable(
+    then: int, now: int, first: int, second: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU was slower by two then, or is so now: the known kernel is timed again, and tells."""
+    store = open_store(str(tmp_path))
+    plant(str(tmp_path))
+    ctx, (known, other, *_) = products()
+    times = {known.kernel: then, other.kernel: 180}
+    asked: list[list[str]] = []
+
+    def measured(_: Any, candidates: Any, *__: Any) -> dict[int, measure.Measurement]:
+        asked.append([c.kernel for c in candidates])
+        return {i: measure.Measurement(times[c.kernel], 0, 9, 0.0, None) for i, c in enumerate(candidates)}
+
+    monkeypatch.setattr("lz_compiler.cost_models.measured.measure", measured)
+    prices = Measured(detect("cpu", store), store, 60.0)
+    prices.price(ctx, [known])
+    times[known.kernel] = now
+    for _ in range(2):  # and stays so
+        assert [c.ns for _, c in prices.price(ctx, [known, other])] == [first, second]  # type: ignore[misc]
+    assert asked == [[known.kernel], [known.kernel, other.kernel]]
+    assert prices.measured == 2
+    monkeypatch.undo()
+    again = TimingStore.open(tmp_path).get_many([prices.key(ctx, known), prices.key(ctx, other)])
+    assert [t.ns for t in again.values()] == [first, second]
+
+
+def test_waiting_and_compiling_once_take_no_turn(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget is for measuring: what is compiled for the machine, or waited for, leaves the other regions theirs."""
+    plant(str(tmp_path))
+    ctx, (first, second, *_) = products()
+    tried: list[str] = []
+
+    def setup() -> None:
+        tried.append(first.kernel)
+        clock.perf_counter = lambda now=clock.perf_counter(): now + 40
+        raise RuntimeError("no compiler")
+
+    def measured(_: Any, candidates: Any, deadline: float) -> dict[int, measure.Measurement]:
+        assert deadline == clock.perf_counter() + 30
+        clock.perf_counter = lambda now=clock.perf_counter(): now + 40
+        told.patience_s -= 40
+        return {i: measure.Measurement(100, 0, 9, 0.0, None) for i, _ in enumerate(candidates)}
+
+    clock = SimpleNamespace(perf_counter=lambda: 0.0)
+    monkeypatch.setattr("lz_compiler.cost_models.measured.time", clock)
+    told, kernel = Told([]), backends.kernel
+    monkeypatch.setattr("lz_compiler.cost_models.measured.PACE", told)
+    monkeypatch.setattr("lz_compiler.cost_models.measured.measure", measured)
+    monkeypatch.setattr(backends, "kernel", lambda name: replace(kernel(name), setup=setup if name == first.kernel else None))
+    prices = Measured(detect("cpu", open_store(str(tmp_path))), open_store(str(tmp_path)), 30.0)
+    for candidate in (first, second):
+        assert [c.ns for _, c in prices.price(ctx, [candidate])] == [100]  # type: ignore[misc]
+    assert tried == [first.kernel]

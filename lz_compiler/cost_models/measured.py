@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from .. import backends
+from .. import backends, torch_private
 from ..backends.base import SelectionContext
 from ..errors import DeviceLostError
 from ..measure import UNJUDGED, is_fact, measurable, measure, signature
+from ..pace import PACE
 from ..target import is_here
 from ..timings import Timing, TimingStore
 from ..types import Candidate, Cost, Rejection, Target
@@ -19,11 +21,34 @@ from .roofline import Roofline, traffic_ns
 
 log = logging.getLogger(__name__)
 
+NOISE = 0.95  # of a known time: a shorter one says that the CPU was slow then
+
 
 def failed(candidate: Candidate, error: str | None) -> Rejection:
     """What a measurement's error makes of its candidate."""
     code, _, detail = (error or "failed").partition(":")
     return Rejection(candidate.kernel, code if code in ("wrong", "nan", UNJUDGED) else "failed", detail.strip() or code)
+
+
+def _anchor(ctx: SelectionContext, candidates: Sequence[Candidate], known: Sequence[Timing | None]) -> list[int]:
+    """The fastest kernel of known time, to be timed once more among those of unknown time: a CPU is slower on some days than on others."""
+    if ctx.specs[0].device != "cpu":
+        return []
+    timed = [(t.ns, i) for i, t in enumerate(known) if t is not None and t.ns is not None]
+    return [i for _, i in sorted(timed) if not backends.kernel(candidates[i].kernel).compiled][:1]
+
+
+def _comparable(known: Sequence[Timing], fresh: Sequence[Timing], then: Timing, now: Timing) -> list[Timing]:
+    """Of two times of one kernel the shorter is the CPU's own: what was timed beside the other is scaled to it."""
+    if then.ns is None or now.ns is None:
+        return list(fresh)
+    if now.ns >= then.ns:
+        return [_scaled(t, then.ns / now.ns) for t in fresh]
+    return [*fresh, *(_scaled(t, now.ns / then.ns) for t in known if now.ns < NOISE * then.ns)]
+
+
+def _scaled(timing: Timing, factor: float) -> Timing:
+    return timing if timing.ns is None else replace(timing, ns=max(1, round(timing.ns * factor)), spread=round(timing.spread * factor))
 
 
 class Measured:
@@ -51,24 +76,47 @@ class Measured:
         known = self.store.get_many(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing and self.measures and time.perf_counter() < self.deadline:
-            try:
-                found = measure(ctx, [candidates[i] for i in missing], self.deadline)
-            except DeviceLostError as lost:
-                i = missing[lost.index]
-                self.store.put_many([Timing(keys[i], candidates[i].kernel, None, 0, 0, lost.error, 0.0, ctx.region.op)])
-                raise
-            fresh = [
-                Timing(
-                    key=keys[missing[j]], kernel=candidates[missing[j]].kernel, ns=m.ns, spread=m.spread,
-                    samples=m.samples, error=m.error, epsilon=m.epsilon, detail=ctx.region.op,
-                )
-                for j, m in found.items()
-            ]  # fmt: skip
-            known |= {t.key: t for t in fresh}
-            fresh = [t for t in fresh if is_fact(t.error)]
-            self.measured += len(fresh)
-            self.store.put_many(fresh)
+            known |= self._measured(ctx, candidates, keys, known, missing)
         return [self._priced(ctx, c, key, known.get(key)) for c, key in zip(candidates, keys, strict=True)]
+
+    def _measured(
+        self, ctx: SelectionContext, candidates: Sequence[Candidate], keys: Sequence[str], known: Mapping[str, Timing],
+        missing: Sequence[int],
+    ) -> dict[str, Timing]:  # fmt: skip
+        """Timings of the missing ones, comparable with the region's known ones, which may come back lower than they were."""
+        anchor = _anchor(ctx, candidates, [known.get(key) for key in keys])
+        asked, patience_s = [*anchor, *missing], PACE.patience_s
+        self._set_up([candidates[i] for i in missing])
+        try:
+            found = measure(ctx, [candidates[i] for i in asked], self.deadline)
+        except DeviceLostError as lost:
+            i = asked[lost.index]
+            self.store.put_many([Timing(keys[i], candidates[i].kernel, None, 0, 0, lost.error, 0.0, ctx.region.op)])
+            raise
+        self.deadline += patience_s - PACE.patience_s  # waiting for the CPU takes no region's turn
+        timings = {
+            i: Timing(
+                key=keys[i], kernel=candidates[i].kernel, ns=m.ns, spread=m.spread,
+                samples=m.samples, error=m.error, epsilon=m.epsilon, detail=ctx.region.op,
+            )
+            for i, m in ((asked[j], m) for j, m in found.items())
+        }  # fmt: skip
+        fresh = [timings[i] for i in missing if i in timings]
+        if anchor and anchor[0] in timings:
+            fresh = _comparable([known[key] for key in keys if key in known], fresh, known[keys[anchor[0]]], timings[anchor[0]])
+        lasting = [t for t in fresh if is_fact(t.error)]
+        self.measured += sum(t.key not in known for t in lasting)
+        self.store.put_many(lasting)
+        return {t.key: t for t in fresh}
+
+    def _set_up(self, candidates: Sequence[Candidate]) -> None:
+        """What is compiled once for a machine takes no region's turn: half a minute, for the attention in C++."""
+        start = time.perf_counter()
+        for setup in [backends.kernel(c.kernel).setup for c in candidates]:
+            if setup is not None:
+                with suppress(*torch_private.kernel_errors()):  # raised again where the kernel is tried, which says of which
+                    setup()
+        self.deadline += time.perf_counter() - start
 
     def key(self, ctx: SelectionContext, candidate: Candidate) -> str:
         """Under which the store has the kernel's timing."""
