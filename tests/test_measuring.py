@@ -139,17 +139,17 @@ def test_waiting_and_compiling_once_take_no_turn(tmp_path: Any, monkeypatch: pyt
 
     def setup() -> None:
         tried.append(first.kernel)
-        clock.perf_counter = lambda now=clock.perf_counter(): now + 40
+        now[0] += 40
         raise RuntimeError("no compiler")
 
     def measured(_: Any, candidates: Any, deadline: float) -> dict[int, measure.Measurement]:
-        assert deadline == clock.perf_counter() + 30
-        clock.perf_counter = lambda now=clock.perf_counter(): now + 40
+        assert deadline == now[0] + 30
+        now[0] += 40
         told.patience_s -= 40
         return {i: measure.Measurement(100, 0, 9, 0.0, None) for i, _ in enumerate(candidates)}
 
-    clock = SimpleNamespace(perf_counter=lambda: 0.0)
-    monkeypatch.setattr("lz_compiler.cost_models.measured.time", clock)
+    now = [0.0]
+    monkeypatch.setattr("lz_compiler.cost_models.measured.time", SimpleNamespace(perf_counter=lambda: now[0]))
     told, kernel = Told([]), backends.kernel
     monkeypatch.setattr("lz_compiler.cost_models.measured.PACE", told)
     monkeypatch.setattr("lz_compiler.cost_models.measured.measure", measured)
