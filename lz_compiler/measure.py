@@ -1,10 +1,9 @@
 """Measuring a region's candidates against each other, and checking each against float64.
 
-Method: inputs rotated past the last-level cache, warm, interleaved rounds, medians. On a CPU rounds in which the process
-did not get its cores (wall time well above CPU time per thread, compared with the best), or in which the CPU was slow (pace.py), are
-discarded. On a GPU a sample
-is the replay of a CUDA graph of many calls, timed by events: host overhead stays out, and a kernel that cannot be
-captured is found out.
+Method: inputs rotated past the last-level cache, warm, interleaved rounds, medians. On a CPU rounds are discarded in which the
+process did not get its cores (wall time well above CPU time per thread, compared with the best), or the CPU was slow (pace.py).
+On a GPU a sample is the replay of a CUDA graph of many calls, timed by events: host overhead stays out, and a kernel that cannot
+be captured is found out.
 """
 
 from __future__ import annotations
