@@ -21,8 +21,6 @@ from .roofline import Roofline, traffic_ns
 
 log = logging.getLogger(__name__)
 
-NOISE = 0.95  # of a known time: a shorter one says that the CPU was slow then
-
 
 def failed(candidate: Candidate, error: str | None) -> Rejection:
     """What a measurement's error makes of its candidate."""
@@ -36,15 +34,6 @@ def _anchor(ctx: SelectionContext, candidates: Sequence[Candidate], known: Seque
         return []
     timed = [(t.ns, i) for i, t in enumerate(known) if t is not None and t.ns is not None]
     return [i for _, i in sorted(timed) if not backends.kernel(candidates[i].kernel).compiled][:1]
-
-
-def _comparable(known: Sequence[Timing], fresh: Sequence[Timing], then: Timing, now: Timing) -> list[Timing]:
-    """Of two times of one kernel the shorter is the CPU's own: what was timed beside the other is scaled to it."""
-    if then.ns is None or now.ns is None:
-        return list(fresh)
-    if now.ns >= then.ns:
-        return [_scaled(t, then.ns / now.ns) for t in fresh]
-    return [*fresh, *(_scaled(t, now.ns / then.ns) for t in known if now.ns < NOISE * then.ns)]
 
 
 def _scaled(timing: Timing, factor: float) -> Timing:
@@ -83,7 +72,7 @@ class Measured:
         self, ctx: SelectionContext, candidates: Sequence[Candidate], keys: Sequence[str], known: Mapping[str, Timing],
         missing: Sequence[int],
     ) -> dict[str, Timing]:  # fmt: skip
-        """Timings of the missing ones, comparable with the region's known ones, which may come back lower than they were."""
+        """Timings of the missing ones, as if they had been taken with the region's known ones."""
         anchor = _anchor(ctx, candidates, [known.get(key) for key in keys])
         asked, patience_s = [*anchor, *missing], PACE.patience_s
         self._set_up([candidates[i] for i in missing])
@@ -102,10 +91,11 @@ class Measured:
             for i, m in ((asked[j], m) for j, m in found.items())
         }  # fmt: skip
         fresh = [timings[i] for i in missing if i in timings]
-        if anchor and anchor[0] in timings:
-            fresh = _comparable([known[key] for key in keys if key in known], fresh, known[keys[anchor[0]]], timings[anchor[0]])
+        for then, now in [(known[keys[i]].ns, timings[i].ns) for i in anchor if i in timings]:
+            if then and now:
+                fresh = [_scaled(t, then / now) for t in fresh]
         lasting = [t for t in fresh if is_fact(t.error)]
-        self.measured += sum(t.key not in known for t in lasting)
+        self.measured += len(lasting)
         self.store.put_many(lasting)
         return {t.key: t for t in fresh}
 
